@@ -1,0 +1,36 @@
+# Each target sets up what it needs: the environment in .venv, the compiled extension in it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The root holds kernels/, which Python must not take for Hugging Face's package of that name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/tokenexit demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q $(TESTS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds \
+		--benchmark-sort=fullname
+
+clean:
+	rm -rf $(VENV) build *.egg-info tokenexit/*.so
+
+# torch comes first and by itself: whatever else asks for it then takes the one that is there.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==2.13.0 "setuptools>=77" wheel ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@

@@ -1,0 +1,102 @@
+"""Padded to packed and back; which tokens make up which word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# What a vocabulary entry is, as `token_kinds` marks it.
+STARTS_WORD, CONTINUES_WORD, SPECIAL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The layout of a packed batch: T real tokens of B sentences and their W words.
+
+    Attributes:
+        shape: (B, N) of the padded batch it came from.
+        slots: `[T]`, where each token stood in the flattened padded batch.
+        positions: `[T]`, each token's position in its sentence, from 0.
+        cu_tokens, cu_words: `[B+1]`, offsets of the sentences' tokens and words.
+        first_token: `[W]`, packed index of each word's first token.
+        word_of_token: `[T]`, the word of each token; -1 for [CLS], [SEP] and their like.
+        word_at: `[T]`, the word a token is the first of; -1 for all other tokens.
+        sentence_of_token: `[T]`.
+
+    All tensors are int64, on one device. Every sentence with tokens has a word: where none is
+    marked, its first token stands in as one, so that something decides when it is finished.
+    """
+
+    shape: tuple[int, int]
+    slots: torch.Tensor
+    positions: torch.Tensor
+    cu_tokens: torch.Tensor
+    cu_words: torch.Tensor
+    first_token: torch.Tensor
+    word_of_token: torch.Tensor
+    word_at: torch.Tensor
+    sentence_of_token: torch.Tensor
+
+    @property
+    def num_sentences(self) -> int:
+        return len(self.cu_tokens) - 1
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """`[B, N, ...] -> [T, ...]`."""
+        return padded.flatten(0, 1)[self.slots]
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """`[T, ...] -> [B, N, ...]`, zero at padding."""
+        padded = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
+        return padded.index_copy(0, self.slots, values).unflatten(0, self.shape)
+
+
+def pack(attention_mask: torch.Tensor, word_ids: torch.Tensor) -> Packed:
+    """Lay out a padded batch without its padding.
+
+    Args:
+        attention_mask: `[B, N]`, nonzero at real tokens, wherever in the row they stand.
+        word_ids: `[B, N]` integers; a word is a run of neighboring real tokens with the same
+            id, -1 is no word's token. Ids may start anew within a row (sentence pairs).
+    """
+    mask = attention_mask != 0
+    slots = mask.flatten().nonzero().squeeze(1)
+    lengths = mask.sum(1)
+    cu_tokens = F.pad(lengths.cumsum(0), (1, 0))
+    sentence = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths)
+    positions = torch.arange(len(slots), device=mask.device) - cu_tokens[sentence]
+
+    ids = word_ids.flatten()[slots]
+    first_of_sentence = positions == 0
+    starts = (ids >= 0) & (first_of_sentence | (ids != ids.roll(1)))
+    words = starts.new_zeros(len(lengths), dtype=torch.int64).index_add_(0, sentence, starts.long())
+    stand_in = first_of_sentence & (words == 0)[sentence]
+    starts |= stand_in
+    words += (words == 0) & (lengths > 0)
+    word_of_token = (starts.cumsum(0) - 1).masked_fill((ids < 0) & ~stand_in, -1)
+    return Packed(
+        shape=tuple(mask.shape),
+        slots=slots,
+        positions=positions,
+        cu_tokens=cu_tokens,
+        cu_words=F.pad(words.cumsum(0), (1, 0)),
+        first_token=starts.nonzero().squeeze(1),
+        word_of_token=word_of_token,
+        word_at=word_of_token.masked_fill(~starts, -1),
+        sentence_of_token=sentence,
+    )
+
+
+def word_ids_from_kinds(kinds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Word ids `[B, N]` of tokens whose vocabulary entries are of `kinds [B, N]`.
+
+    A token continues the word before it if it is so marked and there is one; after a special
+    token or padding it starts a word all the same.
+    """
+    kinds = kinds.masked_fill(attention_mask == 0, SPECIAL)
+    inside = kinds != SPECIAL
+    after_word = F.pad(inside[:, :-1], (1, 0))
+    starts = inside & ~((kinds == CONTINUES_WORD) & after_word)
+    return (starts.cumsum(1) - 1).masked_fill(~inside, -1)

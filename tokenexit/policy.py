@@ -1,0 +1,171 @@
+"""When a word leaves: the exit policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+
+UNBOUNDED = 2**62  # a window wider than any sentence
+
+_CHOICES = {
+    "level": ("token", "sentence"),
+    "criterion": ("entropy", "max_prob"),
+    "schedule": ("constant", "doubling"),
+    "copy": ("post_norm", "pre_norm"),
+    "neighbors": ("frozen", "recompute"),
+}
+
+
+@dataclass(frozen=True)
+class ExitPolicy:
+    """The rule by which words leave a model, layer by layer.
+
+    At layer l an active word leaves when the largest uncertainty within its window is
+    below the layer's threshold. Uncertainty lies in [0, 1]; 0 is certain.
+
+    Args:
+        level: "token" (each word on its own window) or "sentence" (all words of a
+            sentence leave together, when the least certain of them is certain enough).
+        window: words looked at on each side, at level "token". 0 is the word alone.
+        criterion: "entropy" (`H(p) / ln C`) or "max_prob" (`(1 - max p) / (1 - 1/C)`).
+        threshold: in [0, 1]; one number, or one per layer. 0 means no word leaves early.
+            The last layer's is not used: there every word leaves.
+        schedule: with one number, how it goes over the layers. "constant", or "doubling":
+            the number up to half the layers, then `min(2 * threshold, 0.5)`.
+        copy: what later layers see of a token that left. "post_norm": its state as it was.
+            "pre_norm": the sum before the output LayerNorm, under each later layer's LayerNorm.
+        neighbors: the uncertainty of words that left, in the windows of others. "frozen": that
+            of the layer where they left. "recompute": each later layer's head on their state.
+
+    Raises:
+        ValueError: a value outside the above.
+        TypeError: a window that is not an int, a threshold that is not a number.
+
+    Source: Li et al. 2021 (arXiv 2105.13878), sections 3.2 and 3.3.
+    """
+
+    level: str = "token"
+    window: int = 2
+    criterion: str = "entropy"
+    threshold: float | tuple[float, ...] = 0.1
+    schedule: str = "constant"
+    copy: str = "post_norm"
+    neighbors: str = "frozen"
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"ExitPolicy.{name} is {getattr(self, name)!r}; expected one of {choices}"
+                )
+        if not isinstance(self.window, int) or isinstance(self.window, bool):
+            raise TypeError(f"ExitPolicy.window is {self.window!r}; expected an int")
+        if self.window < 0:
+            raise ValueError(f"ExitPolicy.window is {self.window}; expected 0 or more")
+        per_layer = not isinstance(self.threshold, (int, float, str))
+        try:
+            values = tuple(map(float, self.threshold)) if per_layer else (float(self.threshold),)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"ExitPolicy.threshold is {self.threshold!r}; expected a number or one per layer"
+            ) from None
+        for value in values:
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"ExitPolicy.threshold has {value}; expected values in [0, 1]")
+        if per_layer and self.schedule != "constant":
+            raise ValueError(
+                f"ExitPolicy.schedule is {self.schedule!r} beside one threshold per layer; "
+                "expected 'constant', or a single threshold"
+            )
+        object.__setattr__(self, "threshold", values if per_layer else values[0])
+
+    @classmethod
+    def paper(cls, threshold: float | Sequence[float] = 0.1, window: int = 2) -> ExitPolicy:
+        """Token-level exit as the paper describes it."""
+        return cls(threshold=threshold, window=window)
+
+    @classmethod
+    def authors_code(cls, threshold: float = 0.1, window: int = 2) -> ExitPolicy:
+        """Token-level exit as the authors' code does it (their `win_size` is `2 * window + 1`)."""
+        return cls(
+            threshold=threshold,
+            window=window,
+            schedule="doubling",
+            copy="pre_norm",
+            neighbors="recompute",
+        )
+
+    @classmethod
+    def sentence(cls, threshold: float | Sequence[float] = 0.1) -> ExitPolicy:
+        """Sentence-level exit: all words of a sentence leave together."""
+        return cls(level="sentence", threshold=threshold)
+
+    @classmethod
+    def never(cls) -> ExitPolicy:
+        """Full depth: every word leaves at the last layer."""
+        return cls(threshold=0.0)
+
+    @property
+    def reach(self) -> int:
+        """Words on each side that a decision looks at."""
+        return UNBOUNDED if self.level == "sentence" else self.window
+
+    def thresholds(self, num_layers: int) -> list[float]:
+        """The threshold of each layer 1..L; inf at the last, where every word leaves.
+
+        Raises:
+            ValueError: one threshold per layer was given, for another number of layers.
+        """
+        if isinstance(self.threshold, tuple):
+            if len(self.threshold) != num_layers:
+                raise ValueError(
+                    f"ExitPolicy.threshold has {len(self.threshold)} values; "
+                    f"expected one per layer, {num_layers}"
+                )
+            values = list(self.threshold)
+        else:
+            values = [self.threshold] * num_layers
+            if self.schedule == "doubling":
+                late = min(2 * self.threshold, 0.5)
+                values = [v if 2 * i <= num_layers else late for i, v in enumerate(values, 1)]
+        return [*values[:-1], math.inf]
+
+    def replace(self, **changes) -> ExitPolicy:
+        """A policy with some fields changed."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        """Fields as JSON-ready values."""
+        values = asdict(self)
+        if isinstance(self.threshold, tuple):
+            values["threshold"] = list(self.threshold)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ExitPolicy:
+        """The policy `to_dict` wrote.
+
+        Raises:
+            ValueError: a field this version does not know.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"exit policy has unknown fields {unknown}; expected {sorted(known)}")
+        return cls(**values)
+
+    def __str__(self) -> str:
+        if self.threshold == 0:
+            return "full depth"
+        where = "sentence" if self.level == "sentence" else f"token, window {self.window}"
+        if isinstance(self.threshold, tuple):
+            limit = "[" + ", ".join(f"{t:g}" for t in self.threshold) + "]"
+        else:
+            limit = f"{self.threshold:g}"
+        default = ExitPolicy()
+        rest = [
+            f", {getattr(self, name)}"
+            for name in ("criterion", "schedule", "copy", "neighbors")
+            if getattr(self, name) != getattr(default, name)
+        ]
+        return f"{where}, threshold {limit}{''.join(rest)}"

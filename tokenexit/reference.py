@@ -1,0 +1,168 @@
+"""The truth: every op and the whole exit forward, in plain PyTorch.
+
+Nothing here is made to be fast. Every backend is held against these functions; they work in
+any float dtype, fp64 included, and autograd goes through them.
+
+Notation. B sentences, T tokens and W words are packed one after another without padding;
+`cu_tokens [B+1]` and `cu_words [B+1]` are their offsets. A: active tokens, K: tokens that are
+keys, H heads, D head dim, C labels, L layers (numbered 1..L).
+
+Source: Li et al. 2021 (arXiv 2105.13878), sections 3.2 to 3.4.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def uncertainty(logits, max_prob=False):
+    """How unsure each row of logits is, in [0, 1]: `[..., C] -> [...]`, in fp32 or fp64.
+
+    `H(p) / ln C`, or `(1 - max p) / (1 - 1/C)` if max_prob; 0 for a single label.
+    """
+    labels = logits.shape[-1]
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    if labels == 1:
+        return 0 * p[..., 0]  # NaN stays NaN
+    if max_prob:
+        return ((1 - p.amax(-1)) / (1 - 1 / labels)).clamp(min=0)
+    return (torch.special.entr(p).sum(-1) / math.log(labels)).clamp(min=0)
+
+
+def window_max(values, cu_words, window):
+    """Largest value among the words within `window [B]` of each word of its own sentence: [W]."""
+    if not len(values):
+        return values
+    lengths = cu_words.diff()
+    sentence = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    position = torch.arange(len(values), device=values.device) - cu_words[sentence]
+    longest = int(lengths.max())
+    padded = values.new_full((len(lengths), longest), -math.inf)
+    padded[sentence, position] = values
+    window = window.clamp(max=longest)
+    result = torch.empty_like(padded)
+    for k in window.unique().tolist():
+        rows = window == k
+        result[rows] = F.max_pool1d(padded[rows][None], 2 * k + 1, stride=1, padding=k)[0]
+    return result[sentence, position]
+
+
+def exit_decision(
+    logits, words, uncertainty_, exit_layer, cu_words, window, threshold, layer, max_prob=False
+):
+    """Decide which words leave at `layer`; see `tokenexit.ops.exit_decision`."""
+    rows = words >= 0
+    fresh = uncertainty_.clone()
+    fresh[words[rows]] = uncertainty(logits[rows], max_prob).to(fresh.dtype)
+    limit = threshold.repeat_interleave(cu_words.diff())
+    sure = window_max(fresh, cu_words, window) < limit
+    leaves = (exit_layer == 0) & (sure | (limit == math.inf))
+    return fresh, exit_layer.masked_fill(leaves, layer)
+
+
+def compact_active(active, cu_active, word_of_token, exit_layer):
+    """Drop the tokens of words that left; see `tokenexit.ops.compact_active`."""
+    counts = cu_active.diff()
+    sentence = torch.arange(len(counts), device=active.device).repeat_interleave(counts)
+    listed = active[: len(sentence)]
+    word = word_of_token[listed]
+    stays = (word >= 0) & (exit_layer[word.clamp(min=0)] == 0)
+    open_sentences = torch.zeros_like(counts).index_add_(0, sentence, stays.to(counts.dtype)) > 0
+    stays |= (word < 0) & open_sentences[sentence]
+    kept = listed[stays]
+    counts = torch.zeros_like(counts).index_add_(0, sentence, stays.to(counts.dtype))
+    return F.pad(kept, (0, len(active) - len(kept))), F.pad(counts.cumsum(0), (1, 0))
+
+
+def exit_attention(q, k, v, cu_q, cu_k, scale, bias=None, positions=None):
+    """Active queries over all keys; see `tokenexit.ops.exit_attention`."""
+    out = torch.zeros_like(q)
+    for b in range(len(cu_q) - 1):
+        mine, seen = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        scores = torch.einsum("ahd,khd->hak", q[mine], k[seen]) * scale
+        if bias is not None:
+            scores = scores + relative_bias(bias, positions[mine], scores.shape[-1])
+        out[mine] = torch.einsum("hak,khd->ahd", scores.softmax(-1), v[seen])
+    return out
+
+
+def relative_bias(bias, positions, num_keys):
+    """Scores' bias of queries at `positions [A]`: `[H, 2R+1] -> [H, A, num_keys]`.
+
+    Entry r + R of a row is for a key r tokens after the query; distances beyond R count as R.
+    """
+    reach = bias.shape[-1] // 2
+    offset = torch.arange(num_keys, device=positions.device) - positions[:, None]
+    return bias[:, offset.clamp(-reach, reach) + reach]
+
+
+def layer_sum(layer, h, bias=None):
+    """One BERT layer on all tokens of one sentence, short of its last LayerNorm: [n, d]."""
+    n, d = h.shape
+    q = layer.query(h).view(n, layer.num_heads, -1)
+    k, v = layer.key_value(h).view(n, 2, layer.num_heads, -1).unbind(1)
+    whole, positions = torch.tensor([0, n]), torch.arange(n, device=h.device)
+    scale = q.shape[-1] ** -0.5
+    context = exit_attention(q, k, v, whole, whole, scale, bias, positions).reshape(n, d)
+    h = layer.attention_norm(h + layer.attention_output(context))
+    return h + layer.down(layer.activation(layer.up(h)))
+
+
+def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None):
+    """The exit forward, sentence by sentence; every layer computes all tokens, keeps the active.
+
+    Args:
+        h: `[T, d]`, the embeddings.
+        layers, heads: L layers (`tokenexit.layers.ExitLayer`; only its weights are used, no
+            dropout) and L functions `[n, d] -> [n, C]`.
+        packed: `tokenexit.packing.Packed`, the offsets and words of the batch.
+        schedule: `tokenexit.encoder.Schedule`, the policy of each sentence.
+        bias: `[H, 2R+1]` or None, relative-position bias of the scores.
+        exit_layer: `[W]` or None; where given, words leave there, and the schedule is not asked.
+
+    Returns:
+        For each layer that was reached, `(active [A], logits [A, C])`: the tokens computed in
+        it, ascending, and its head's logits for them. A token's result is its last logits.
+    """
+    trace = [[] for _ in layers]
+    for b in range(packed.num_sentences):
+        first, last = packed.cu_tokens[b], packed.cu_tokens[b + 1]
+        w0, w1 = packed.cu_words[b], packed.cu_words[b + 1]
+        word = packed.word_of_token[first:last] - w0  # negative for special tokens
+        head_token = packed.first_token[w0:w1] - first
+        state = h[first:last]
+        stored = state
+        left = torch.zeros_like(head_token)  # the layer each word left at; 0: active
+        u = state.new_zeros(len(left), dtype=schedule.threshold.dtype)
+        whole = torch.tensor([0, len(left)], device=h.device)
+        for number, (layer, head) in enumerate(zip(layers, heads, strict=True), 1):
+            if (left > 0).all():
+                break
+            active = (word < 0) | (left[word.clamp(min=0)] == 0)
+            fresh = layer_sum(layer, state, bias)
+            if schedule.pre_norm:
+                stored = torch.where(active[:, None], fresh, stored)
+                state = layer.output_norm(stored)
+            else:
+                state = torch.where(active[:, None], layer.output_norm(fresh), state)
+            tokens = active.nonzero().squeeze(1)
+            trace[number - 1].append((first + tokens, head(state[tokens])))
+            if exit_layer is not None:
+                left = left.masked_fill(exit_layer[w0:w1] == number, number)
+                continue
+            asked = torch.arange(len(left), device=h.device)
+            if not schedule.recompute:
+                asked = asked.masked_fill(left > 0, -1)
+            u, left = exit_decision(
+                head(state[head_token]).detach(),
+                asked,
+                u,
+                left,
+                whole,
+                schedule.window[b : b + 1],
+                schedule.threshold[number - 1, b : b + 1],
+                number,
+                schedule.max_prob,
+            )
+    return [tuple(torch.cat(part) for part in zip(*layer, strict=True)) for layer in trace if layer]
