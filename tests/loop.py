@@ -1,0 +1,120 @@
+"""The contract as a loop over sentences, words, tokens and heads, one number at a time.
+
+Written from the definition of an exit alone; it shares no code with the package but the policy's
+fields. Slow, and the judge of `tokenexit.reference`.
+"""
+
+import math
+
+import torch
+
+
+def _linear(linear, x):
+    return linear.weight @ x + linear.bias
+
+
+def _norm(norm, x):
+    centred = x - x.mean()
+    return centred / (centred.pow(2).mean() + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def _softmax(values):
+    top = max(values)
+    exps = [math.exp(v - top) for v in values]
+    return [e / sum(exps) for e in exps]
+
+
+def _uncertainty(logits, criterion):
+    p = _softmax(logits.tolist())
+    if len(p) == 1:
+        return 0.0
+    if criterion == "max_prob":
+        return (1 - max(p)) / (1 - 1 / len(p))
+    return -sum(x * math.log(x) for x in p if x > 0) / math.log(len(p))
+
+
+def _threshold(policy, layer, num_layers):
+    if isinstance(policy.threshold, tuple):
+        return policy.threshold[layer - 1]
+    if policy.schedule == "doubling" and layer > num_layers / 2:
+        return min(2 * policy.threshold, 0.5)
+    return policy.threshold
+
+
+def _attend(layer, states, i, bias):
+    """New sum of token i, before the output LayerNorm."""
+    d = len(states[0])
+    size = d // layer.num_heads
+    query = _linear(layer.query, states[i])
+    pairs = [_linear(layer.key_value, state) for state in states]
+    context = []
+    for head in range(layer.num_heads):
+        part = slice(head * size, (head + 1) * size)
+        scores = []
+        for j, pair in enumerate(pairs):
+            score = float(query[part] @ pair[:d][part]) / math.sqrt(size)
+            if bias is not None:
+                reach = bias.shape[1] // 2
+                score += float(bias[head, max(-reach, min(reach, j - i)) + reach])
+            scores.append(score)
+        weights = _softmax(scores)
+        context.append(sum(w * pair[d:][part] for w, pair in zip(weights, pairs, strict=True)))
+    middle = _linear(layer.attention_output, torch.cat(context)) + states[i]
+    middle = _norm(layer.attention_norm, middle)
+    return middle + _linear(layer.down, layer.activation(_linear(layer.up, middle)))
+
+
+@torch.no_grad()
+def loop_forward(states, layers, heads, word_of, policy, bias=None):
+    """One sentence.
+
+    Args:
+        states: list of n embeddings [d]; word_of: list of n word numbers, None for special tokens.
+
+    Returns:
+        logits (list of n tensors [C]), exit layers (list of n ints), and the smallest distance of
+        any U to its threshold: how far the decisions are from a tie.
+    """
+    n, num_layers = len(states), len(layers)
+    words = sorted({w for w in word_of if w is not None})
+    first = {w: word_of.index(w) for w in words}
+    left_at = {}  # word -> layer
+    own = {}  # word -> its last known uncertainty
+    logits, exits, stored = [None] * n, [None] * n, [None] * n
+    margin = math.inf
+    for number, (layer, head) in enumerate(zip(layers, heads, strict=True), 1):
+        if len(left_at) == len(words):
+            break
+        active = [i for i in range(n) if word_of[i] not in left_at]
+        fresh = {i: _attend(layer, states, i, bias) for i in active}
+        if policy.copy == "pre_norm":
+            for i in active:
+                stored[i] = fresh[i]
+            states = [_norm(layer.output_norm, s) for s in stored]
+        else:
+            states = [
+                _norm(layer.output_norm, fresh[i]) if i in fresh else states[i] for i in range(n)
+            ]
+        for i in active:
+            logits[i] = _linear(head, states[i])
+            exits[i] = number
+        for w in words:
+            if w not in left_at or policy.neighbors == "recompute":
+                own[w] = _uncertainty(_linear(head, states[first[w]]), policy.criterion)
+        if number == num_layers:
+            break
+        leaving = []
+        for w in words:
+            if w in left_at:
+                continue
+            if policy.level == "sentence":
+                window = words
+            else:
+                window = [x for x in words if abs(x - w) <= policy.window]
+            largest = max(own[x] for x in window)
+            threshold = _threshold(policy, number, num_layers)
+            margin = min(margin, abs(largest - threshold))
+            if largest < threshold:
+                leaving.append(w)
+        left_at.update({w: number for w in leaving})
+    return logits, exits, margin

@@ -1,0 +1,195 @@
+"""The exit loop: layer by layer, only what is still active."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenexit.ops.compact_active import compact_active
+from tokenexit.ops.exit_decision import exit_decision
+from tokenexit.packing import Packed
+from tokenexit.policy import ExitPolicy
+from tokenexit.reference import window_max
+
+# A layer's outcome: the tokens computed in it, ascending [A], and their logits [A, C].
+Trace = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The policy of each sentence of a batch, as tensors.
+
+    Attributes:
+        window: `[B]` int64, words on each side.
+        threshold: `[L, B]`, in the dtype of uncertainties; the last row is inf.
+        max_prob, pre_norm, recompute: the policy's criterion, copy and neighbors.
+    """
+
+    window: torch.Tensor
+    threshold: torch.Tensor
+    max_prob: bool
+    pre_norm: bool
+    recompute: bool
+
+    @classmethod
+    def of(
+        cls,
+        policies: ExitPolicy | Sequence[ExitPolicy],
+        num_layers: int,
+        num_sentences: int,
+        like: torch.Tensor,
+    ) -> Schedule:
+        """The schedule of one policy for all, or of one for each sentence.
+
+        Raises:
+            ValueError: not one policy a sentence; policies that differ in criterion, copy or
+                neighbors; a list of thresholds that is not one per layer.
+        """
+        if isinstance(policies, ExitPolicy):
+            policies = [policies] * num_sentences
+        if len(policies) != num_sentences:
+            raise ValueError(f"got {len(policies)} policies for {num_sentences} sentences")
+        kinds = {(p.criterion, p.copy, p.neighbors) for p in policies}
+        if len(kinds) != 1:
+            raise ValueError(
+                "policies of one batch must share criterion, copy and neighbors; "
+                f"got {sorted(kinds)}"
+            )
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        thresholds = {p: p.thresholds(num_layers) for p in set(policies)}
+        columns = [thresholds[p] for p in policies]
+        criterion, copy, neighbors = kinds.pop()
+        return cls(
+            window=torch.tensor([p.reach for p in policies], device=like.device),
+            threshold=torch.tensor(columns, dtype=dtype, device=like.device).T.contiguous(),
+            max_prob=criterion == "max_prob",
+            pre_norm=copy == "pre_norm",
+            recompute=neighbors == "recompute",
+        )
+
+
+class ExitEncoder(nn.Module):
+    """Layers with a head each, run on the tokens that are still active.
+
+    Args:
+        layers: L `ExitLayer`.
+        heads: L classifiers, `[n, d] -> [n, C]`.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], heads: Sequence[nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.heads = nn.ModuleList(heads)
+
+    def forward(
+        self,
+        h: torch.Tensor,
+        packed: Packed,
+        schedule: Schedule,
+        bias: torch.Tensor | None = None,
+        exit_layer: torch.Tensor | None = None,
+    ) -> Trace:
+        """Arguments and result of `tokenexit.reference.exit_forward`, active tokens only."""
+        active = torch.arange(len(h), device=h.device)
+        cu_active = cu_keys = packed.cu_tokens
+        unfinished = active  # tokens of sentences with an active word: the keys
+        stored = h  # what tokens that left are copied from
+        given = exit_layer
+        left = torch.zeros_like(packed.first_token)
+        uncertainty = schedule.threshold.new_zeros(len(left))
+        trace = []
+        for number, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True), 1):
+            fresh = layer(
+                _rows(h, active),
+                _rows(h, unfinished),
+                cu_active,
+                cu_keys,
+                bias,
+                None if bias is None else packed.positions[active],
+            )
+            if schedule.pre_norm:
+                stored = _store(stored, active, fresh)
+                h = layer.output_norm(stored)
+                logits = head(_rows(h, active))
+            else:
+                fresh = layer.output_norm(fresh)
+                h = _store(h, active, fresh)
+                logits = head(fresh)
+            trace.append((active, logits))
+            if number == len(self.layers):
+                break
+
+            if given is not None:
+                left = torch.where(given <= number, given, 0)
+            else:
+                asked, words = logits, packed.word_at[active]
+                if schedule.recompute and len(active) < len(unfinished):
+                    asked, words = head(_rows(h, unfinished)), packed.word_at[unfinished]
+                uncertainty, left = exit_decision(
+                    asked.detach(),
+                    words,
+                    uncertainty,
+                    left,
+                    packed.cu_words,
+                    schedule.window,
+                    schedule.threshold[number - 1],
+                    number,
+                    schedule.max_prob,
+                )
+            active, cu_active = compact_active(active, cu_active, packed.word_of_token, left)
+            active = active[: cu_active[-1]]
+            if not len(active):
+                break
+            in_use = cu_active.diff() > 0
+            kept = in_use[packed.sentence_of_token[unfinished]]
+            if not kept.all():
+                unfinished = unfinished[kept]
+                cu_keys = F.pad((packed.cu_tokens.diff() * in_use).cumsum(0), (1, 0))
+        return trace
+
+
+def last_of(trace: Trace, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each token left with: logits `[T, C]` and layer `[T]`, int64."""
+    active, logits = trace[0]
+    result = logits.new_zeros(num_tokens, logits.shape[-1])
+    layers = active.new_zeros(num_tokens)
+    for number, (active, logits) in enumerate(trace, 1):
+        result[active] = logits
+        layers[active] = number
+    return result, layers
+
+
+def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`values[index]` for ascending index, without a copy where that is all rows."""
+    return values if len(index) == len(values) else values[index]
+
+
+def _store(values: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`values` with `rows` at ascending index, without a copy where those are all rows."""
+    if len(index) == len(values):
+        return rows
+    if torch.is_grad_enabled():
+        return values.index_copy(0, index, rows)
+    return values.index_copy_(0, index, rows)
+
+
+def simulate_exits(
+    uncertainty: torch.Tensor, cu_words: torch.Tensor, schedule: Schedule
+) -> torch.Tensor:
+    """Exits `[W]` that uncertainties `[L, W]` of a full-depth pass would lead to.
+
+    The approximation: later layers' uncertainties are taken as if nobody had left before.
+    """
+    known = uncertainty[0]
+    left = torch.zeros_like(known, dtype=torch.int64)
+    for number, fresh in enumerate(uncertainty, 1):
+        known = fresh if schedule.recompute else torch.where(left == 0, fresh, known)
+        limit = schedule.threshold[number - 1].repeat_interleave(cu_words.diff())
+        sure = window_max(known, cu_words, schedule.window) < limit
+        left = left.masked_fill((left == 0) & (sure | (limit == math.inf)), number)
+    return left

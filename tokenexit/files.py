@@ -1,0 +1,54 @@
+"""Writing so that a failure leaves nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def write_aside(target: str | os.PathLike) -> Iterator[Path]:
+    """A path beside `target` to write to, renamed to it at the end, removed on any exception."""
+    target = Path(target)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; expected a file to write")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        yield Path(aside)
+        _give_usual_mode(aside, 0o666)
+        os.replace(aside, target)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+
+
+@contextmanager
+def write_folder_aside(target: str | os.PathLike) -> Iterator[Path]:
+    """A folder beside `target` to write files to, each renamed into it at the end.
+
+    Other files in `target` stay. Configuration (`*.json`) goes last: where it is, the rest is.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; expected a folder to write")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield aside
+        target.mkdir(exist_ok=True)
+        for file in sorted(aside.iterdir(), key=lambda f: f.suffix == ".json"):
+            os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _give_usual_mode(path: str, mode: int):
+    """What `open` would have given it: temporary files are private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, mode & ~mask)

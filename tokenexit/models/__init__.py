@@ -1,0 +1,1 @@
+"""Hugging Face families: the only files that know their names."""

@@ -1,0 +1,122 @@
+"""From a Hugging Face token classifier to one whose tokens exit early."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.models.families import FAMILIES
+from tokenexit.models.modeling import TokenExitForTokenClassification
+from tokenexit.packing import CONTINUES_WORD, SPECIAL, STARTS_WORD
+
+
+def convert(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> TokenExitForTokenClassification:
+    """A tagger with an exit head after each layer, with the weights of `model`.
+
+    The head of the last layer is the classifier of `model`; those below are new and have to be
+    trained. So the policy is `ExitPolicy.never()`, which equals `model`, until another is set.
+
+    Args:
+        model: a token classifier of a supported family; it is not changed.
+        tokenizer: its fast tokenizer; the marks in its vocabulary are stored in the result and
+            say which tokens make up a word where no `word_ids` are given. None: each token is
+            a word.
+
+    Returns:
+        The tagger, on the device, in the dtype and in the mode (training or not) of `model`.
+
+    Raises:
+        TypeError: not a Hugging Face model.
+        ValueError: an unsupported family, a model without a token classifier, a tokenizer that
+            is not a fast one or has more entries than the model has embeddings.
+    """
+    if isinstance(model, TokenExitForTokenClassification):
+        raise ValueError("the model is a TokenExitForTokenClassification already")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"got a {type(model).__name__}; expected a Hugging Face PreTrainedModel")
+    theirs = model.config
+    family = FAMILIES.get(theirs.model_type)
+    if family is None:
+        raise unsupported(theirs.model_type)
+    if getattr(theirs, "is_decoder", False):
+        raise ValueError("got a decoder (config.is_decoder); expected an encoder")
+    weights = model.state_dict()
+    if not type(model).__name__.endswith("ForTokenClassification"):
+        raise ValueError(
+            f"got a {type(model).__name__}; expected a token classifier "
+            "(AutoModelForTokenClassification.from_pretrained loads any encoder as one)"
+        )
+
+    # Fields that only ours has keep their defaults; the family says where theirs differ.
+    shared = {
+        f.name: getattr(theirs, f.name) for f in fields(TokenExitConfig) if hasattr(theirs, f.name)
+    }
+    shared.update({k: v(theirs) if callable(v) else v for k, v in family.config.items()})
+    if shared.get("classifier_dropout") is None:
+        shared["classifier_dropout"] = theirs.hidden_dropout_prob
+    for name in ("model_type", "architectures", "transformers_version"):
+        shared.pop(name, None)
+    config = TokenExitConfig(**shared, source_model_type=theirs.model_type)
+    converted = TokenExitForTokenClassification(config).to(model.dtype)
+
+    ours = converted.state_dict()
+    for name, parts in family.names(config.num_hidden_layers).items():
+        for kind in ("weight", "bias"):
+            if f"{name}.{kind}" in ours:
+                value = torch.cat([weights[f"{part}.{kind}"].cpu() for part in parts])
+                ours[f"{name}.{kind}"].copy_(value)
+    if tokenizer is not None:
+        converted.token_kinds.copy_(token_kinds(tokenizer, config.vocab_size))
+    return converted.to(model.device).train(model.training)
+
+
+def token_kinds(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
+    """What each vocabulary entry is, `[vocab_size]` uint8: starts a word, continues one, special.
+
+    WordPiece marks what continues a word ("##"); SentencePiece and byte-level BPE mark what
+    starts one ("▁", "Ġ"). A vocabulary without marks makes each token a word.
+
+    Raises:
+        ValueError: not a fast tokenizer; more entries than `vocab_size`.
+    """
+    require_fast(tokenizer)
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries; the model's vocabulary is {vocab_size}"
+        )
+    kinds = torch.full((vocab_size,), STARTS_WORD, dtype=torch.uint8)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    continuing = backend["model"].get("continuing_subword_prefix")
+    starting = None
+    if not continuing:
+        spaces = json.dumps([backend.get("pre_tokenizer"), backend.get("decoder")])
+        starting = "▁" if '"Metaspace"' in spaces else "Ġ" if '"ByteLevel"' in spaces else None
+    for token, index in tokenizer.get_vocab().items():
+        if (continuing and token.startswith(continuing)) or (
+            starting and not token.startswith(starting)
+        ):
+            kinds[index] = CONTINUES_WORD
+    # The unknown token stands for text.
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    kinds[sorted(special)] = SPECIAL
+    return kinds
+
+
+def unsupported(model_type: str) -> ValueError:
+    """The error for an architecture that no family describes."""
+    return ValueError(f"got a {model_type!r} model; supported architectures are {sorted(FAMILIES)}")
+
+
+def require_fast(tokenizer: PreTrainedTokenizerBase):
+    """Raise ValueError unless the tokenizer can say which word a token belongs to."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"got {type(tokenizer).__name__}, which is not a fast tokenizer; expected one, as only "
+            "those say which word a token belongs to"
+        )

@@ -1,0 +1,451 @@
+"""The token classifier whose tokens exit early."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import TokenClassifierOutput
+
+from tokenexit import reference
+from tokenexit.encoder import ExitEncoder, Schedule, Trace, last_of
+from tokenexit.files import write_folder_aside
+from tokenexit.layers import ExitHead, ExitLayer
+from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.packing import STARTS_WORD, pack, word_ids_from_kinds
+from tokenexit.policy import ExitPolicy
+
+BACKENDS = ("auto", "reference")
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+RELATIVE_REACH = 128  # relative positions beyond it share a bucket (T5's max_distance)
+
+
+@dataclass
+class TokenExitOutput(TokenClassifierOutput):
+    """Padded results of a batch.
+
+    Attributes:
+        loss: in training, `exit_loss`; in evaluation, cross-entropy of `logits`. None without
+            labels.
+        logits: `[B, N, C]`, those each token left with; 0 at padding.
+        exit_layers: `[B, N]` int64, the layer each token left at, from 1; 0 at padding.
+        layer_logits: with `output_layer_logits`, `[L, B, N, C]`: each layer's logits for the
+            tokens computed in it, NaN for the others.
+    """
+
+    exit_layers: torch.Tensor | None = None
+    layer_logits: torch.Tensor | None = None
+
+
+class ExitEmbeddings(nn.Module):
+    """Word, position and, where the family has them, token-type embeddings of packed tokens."""
+
+    def __init__(self, config: TokenExitConfig):
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.type_vocab_size:
+            self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        else:
+            self.token_type = None
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, positions, token_type_ids):
+        """`[T]` of each to `[T, d]`."""
+        h = self.word(input_ids) + self.position(positions)
+        if self.token_type is not None:
+            h = h + self.token_type(token_type_ids)
+        return self.dropout(self.norm(h))
+
+
+class TokenExitForTokenClassification(PreTrainedModel):
+    """A BERT-family tagger whose tokens leave as soon as they are settled.
+
+    Stands where a Hugging Face token classifier stood. Made by `tokenexit.convert` or
+    `from_pretrained`; `policy` says when tokens leave and may be changed at any time.
+    """
+
+    config_class = TokenExitConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True  # forward takes num_items_in_batch
+
+    def __init__(self, config: TokenExitConfig):
+        super().__init__(config)
+        self.embeddings = ExitEmbeddings(config)
+        layers = [
+            ExitLayer(
+                config.hidden_size,
+                config.num_attention_heads,
+                config.intermediate_size,
+                ACT2FN[config.hidden_act],
+                config.layer_norm_eps,
+                config.hidden_dropout_prob,
+                config.attention_probs_dropout_prob,
+            )
+            for _ in range(config.num_hidden_layers)
+        ]
+        heads = [
+            ExitHead(config.hidden_size, config.num_labels, config.classifier_dropout)
+            for _ in layers
+        ]
+        self.encoder = ExitEncoder(layers, heads)
+        if config.relative_attention_buckets:
+            self.relative_bias = nn.Embedding(
+                config.relative_attention_buckets, config.num_attention_heads
+            )
+        else:
+            self.relative_bias = None
+        kinds = torch.full((config.vocab_size,), STARTS_WORD, dtype=torch.uint8)
+        self.register_buffer("token_kinds", kinds)
+        self._backend = "auto"
+        self.policy = ExitPolicy.from_dict(config.exit_policy or ExitPolicy.never().to_dict())
+        self.post_init()
+
+    @property
+    def policy(self) -> ExitPolicy:
+        """When tokens leave. Assigning one takes effect at the next call; it is saved along."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: ExitPolicy):
+        if not isinstance(policy, ExitPolicy):
+            raise TypeError(f"policy is a {type(policy).__name__}; expected an ExitPolicy")
+        policy.thresholds(self.config.num_hidden_layers)  # a list of the wrong length
+        self._policy = policy
+        self.config.exit_policy = policy.to_dict()
+
+    @property
+    def backend(self) -> str:
+        """ "auto", or "reference": the plain-PyTorch truth."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str):
+        if name not in BACKENDS:
+            raise ValueError(f"backend is {name!r}; expected one of {BACKENDS}")
+        self._backend = name
+
+    @property
+    def exit_heads(self) -> nn.ModuleList:
+        """L classifiers, Linear(d, C); the last is that of the model converted from."""
+        return self.encoder.heads
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.embeddings.word = value
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike,
+        *args,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs,
+    ) -> TokenExitForTokenClassification:
+        """Load a saved tagger, or any supported Hugging Face encoder or token classifier.
+
+        Args:
+            name: a folder or a name on the hub.
+            tokenizer: used when `name` is not a saved tagger, to mark words; see
+                `tokenexit.convert`. None: the one saved beside it.
+            args, kwargs: of `PreTrainedModel.from_pretrained`: `num_labels`, `dtype`, ...
+
+        Raises:
+            ValueError: an unsupported architecture; a checkpoint that is damaged or incomplete.
+            OSError: no such folder or hub name.
+        """
+        from tokenexit.models.convert import FAMILIES, convert, unsupported
+
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        config = kwargs.get("config") or _load(AutoConfig.from_pretrained, name, **hub)
+        if config.model_type == TokenExitConfig.model_type:
+            wants_info = kwargs.pop("output_loading_info", False)
+            # Weights come from safetensors only: no pickle is ever opened.
+            kwargs.update(output_loading_info=True, use_safetensors=True)
+            model, info = _load(super().from_pretrained, name, *args, **kwargs)
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(
+                    f"the checkpoint {name} lacks {len(missing)} weights: {missing[:3]}"
+                )
+            return (model, info) if wants_info else model
+        if config.model_type not in FAMILIES:
+            raise unsupported(config.model_type)
+        model = _load(AutoModelForTokenClassification.from_pretrained, name, *args, **kwargs)
+        return convert(model, tokenizer or AutoTokenizer.from_pretrained(name, **hub))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Save weights (safetensors), configuration and policy; see `PreTrainedModel`.
+
+        Files are written aside and then renamed, the weights before the configuration: a
+        failure leaves no half-written file.
+        """
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with write_folder_aside(save_directory) as aside:
+            super().save_pretrained(aside, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        word_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        policy: ExitPolicy | Sequence[ExitPolicy] | None = None,
+        exit_layers: torch.Tensor | None = None,
+        loss_floor: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_layer_logits: bool = False,
+        return_dict: bool | None = None,
+    ) -> TokenExitOutput | tuple[torch.Tensor, ...]:
+        """Tag a padded batch of B rows of N tokens.
+
+        Args:
+            input_ids: `[B, N]` int.
+            attention_mask: `[B, N]`, 0 at padding, on whichever side. None: no padding.
+            token_type_ids, position_ids: `[B, N]` int, or None for the family's default;
+                positions count real tokens only.
+            word_ids: `[B, N]` int, the word of each token (a run of equal ids), -1 for none.
+                None: as the tokenizer's vocabulary marks them, where the model was converted
+                with its tokenizer; else each token is a word.
+            labels: `[B, N]` int, -100 where there is none.
+            policy: in place of the model's, or one for each row.
+            exit_layers: `[B, N]` int, layers 1..L at which words leave whatever they decide;
+                read at each word's first token.
+            loss_floor: `[B, N, L]`, see `exit_loss`; in training only.
+            num_items_in_batch: what the loss's sum is divided by. None: the number of labels.
+            output_layer_logits: return every layer's logits too.
+            return_dict: False for a tuple.
+
+        Raises:
+            ValueError: an empty batch, shapes that do not fit, a sentence longer than the model's
+                positions, ids or labels out of range, NaN logits (in evaluation).
+        """
+        attention_mask, word_ids = self._check(
+            input_ids, attention_mask, word_ids, token_type_ids, position_ids, labels, exit_layers
+        )
+        packed = pack(attention_mask, word_ids)
+        trace = self._run(input_ids, token_type_ids, position_ids, packed, policy, exit_layers)
+        logits, layers = last_of(trace, len(packed.slots))
+        if not self.training and logits.isnan().any():
+            raise ValueError(self._explain_nan(logits, packed))
+
+        loss = None
+        if labels is not None:
+            wanted = packed.pack(labels)
+            if self.training:
+                floor = None if loss_floor is None else packed.pack(loss_floor)
+                loss = exit_loss(trace, wanted, len(self.encoder.layers), num_items_in_batch, floor)
+            else:
+                loss = F.cross_entropy(_precise(logits), wanted, reduction="sum")
+                loss = loss / _count(wanted, num_items_in_batch)
+        layer_logits = None
+        if output_layer_logits:
+            layer_logits = logits.new_full(
+                (len(self.encoder.layers), *packed.shape, logits.shape[-1]), math.nan
+            )
+            for layer, (active, values) in zip(layer_logits, trace, strict=False):
+                layer.flatten(0, 1)[packed.slots[active]] = values
+        output = TokenExitOutput(
+            loss=loss,
+            logits=packed.unpack(logits),
+            exit_layers=packed.unpack(layers),
+            layer_logits=layer_logits,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _run(self, input_ids, token_type_ids, position_ids, packed, policy, exit_layers) -> Trace:
+        ids = packed.pack(input_ids)
+        if position_ids is not None:
+            positions = packed.pack(position_ids)
+        elif (padding := self.config.position_padding_id) is not None:
+            counted = ids != padding
+            before = F.pad(counted.cumsum(0), (1, 0))[packed.cu_tokens[:-1]]
+            within = counted.cumsum(0) - before[packed.sentence_of_token]
+            positions = torch.where(counted, padding + within, padding)
+        else:
+            positions = packed.positions
+        types = torch.zeros_like(ids) if token_type_ids is None else packed.pack(token_type_ids)
+        h = self.embeddings(ids, positions, types)
+        schedule = Schedule.of(
+            self.policy if policy is None else policy,
+            self.config.num_hidden_layers,
+            packed.num_sentences,
+            h,
+        )
+        bias = None
+        if self.relative_bias is not None:
+            bias = self.relative_bias(_relative_buckets(h.device)).T
+        if exit_layers is not None:
+            exit_layers = packed.pack(exit_layers)[packed.first_token]
+        if self._backend == "reference":
+            if self.training and max(
+                self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob
+            ):
+                raise ValueError(
+                    "the reference backend has no dropout; got a model in training mode with "
+                    "dropout, expected model.eval() or dropout 0"
+                )
+            return reference.exit_forward(
+                h, self.encoder.layers, self.encoder.heads, packed, schedule, bias, exit_layers
+            )
+        return self.encoder(h, packed, schedule, bias, exit_layers)
+
+    def _check(
+        self, input_ids, attention_mask, word_ids, token_type_ids, position_ids, labels, exit_layers
+    ):
+        """Reject what cannot be tagged; fill in the mask and the words."""
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; expected [B, N] with at least one "
+                "sentence and one token"
+            )
+        others = {
+            "attention_mask": attention_mask,
+            "word_ids": word_ids,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "labels": labels,
+            "exit_layers": exit_layers,
+        }
+        for name, value in others.items():
+            if value is not None and value.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}; expected that of input_ids, "
+                    f"{tuple(input_ids.shape)}"
+                )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        real = attention_mask != 0
+        if not real.any():
+            raise ValueError("attention_mask is 0 everywhere; expected at least one token")
+        longest, row = (int(x) for x in real.sum(1).max(0))
+        if longest > self.config.max_tokens:
+            raise ValueError(
+                f"sentence {row} has {longest} tokens; expected at most {self.config.max_tokens} "
+                "(tokenexit.Tagger cuts longer sentences into overlapping windows)"
+            )
+        _check_range("input_ids", input_ids[real], 0, self.config.vocab_size - 1)
+        if labels is not None:
+            used = labels != -100
+            if (used & ~real).any():
+                raise ValueError("labels has a label at padding; expected -100 there")
+            _check_range("labels", labels[used], 0, self.config.num_labels - 1)
+        if exit_layers is not None:
+            _check_range("exit_layers", exit_layers[real], 1, self.config.num_hidden_layers)
+        if word_ids is None:
+            ids = input_ids.masked_fill(~real, 0)
+            word_ids = word_ids_from_kinds(self.token_kinds[ids], attention_mask)
+        return attention_mask, word_ids
+
+    def _explain_nan(self, logits, packed) -> str:
+        bad = logits.isnan().any(-1)
+        sentence = int(packed.sentence_of_token[bad.nonzero()[0, 0]])
+        weights = [name for name, p in self.named_parameters() if p.isnan().any()]
+        cause = (
+            f"NaN in the weights {weights[:3]}" if weights else "no weight is NaN (an overflow?)"
+        )
+        return (
+            f"{int(bad.sum())} of {len(bad)} tokens have NaN logits, first in sentence {sentence}; "
+            f"expected finite logits; {cause}"
+        )
+
+
+def _load(loader, name, *args, **kwargs):
+    """Call a Hugging Face loader; a damaged file becomes one clear ValueError."""
+    try:
+        return loader(name, *args, **kwargs)
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise ValueError(f"the checkpoint {name} is damaged: {error}") from error
+
+
+def exit_loss(
+    trace: Trace,
+    labels: torch.Tensor,
+    num_layers: int,
+    num_items: torch.Tensor | int | None = None,
+    floor: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Training loss over all heads: `sum_l l * CE_l / sum_l l`.
+
+    A token counts in the layers up to its exit; `CE_l` is the sum over those tokens divided by
+    `num_items`, so that each token weighs the same whatever leaves beside it. Without exits this
+    is the joint loss of stage 1; with exits, that of self-sampling.
+
+    Args:
+        trace: of the encoder, for T tokens.
+        labels: `[T]` int, -100 where there is none.
+        num_layers: L.
+        num_items: None for the number of labels.
+        floor: `[T, L]` or None. Flooding: the loss of a token at a layer is its distance to the
+            one given here, `|CE - floor|`.
+
+    Source: Li et al. 2021 (arXiv 2105.13878), section 3.4; Ishida et al. 2020 for flooding.
+    """
+    total = 0.0
+    for number, (active, logits) in enumerate(trace, 1):
+        losses = F.cross_entropy(_precise(logits), labels[active], reduction="none")
+        if floor is not None:
+            known = labels[active] != -100
+            losses = torch.where(known, (losses - floor[active, number - 1]).abs(), 0)
+        total = total + number * losses.sum()
+    return total / (num_layers * (num_layers + 1) / 2) / _count(labels, num_items)
+
+
+def _precise(logits):
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _count(labels, num_items):
+    return (labels != -100).sum().clamp(min=1) if num_items is None else max(num_items, 1)
+
+
+def _check_range(name, values, low, high):
+    if values.numel():
+        smallest, largest = (int(x) for x in values.aminmax())
+        if smallest < low or largest > high:
+            got = smallest if smallest < low else largest
+            raise ValueError(f"{name} has {got}; expected values from {low} to {high}")
+
+
+def _relative_buckets(device, num_buckets=32):
+    """Bucket of each relative position -R..R of key to query, as T5 and MPNet number them."""
+    distance = -torch.arange(-RELATIVE_REACH, RELATIVE_REACH + 1, device=device)
+    half = num_buckets // 2
+    exact = half // 2
+    far = distance.abs()
+    log_scaled = torch.log(far.clamp(min=1).float() / exact) / math.log(RELATIVE_REACH / exact)
+    large = (exact + (log_scaled * (half - exact)).long()).clamp(max=half - 1)
+    return (distance < 0).long() * half + torch.where(far < exact, far, large)
+
+
+AutoConfig.register(TokenExitConfig.model_type, TokenExitConfig)
+AutoModelForTokenClassification.register(TokenExitConfig, TokenExitForTokenClassification)

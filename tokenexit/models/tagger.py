@@ -1,0 +1,127 @@
+"""Words in, labels out: batches, long sentences, streams."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tokenexit.files import write_folder_aside
+from tokenexit.models.convert import require_fast
+from tokenexit.models.encoding import Window, collate, encode, merge
+from tokenexit.models.modeling import TokenExitForTokenClassification
+from tokenexit.policy import ExitPolicy
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """One sentence: its words, the label of each, and the layer each left at."""
+
+    words: list[str]
+    labels: list[str]
+    exit_layers: list[int]
+
+
+class Tagger:
+    """Tags sentences given as words, of any length and in any number.
+
+    Args:
+        model: the tagger.
+        tokenizer: its fast tokenizer.
+        batch_size: sentences a forward pass.
+        overlap: words that the windows of a sentence too long for the model share.
+
+    Raises:
+        ValueError: not a fast tokenizer; batch_size below 1.
+    """
+
+    def __init__(
+        self,
+        model: TokenExitForTokenClassification,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 32,
+        overlap: int = 32,
+    ):
+        require_fast(tokenizer)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.overlap = overlap
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, **kwargs) -> Tagger:
+        """A saved tagger with the tokenizer beside it; kwargs are those of the constructor."""
+        model = TokenExitForTokenClassification.from_pretrained(name).eval()
+        return cls(model, AutoTokenizer.from_pretrained(name), **kwargs)
+
+    def save_pretrained(self, folder: str | os.PathLike):
+        """Save model, policy and tokenizer; a failure leaves nothing half-written."""
+        with write_folder_aside(folder) as aside:
+            self.model.save_pretrained(aside)
+            self.tokenizer.save_pretrained(aside)
+
+    def tag(
+        self, sentences: Iterable[Sequence[str]], policy: ExitPolicy | None = None
+    ) -> list[Tagged]:
+        """Tag sentences, each a sequence of words; results in their order.
+
+        Args:
+            policy: in place of the model's.
+        """
+        return list(self.stream(sentences, policy))
+
+    def stream(
+        self,
+        sentences: Iterable[Sequence[str]],
+        policy: ExitPolicy | None = None,
+        buffer: int = 1024,
+    ) -> Iterator[Tagged]:
+        """Like `tag`, as the sentences come: `buffer` of them at a time, in constant memory."""
+        sentences = iter(sentences)
+        names = self.model.config.id2label
+        while chunk := list(islice(sentences, buffer)):
+            windows = self.windows(chunk)
+            labels = [None] * len(windows)
+            layers = [None] * len(windows)
+            for indices, output, firsts in self.run(windows, policy):
+                best = output.logits.argmax(-1)
+                for row, index in enumerate(indices):
+                    labels[index] = [names[i] for i in best[row, firsts[row]].tolist()]
+                    layers[index] = output.exit_layers[row, firsts[row]].tolist()
+            results = zip(chunk, merge(windows, labels), merge(windows, layers), strict=True)
+            for words, its_labels, its_layers in results:
+                yield Tagged(list(words), its_labels, its_layers)
+
+    def windows(self, sentences: Sequence[Sequence[str]]) -> list[Window]:
+        """The model's inputs for some sentences: a window each, more for long ones."""
+        limit = min(self.model.config.max_tokens, self.tokenizer.model_max_length)
+        return encode(self.tokenizer, sentences, limit, self.overlap)
+
+    @torch.inference_mode()
+    def run(
+        self, windows: Sequence[Window], policy: ExitPolicy | None = None, **kwargs
+    ) -> Iterator[tuple[list[int], object, list[torch.Tensor]]]:
+        """Run the model over windows, sorted by length, in batches.
+
+        Args:
+            kwargs: of the model's forward.
+
+        Yields:
+            The indices of a batch's windows, the model's output for them, and for each the
+            positions of its words' first tokens.
+        """
+        order = sorted(range(len(windows)), key=lambda i: len(windows[i].input_ids))
+        device = self.model.device
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
+            chosen = [windows[i] for i in indices]
+            batch = collate(chosen, self.tokenizer)
+            firsts = [torch.tensor(w.first_pieces(), dtype=torch.int64) for w in chosen]
+            batch = {name: value.to(device) for name, value in batch.items()}
+            yield indices, self.model(**batch, policy=policy, **kwargs), firsts
