@@ -1,0 +1,317 @@
+"""Which policy: thresholds from a target speed or from a largest loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from tokenexit import flops
+from tokenexit.encoder import Schedule, simulate_exits
+from tokenexit.evaluate import evaluate
+from tokenexit.models.encoding import Window, merge
+from tokenexit.models.tagger import Tagger
+from tokenexit.policy import ExitPolicy
+from tokenexit.reference import uncertainty
+from tokenexit.training.data import check_labels
+from tokenexit.training.scoring import detect_metric, score
+
+THRESHOLDS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
+WINDOWS = (0, 1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy, its score and its speed-up in multiply-adds."""
+
+    policy: ExitPolicy
+    score: float
+    speedup: float
+
+    def to_dict(self) -> dict:
+        """JSON-ready."""
+        return {
+            "policy": self.policy.to_dict(),
+            "name": str(self.policy),
+            "score": self.score,
+            "speedup": self.speedup,
+        }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Result of `calibrate`.
+
+    Attributes:
+        metric: what the scores are, e.g. "entity_f1".
+        full_depth: the point of no exits.
+        simulated: every policy tried, by speed-up, its exits told from full-depth logits.
+        verified: the best of them, by speed-up, run with real exits.
+        chosen: the one of `verified` that was asked for.
+    """
+
+    metric: str
+    full_depth: Point
+    simulated: list[Point]
+    verified: list[Point]
+    chosen: Point
+
+    def to_dict(self) -> dict:
+        """All of it, JSON-ready."""
+        return {
+            "metric": self.metric,
+            "full_depth": self.full_depth.to_dict(),
+            "chosen": self.chosen.to_dict(),
+            "verified": [p.to_dict() for p in self.verified],
+            "simulated": [p.to_dict() for p in self.simulated],
+        }
+
+
+def policy_grid(
+    base: ExitPolicy | None = None,
+    windows: Iterable[int] = WINDOWS,
+    thresholds: Iterable[float] = THRESHOLDS,
+    sentence: bool = True,
+) -> list[ExitPolicy]:
+    """Policies to try: every window with every threshold, and sentence exit with every one.
+
+    Args:
+        base: its criterion, schedule, copy and neighbors are those of all.
+    """
+    base = base or ExitPolicy()
+    grid = [base.replace(level="token", window=k, threshold=t) for k in windows for t in thresholds]
+    if sentence:
+        grid += [base.replace(level="sentence", threshold=t) for t in thresholds]
+    return grid
+
+
+def calibrate(
+    tagger: Tagger,
+    data: Dataset,
+    *,
+    target_speedup: float | None = None,
+    max_loss: float | None = None,
+    policies: Sequence[ExitPolicy] | None = None,
+    verify: int = 8,
+    metric: str = "auto",
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Calibration:
+    """Sweep policies on development data and pick one.
+
+    One full-depth pass gives every layer's logits; from these each policy's exits are simulated
+    (as if tokens that left went on to be computed). The best are then run with real exits, and
+    only such a one is chosen.
+
+    Args:
+        tagger: its model's policy is not changed.
+        data: annotated sentences that the model was not trained on.
+        target_speedup: pick the best score among policies at least this fast (multiply-adds).
+        max_loss: pick the fastest policy that loses at most this much of the full-depth score,
+            in the score's units: 0.005 is half a point of F1. The default, with 0.005.
+        policies: to try; None for `policy_grid()`. They must share a criterion.
+        verify: how many to run with real exits.
+        metric: see `tokenexit.training.scoring.score`.
+        progress: called with (what, done, total).
+
+    Raises:
+        ValueError: both targets; a target that no policy reaches; no sentences or labels.
+    """
+    if target_speedup is not None and max_loss is not None:
+        raise ValueError("got both target_speedup and max_loss; expected one of them")
+    if target_speedup is None and max_loss is None:
+        max_loss = 0.005
+    if target_speedup is not None and target_speedup < 1:
+        raise ValueError(f"target_speedup is {target_speedup}; expected 1 or more")
+    if max_loss is not None and max_loss < 0:
+        raise ValueError(f"max_loss is {max_loss}; expected 0 or more")
+    check_labels(data, list(tagger.model.config.label2id))
+    if not len(data):
+        raise ValueError("the data has no sentences; expected at least one")
+    policies = policy_grid() if policies is None else list(policies)
+    tagger.model.eval()
+
+    sweep = _Sweep(tagger, data, policies[0].criterion, metric)
+    full = sweep.point(ExitPolicy.never())
+    simulated = []
+    for number, policy in enumerate(policies, 1):
+        simulated.append(sweep.point(policy))
+        progress("simulate", number, len(policies))
+    simulated.sort(key=lambda p: p.speedup)
+
+    verified: dict[ExitPolicy, Point] = {}
+
+    def run(point: Point) -> Point:
+        if point.policy not in verified:
+            real = evaluate(tagger, data, point.policy, metric=metric)
+            verified[point.policy] = Point(point.policy, real.score, real.flops_speedup)
+            progress("verify", len(verified), verify)
+        return verified[point.policy]
+
+    def meets(point: Point) -> bool:
+        if target_speedup is not None:
+            return point.speedup >= target_speedup
+        return point.score >= full.score - max_loss
+
+    def preference(point: Point) -> tuple[float, float]:
+        if target_speedup is not None:
+            return point.score, point.speedup
+        return point.speedup, point.score
+
+    # Half of the runs go to the candidates for the choice, the rest to the curve.
+    candidates = sorted(filter(meets, simulated), key=preference, reverse=True)
+    for point in candidates[: max(1, verify // 2)]:
+        run(point)
+    front = pareto_front(simulated)
+    count = min(len(front), max(1, verify - len(verified)))
+    for i in range(count):
+        run(front[round(i * (len(front) - 1) / max(1, count - 1))])
+    good = [p for p in (*verified.values(), full) if meets(p)]
+    for point in candidates:  # simulation was too hopeful: go on down the list
+        if any(p is not full for p in good) or len(verified) >= 3 * verify:
+            break
+        if meets(run(point)):
+            good.append(run(point))
+    if not good:
+        fastest = max((*verified.values(), full), key=lambda p: p.speedup)
+        raise ValueError(
+            f"no policy reaches a speed-up of {target_speedup:g}; the fastest verified is "
+            f"{fastest.policy} with {fastest.speedup:.2f} at a score of {fastest.score:.4f}"
+        )
+    return Calibration(
+        metric=sweep.metric,
+        full_depth=full,
+        simulated=simulated,
+        verified=sorted(verified.values(), key=lambda p: p.speedup),
+        chosen=max(good, key=preference),
+    )
+
+
+def pareto_front(points: Iterable[Point]) -> list[Point]:
+    """Points that no other beats in both score and speed-up, by speed-up."""
+    front = []
+    for point in sorted(points, key=lambda p: (p.speedup, p.score), reverse=True):
+        if not front or point.score > front[-1].score:
+            front.append(point)
+    return front[::-1]
+
+
+class _Sweep:
+    """Full-depth logits of all words, and what a policy would make of them."""
+
+    def __init__(self, tagger: Tagger, data: Dataset, criterion: str, metric: str):
+        self.config = tagger.model.config
+        self.gold = list(data["labels"])
+        self.metric = detect_metric(self.config.label2id) if metric == "auto" else metric
+        self.criterion = criterion
+        self.windows: list[Window] = tagger.windows(data["words"])
+        self.names = [self.config.id2label[i] for i in range(self.config.num_labels)]
+        unsure, best = [None] * len(self.windows), [None] * len(self.windows)
+        for indices, output, firsts in tagger.run(
+            self.windows, ExitPolicy.never(), output_layer_logits=True
+        ):
+            for row, index in enumerate(indices):
+                logits = output.layer_logits[:, row, firsts[row]].cpu()  # [L, n, C]
+                unsure[index] = uncertainty(logits, criterion == "max_prob")
+                best[index] = logits.argmax(-1)
+        self.uncertainty, self.best = torch.cat(unsure, 1), torch.cat(best, 1)
+        counts = torch.tensor([w.n_words for w in self.windows])
+        self.cu_words = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        self.window_of_word = torch.arange(len(counts)).repeat_interleave(counts)
+        self.tokens = torch.tensor([len(w.input_ids) for w in self.windows])
+        self.pieces = torch.cat([_pieces(w) for w in self.windows])
+
+    def point(self, policy: ExitPolicy) -> Point:
+        """The policy's simulated score and speed-up."""
+        if policy.criterion != self.criterion:
+            raise ValueError(
+                f"got policies of criterion {self.criterion!r} and {policy.criterion!r}; "
+                "expected one criterion in a sweep"
+            )
+        num_layers = self.config.num_hidden_layers
+        schedule = Schedule.of(policy, num_layers, len(self.windows), self.uncertainty)
+        exits = simulate_exits(self.uncertainty, self.cu_words, schedule)
+        labels = [
+            [self.names[i] for i in chosen.tolist()]
+            for chosen in self.best.gather(0, exits[None] - 1)[0].split(
+                self.cu_words.diff().tolist()
+            )
+        ]
+        result = score(self.gold, merge(self.windows, labels), self.metric)
+        active = torch.zeros(len(self.windows), num_layers, dtype=torch.int64)
+        layers = torch.arange(1, num_layers + 1)
+        still = (exits[:, None] >= layers).long()  # [W, L]
+        active.index_add_(0, self.window_of_word, still * self.pieces[:, None])
+        special = self.tokens.clone().index_add_(0, self.window_of_word, -self.pieces)
+        active += (active > 0) * special[:, None]
+        return Point(policy, result["score"], flops.speedup(active, self.tokens, self.config))
+
+
+def _pieces(window: Window) -> torch.Tensor:
+    """Tokens of each word of a window."""
+    ids = torch.tensor(window.word_ids)
+    return (ids[ids >= 0] - window.first_word).bincount(minlength=window.n_words)
+
+
+def plot(
+    calibration: Calibration,
+    path: str | Path,
+    title: str = "",
+    test: Sequence[Point] = (),
+):
+    """Draw score against speed-up as a PNG (or any suffix that matplotlib knows).
+
+    Args:
+        test: points of other data, drawn beside.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), dpi=150, layout="constrained")
+    levels = {"token": ("#1f6f8b", "token exit"), "sentence": ("#d1495b", "sentence exit")}
+    for level, (color, label) in levels.items():
+        mine = [p for p in calibration.simulated if p.policy.level == level]
+        front = pareto_front([*mine, calibration.full_depth])
+        if mine:
+            axes.plot(
+                [p.speedup for p in front],
+                [p.score for p in front],
+                color=color,
+                lw=1,
+                alpha=0.45,
+                label=f"{label}, simulated (best)",
+            )
+        real = pareto_front(
+            p for p in (*calibration.verified, calibration.full_depth) if p.policy.level == level
+        )
+        if real:
+            axes.plot(
+                [p.speedup for p in real],
+                [p.score for p in real],
+                "o",
+                color=color,
+                ms=5,
+                label=f"{label}, real",
+            )
+    if test:
+        axes.plot([p.speedup for p in test], [p.score for p in test], "k^", ms=5, label="test data")
+    chosen, full = calibration.chosen, calibration.full_depth
+    axes.plot(
+        [chosen.speedup], [chosen.score], "*", color="#edae49", ms=16, mec="k", label="chosen"
+    )
+    axes.axhline(full.score, color="gray", lw=0.8, ls=":", label="full depth")
+    shown = [full.score, *(p.score for p in (*calibration.verified, *test))]
+    low, high = min(shown), max(shown)
+    axes.set_ylim(low - 0.15 * (high - low) - 0.002, high + 0.1 * (high - low) + 0.002)
+    axes.set_xlim(left=0.95)
+    axes.set_xlabel("speed-up in multiply-adds over full depth")
+    axes.set_ylabel(calibration.metric.replace("_", " "))
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="lower left")
+    figure.savefig(path)
+    plt.close(figure)

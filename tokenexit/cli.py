@@ -1,0 +1,562 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokenexit import __version__
+from tokenexit.policy import ExitPolicy
+
+app = typer.Typer(
+    help="Taggers whose tokens exit early: train, calibrate, evaluate, tag.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Folder of a tagger that `train` wrote.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        "-d",
+        help="CoNLL columns, CoNLL-U, JSON lines, or what datasets.load_dataset takes.",
+    ),
+]
+Column = Annotated[
+    str | None,
+    typer.Option(help="Where the labels are: a column's number or a key. Default: the last."),
+]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="conll, conllu, jsonl, text or dataset. Default: by the name."),
+]
+Metric = Annotated[str, typer.Option(help="auto, entity_f1, word_f1 or accuracy.")]
+BatchSize = Annotated[int, typer.Option(help="Sentences a forward pass.", min=1)]
+Threshold = Annotated[float | None, typer.Option(help="In place of the model's threshold.")]
+Window = Annotated[int | None, typer.Option(help="In place of the model's window.")]
+Level = Annotated[str | None, typer.Option(help="token or sentence, in place of the model's.")]
+FullDepth = Annotated[bool, typer.Option("--full-depth", help="No early exits.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write the tagger to.")]
+Epochs = Annotated[float | None, typer.Option(help="Default: 3, more for small data.")]
+LearningRate = Annotated[float | None, typer.Option(help="Default: 5e-5 (768 / width)^2.")]
+HeadLearningRate = Annotated[float, typer.Option(help="Learning rate of the exit heads.")]
+Seed = Annotated[int, typer.Option(help="Runs with equal seeds are equal.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Dev = Annotated[str | None, typer.Option(help="Data to score after each epoch.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="NAME=VALUE, any field of transformers.TrainingArguments."),
+]
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Encoder or tagger: a folder or a hub name.")
+    ],
+    data: Data,
+    output: Output,
+    dev: Dev = None,
+    column: Column = None,
+    format: Format = None,
+    epochs: Epochs = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    learning_rate: LearningRate = None,
+    head_learning_rate: HeadLearningRate = 1e-3,
+    metric: Metric = "auto",
+    seed: Seed = 42,
+    resume: Resume = False,
+    set: Settings = None,
+):
+    """Stage 1: train an encoder with a head after each layer.
+
+    Example: `tokenexit train -m bert-base-cased -d train.conll --dev dev.conll -o tagger`
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    _quiet()
+    from tokenexit.models.modeling import TokenExitForTokenClassification
+    from tokenexit.training.data import label_names, read_sentences
+
+    train_data = read_sentences(data, column=_number(column), format=format)
+    dev_data = dev and read_sentences(dev, column=_number(column), format=format)
+    labels = {}
+    if AutoConfig.from_pretrained(model).model_type != "tokenexit":
+        names = label_names(train_data)
+        labels = {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tagger_model = TokenExitForTokenClassification.from_pretrained(
+        model, tokenizer=None if not labels else tokenizer, **labels
+    )
+    _train(
+        tagger_model,
+        tokenizer,
+        train_data,
+        dev_data,
+        output,
+        None,
+        epochs,
+        batch_size,
+        learning_rate,
+        head_learning_rate,
+        metric,
+        seed,
+        resume,
+        set,
+    )
+
+
+@app.command("self-sample")
+def self_sample(
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder that `train` wrote.")],
+    data: Data,
+    output: Output,
+    dev: Dev = None,
+    column: Column = None,
+    format: Format = None,
+    epochs: Epochs = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    learning_rate: LearningRate = None,
+    head_learning_rate: HeadLearningRate = 1e-3,
+    exits: Annotated[
+        str, typer.Option(help="online (by the current model) or cached (by stage 1's).")
+    ] = "online",
+    flooding: Annotated[
+        bool, typer.Option("--flooding", help="Keep each loss at its level after stage 1.")
+    ] = False,
+    copy: Annotated[str, typer.Option(help="post_norm or pre_norm.")] = "post_norm",
+    criterion: Annotated[str, typer.Option(help="entropy or max_prob.")] = "entropy",
+    max_threshold: Annotated[float, typer.Option(help="Highest threshold drawn.")] = 0.5,
+    metric: Metric = "auto",
+    seed: Seed = 42,
+    resume: Resume = False,
+    set: Settings = None,
+):
+    """Stage 2: train under exits that the model itself draws.
+
+    Example: `tokenexit self-sample -m tagger -d train.conll --dev dev.conll -o tagger-exits`
+    """
+    from tokenexit.training.data import read_sentences
+    from tokenexit.training.self_sampling import SelfSampling
+
+    sampling = SelfSampling(
+        ExitPolicy(copy=copy, criterion=criterion),
+        thresholds=(min(SelfSampling.thresholds[0], max_threshold), max_threshold),
+        exits=exits,
+        flooding=flooding,
+    )
+    train_data = read_sentences(data, column=_number(column), format=format)
+    dev_data = dev and read_sentences(dev, column=_number(column), format=format)
+    tagger = _tagger(model, batch_size)
+    _train(
+        tagger.model,
+        tagger.tokenizer,
+        train_data,
+        dev_data,
+        output,
+        sampling,
+        epochs,
+        batch_size,
+        learning_rate,
+        head_learning_rate,
+        metric,
+        seed,
+        resume,
+        set,
+    )
+
+
+def _train(
+    model, tokenizer, train_data, dev_data, output, sampling, epochs, batch_size, learning_rate,
+    head_learning_rate, metric, seed, resume, settings,
+):  # fmt: skip
+    from tokenexit.training.trainer import (
+        ExitTrainer,
+        RichProgress,
+        last_checkpoint,
+        training_arguments,
+    )
+
+    checkpoints = output / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoint = last_checkpoint(checkpoints)
+    if resume and checkpoint is None:
+        raise ValueError(f"--resume: no complete checkpoint in {checkpoints}")
+    if not resume and checkpoint is not None:
+        raise ValueError(
+            f"{checkpoints} has a run already: give --resume to go on with it, or remove it"
+        )
+    arguments = training_arguments(
+        checkpoints,
+        model.config.hidden_size,
+        len(train_data),
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        **{
+            "disable_tqdm": True,
+            "eval_strategy": "epoch" if dev_data is not None else "no",
+            **_settings(settings),
+        },
+    )
+    trainer = ExitTrainer(
+        model,
+        arguments,
+        tokenizer,
+        train_data,
+        dev_data,
+        sampling,
+        head_learning_rate,
+        metric=metric,
+        progress=RichProgress(err),
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+    if trainer.is_world_process_zero():
+        trainer.tagger.save_pretrained(output)
+        out.print(f"wrote {output}")
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    data: Data,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="At least this much faster, in multiply-adds.")
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="At most this much below full depth; 0.005 (default) is half a point."),
+    ] = None,
+    copy: Annotated[str, typer.Option(help="post_norm or pre_norm.")] = "post_norm",
+    criterion: Annotated[str, typer.Option(help="entropy or max_prob.")] = "entropy",
+    schedule: Annotated[str, typer.Option(help="constant or doubling.")] = "constant",
+    neighbors: Annotated[str, typer.Option(help="frozen or recompute.")] = "frozen",
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for calibration.json and calibration.png.")
+    ] = None,
+    column: Column = None,
+    format: Format = None,
+    metric: Metric = "auto",
+    batch_size: BatchSize = 32,
+):
+    """Pick the policy from development data and store it in the tagger.
+
+    Examples: `tokenexit calibrate tagger -d dev.conll --max-loss 0.005`,
+    `tokenexit calibrate tagger -d dev.conll --target-speedup 3 --report report`
+    """
+    from tokenexit.calibrate import calibrate as run
+    from tokenexit.calibrate import plot, policy_grid
+    from tokenexit.files import write_aside
+
+    tagger = _tagger(model, batch_size)
+    base = ExitPolicy(criterion=criterion, copy=copy, schedule=schedule, neighbors=neighbors)
+    with _progress() as progress:
+        result = run(
+            tagger,
+            _read(data, column, format),
+            target_speedup=target_speedup,
+            max_loss=max_loss,
+            policies=policy_grid(base),
+            metric=metric,
+            progress=progress,
+        )
+    table = Table("policy", result.metric, "speed-up", "", title="verified with real exits")
+    table.add_row("full depth", f"{result.full_depth.score:.4f}", "1.00", "")
+    for point in result.verified:
+        mark = "chosen" if point.policy == result.chosen.policy else ""
+        table.add_row(str(point.policy), f"{point.score:.4f}", f"{point.speedup:.2f}", mark)
+    out.print(table)
+    if report:
+        with write_aside(report / "calibration.json") as path:
+            path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        with write_aside(report / "calibration.png") as path:
+            plot(result, path)
+        out.print(f"wrote {report}/calibration.json and {report}/calibration.png")
+    tagger.model.policy = result.chosen.policy
+    tagger.model.config.exit_policy = result.chosen.policy.to_dict()
+    _save_config(tagger.model, model)
+    out.print(f"policy of {model}: {result.chosen.policy}")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    threshold: Threshold = None,
+    window: Window = None,
+    level: Level = None,
+    full_depth: FullDepth = False,
+    timing_runs: Annotated[
+        int, typer.Option(help="Timed runs against full depth, in alternation; 0 for none.", min=0)
+    ] = 3,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    column: Column = None,
+    format: Format = None,
+    metric: Metric = "auto",
+    batch_size: BatchSize = 32,
+):
+    """Score a tagger, and what its exits save.
+
+    Example: `tokenexit evaluate tagger -d test.conll`
+    """
+    from tokenexit.evaluate import evaluate as run
+
+    tagger = _tagger(model, batch_size)
+    policy = _policy(tagger.model.policy, threshold, window, level, full_depth)
+    result = run(
+        tagger, _read(data, column, format), policy, metric=metric, timing_runs=timing_runs
+    )
+    if json_output:
+        print(json.dumps(result.to_dict()))
+        return
+    table = Table("", "", show_header=False)
+    table.add_row("policy", str(policy))
+    for name, value in result.scores.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else json.dumps(value)
+        table.add_row(name, shown)
+    table.add_row("mean exit layer", f"{result.mean_exit_layer:.2f}")
+    table.add_row("words leaving at layer 1, 2, ...", " ".join(map(str, result.exits_per_layer)))
+    table.add_row("speed-up, multiply-adds", f"{result.flops_speedup:.2f}")
+    if result.wall_speedup is not None:
+        table.add_row("speed-up, wall clock here", f"{result.wall_speedup:.2f}")
+        table.add_row("words a second", f"{result.words_per_second:.0f}")
+    out.print(table)
+
+
+@app.command()
+def predict(
+    model: Model,
+    input: Annotated[str, typer.Argument(help="File to tag; - for standard input.")] = "-",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File. Default: standard output.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option("--format", help="Of the input: text, conll or jsonl.")
+    ] = "text",
+    output_format: Annotated[str, typer.Option(help="jsonl or conll.")] = "jsonl",
+    threshold: Threshold = None,
+    window: Window = None,
+    level: Level = None,
+    full_depth: FullDepth = False,
+    batch_size: BatchSize = 32,
+    buffer: Annotated[int, typer.Option(help="Sentences held at a time.", min=1)] = 1024,
+):
+    """Tag a file or a stream, in order, in constant memory.
+
+    A file is written aside and renamed at the end: an interrupted run leaves none.
+
+    Examples: `echo "Ada lives in London" | tokenexit predict tagger`,
+    `tokenexit predict tagger news.txt -o news.conll --output-format conll`
+    """
+    from tokenexit.files import write_aside
+    from tokenexit.training.data import stream_sentences
+
+    formats = {"jsonl": _as_json, "conll": _as_conll}
+    if output_format not in formats:
+        raise ValueError(f"--output-format is {output_format!r}; expected jsonl or conll")
+    tagger = _tagger(model, batch_size)
+    policy = _policy(tagger.model.policy, threshold, window, level, full_depth)
+    with _open(input) as lines:
+        results = tagger.stream(stream_sentences(lines, format), policy, buffer)
+        if output is None:
+            for tagged in results:
+                sys.stdout.write(formats[output_format](tagged))
+                sys.stdout.flush()
+            return
+        with write_aside(output) as aside, open(aside, "w", encoding="utf-8") as file:
+            for tagged in results:
+                file.write(formats[output_format](tagged))
+    err.print(f"wrote {output}")
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the tagger, picture and tables.")
+    ] = Path("tokenexit-demo"),
+    sentences: Annotated[int, typer.Option(help="Training sentences.", min=1)] = 2000,
+    seed: Seed = 42,
+):
+    """The main job on a real encoder and real text: train, self-sample, calibrate, tag.
+
+    Example: `tokenexit demo`
+    """
+    from tokenexit.demo import run
+
+    _quiet()
+    run(output, sentences, seed, out)
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="Folder of a tagger.")] = None,
+):
+    """What is installed here; of a tagger, its shape, labels and policy.
+
+    Examples: `tokenexit info`, `tokenexit info tagger`
+    """
+    import torch
+    import transformers
+
+    from tokenexit import ops
+
+    table = Table("", "", show_header=False)
+    table.add_row("tokenexit", __version__)
+    table.add_row("python", sys.version.split()[0])
+    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    table.add_row("transformers", transformers.__version__)
+    built = ops.extension_available()
+    table.add_row("compiled ops", "yes" if built else f"no: {ops.extension_error()}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    table.add_row("GPU", gpu)
+    if model is not None:
+        loaded = _tagger(model, 1).model
+        config = loaded.config
+        table.add_row("tagger", model)
+        table.add_row(
+            "encoder",
+            f"{config.source_model_type}, {config.num_hidden_layers} layers of "
+            f"{config.hidden_size}, at most {config.max_tokens} tokens",
+        )
+        table.add_row("parameters", f"{sum(p.numel() for p in loaded.parameters()) / 1e6:.1f} M")
+        table.add_row("labels", " ".join(config.id2label.values()))
+        table.add_row("policy", str(loaded.policy))
+    out.print(table)
+
+
+def main():
+    """Run the command line; a user's mistake is one line on stderr and a non-zero exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        err.print("interrupted")
+        code = 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except Exception as error:
+        if os.environ.get("TOKENEXIT_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError))
+        kind = "" if known else f"{type(error).__name__}: "
+        print(f"error: {kind}{text}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+def _tagger(model: str, batch_size: int):
+    from tokenexit.models.tagger import Tagger
+
+    _quiet()
+    return Tagger.from_pretrained(model, batch_size=batch_size)
+
+
+def _read(data: str, column: str | None, format: str | None):
+    from tokenexit.training.data import read_sentences
+
+    return read_sentences(data, column=_number(column), format=format)
+
+
+def _quiet():
+    """Our own messages only."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _policy(policy, threshold, window, level, full_depth) -> ExitPolicy:
+    changes = {"threshold": threshold, "window": window, "level": level}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if full_depth:
+        if changes:
+            raise ValueError(f"--full-depth excludes {', '.join('--' + n for n in changes)}")
+        return ExitPolicy.never()
+    return policy.replace(**changes)
+
+
+def _number(column: str | None) -> int | str | None:
+    return int(column) if column is not None and column.lstrip("-").isdigit() else column
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    settings = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set got {pair!r}; expected NAME=VALUE")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
+
+
+def _save_config(model, folder: str):
+    from tokenexit.files import write_folder_aside
+
+    with write_folder_aside(folder) as aside:
+        model.config.save_pretrained(aside)
+
+
+@contextmanager
+def _open(name: str) -> Iterator[Any]:
+    if name == "-":
+        yield sys.stdin.buffer
+    else:
+        with open(name, "rb") as file:
+            yield file
+
+
+@contextmanager
+def _progress():
+    from rich.progress import MofNCompleteColumn, Progress
+
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as bars:
+        tasks = {}
+
+        def update(what: str, done: int, total: int):
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=max(done, total))
+
+        yield update
+
+
+def _as_json(tagged) -> str:
+    row = {"words": tagged.words, "labels": tagged.labels, "exit_layers": tagged.exit_layers}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _as_conll(tagged) -> str:
+    rows = zip(tagged.words, tagged.labels, strict=True)
+    return "".join(f"{word}\t{label}\n" for word, label in rows) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""How good a tagger is under a policy, and how much it saves."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from datasets import Dataset
+
+from tokenexit import flops
+from tokenexit.models.encoding import Window, merge
+from tokenexit.models.tagger import Tagger
+from tokenexit.policy import ExitPolicy
+from tokenexit.training.data import check_labels
+from tokenexit.training.scoring import detect_metric, score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate`.
+
+    Attributes:
+        policy: the one evaluated.
+        scores: of `tokenexit.training.scoring.score`: "metric", "score", ...
+        mean_exit_layer: over words.
+        exits_per_layer: words that left at each layer, L numbers.
+        flops_speedup: multiply-adds of full depth over those spent; `tokenexit.flops` has the
+            formula, in which tokens that left still cost their keys and values.
+        wall_speedup: time of full depth over time, medians of alternating runs on this machine;
+            None if not measured.
+        words_per_second: likewise.
+    """
+
+    policy: ExitPolicy
+    scores: dict
+    mean_exit_layer: float
+    exits_per_layer: list[int]
+    flops_speedup: float
+    wall_speedup: float | None = None
+    words_per_second: float | None = None
+
+    @property
+    def score(self) -> float:
+        return self.scores["score"]
+
+    def to_dict(self) -> dict:
+        """All of it, JSON-ready."""
+        return {**asdict(self), "policy": self.policy.to_dict()}
+
+
+def evaluate(
+    tagger: Tagger,
+    data: Dataset,
+    policy: ExitPolicy | None = None,
+    *,
+    metric: str = "auto",
+    timing_runs: int = 0,
+) -> Evaluation:
+    """Tag annotated sentences under a policy and score the result.
+
+    Args:
+        tagger: its model is put into evaluation mode.
+        data: sentences with `words` and `labels`.
+        policy: None for the model's.
+        metric: see `tokenexit.training.scoring.score`.
+        timing_runs: how often to measure the time; 0 for not at all.
+
+    Raises:
+        ValueError: no sentences; no labels; a label that the model does not know.
+    """
+    config = tagger.model.config
+    check_labels(data, list(config.label2id))
+    if not len(data):
+        raise ValueError("the data has no sentences; expected at least one")
+    if metric == "auto":
+        metric = detect_metric(config.label2id)
+    tagger.model.eval()
+    policy = tagger.model.policy if policy is None else policy
+    windows = tagger.windows(data["words"])
+    labels, layers = [None] * len(windows), [None] * len(windows)
+    active, tokens = [], []
+    for indices, output, firsts in tagger.run(windows, policy):
+        best = output.logits.argmax(-1)
+        for row, index in enumerate(indices):
+            labels[index] = [config.id2label[i] for i in best[row, firsts[row]].tolist()]
+            layers[index] = output.exit_layers[row, firsts[row]].tolist()
+        active.append(flops.active_tokens(output.exit_layers, config.num_hidden_layers).cpu())
+        tokens.append((output.exit_layers > 0).sum(1).cpu())
+    exits = torch.tensor([x for sentence in merge(windows, layers) for x in sentence])
+    result = Evaluation(
+        policy=policy,
+        scores=score(list(data["labels"]), merge(windows, labels), metric),
+        mean_exit_layer=float(exits.double().mean()),
+        exits_per_layer=exits.bincount(minlength=config.num_hidden_layers + 1)[1:].tolist(),
+        flops_speedup=flops.speedup(torch.cat(active), torch.cat(tokens), config),
+    )
+    if not timing_runs:
+        return result
+    seconds = time_policies(tagger, windows, [ExitPolicy.never(), policy], timing_runs)
+    return Evaluation(
+        **{
+            **result.__dict__,
+            "wall_speedup": statistics.median(a / b for a, b in zip(*seconds, strict=True)),
+            "words_per_second": len(exits) / statistics.median(seconds[1]),
+        }
+    )
+
+
+def time_policies(
+    tagger: Tagger, windows: Sequence[Window], policies: Sequence[ExitPolicy], runs: int
+) -> list[list[float]]:
+    """Seconds that the model takes over all windows, `[policy][run]`, policies in alternation.
+
+    The first round warms up and is not returned.
+    """
+    seconds = [[] for _ in policies]
+    for _ in range(runs + 1):
+        for policy, times in zip(policies, seconds, strict=True):
+            start = time.perf_counter()
+            for _, output, _ in tagger.run(windows, policy):
+                output.logits[0, 0, 0].item()  # wait for the device
+            times.append(time.perf_counter() - start)
+    return [times[1:] for times in seconds]

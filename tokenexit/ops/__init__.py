@@ -1,0 +1,65 @@
+"""One file an op: a user function, its checks, its fake, and the choice of what runs it."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+try:
+    importlib.import_module("tokenexit._C")  # loading it registers torch.ops.tokenexit
+    _ERROR = None
+except ModuleNotFoundError:
+    _ERROR = "tokenexit._C was not built; the installation's log says why (pip install -v)"
+except ImportError as error:
+    _ERROR = f"tokenexit._C was built, but does not load: {error}"
+
+
+def extension_available() -> bool:
+    """Whether the compiled ops are loaded; without them the reference runs, only slower."""
+    return _ERROR is None
+
+
+def extension_error() -> str | None:
+    """Why the compiled ops are not loaded; None if they are."""
+    return _ERROR
+
+
+def compiled_devices(op: str) -> frozenset[str]:
+    """The types of device that `tokenexit::op` is compiled for."""
+    packet = getattr(torch.ops.tokenexit, op, None) if extension_available() else None
+    if packet is None:
+        return frozenset()
+    return frozenset(
+        key.lower()
+        for key in ("CPU", "CUDA")
+        if packet.default.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, key))
+    )
+
+
+def use_compiled(backend: str, device: torch.device, devices: frozenset[str]) -> bool:
+    """Whether a call on that device takes the compiled op.
+
+    Raises:
+        ValueError: backend is neither "auto" nor "reference".
+    """
+    if backend not in ("auto", "reference"):
+        raise ValueError(f'got backend {backend!r}; expected "auto" or "reference"')
+    return backend == "auto" and device.type in devices
+
+
+def check_vector(
+    name: str, tensor: torch.Tensor, size: int, device: torch.device, dtype=torch.int64
+) -> None:
+    """Hold an argument against what an op expects; looks at no value, so the host never waits.
+
+    Raises:
+        TypeError: not of that dtype.
+        ValueError: not of shape `[size]`, or on another device.
+    """
+    if tensor.dtype != dtype:
+        raise TypeError(f"got {name} of {tensor.dtype}; expected {dtype}")
+    if tensor.dim() != 1 or tensor.shape[0] != size:
+        raise ValueError(f"got {name} {list(tensor.shape)}; expected [{size}]")
+    if tensor.device != device:
+        raise ValueError(f"got {name} on {tensor.device}; expected {device}")

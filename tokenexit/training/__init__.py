@@ -1,0 +1,1 @@
+"""Stages, losses, self-sampling, distillation."""

@@ -1,0 +1,133 @@
+"""How good predicted labels are: entity F1, word F1 of a segmentation, or accuracy."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from seqeval.metrics.sequence_labeling import get_entities
+
+METRICS = ("entity_f1", "word_f1", "accuracy")
+
+# BMES and BILOU in the letters of IOBES, the ones that seqeval reads.
+_TO_IOBES = {"M": "I", "L": "E", "U": "S"}
+_LABEL = {
+    "entity_f1": re.compile(r"O|[BIESMLU](-.+)?", re.DOTALL),
+    "word_f1": re.compile(r"[BIMES]"),
+}
+_EXAMPLE = {"entity_f1": "O or one like B-PER", "word_f1": "B, M, I, E or S"}
+
+
+def detect_metric(label_names: Iterable[str]) -> str:
+    """Tell from a set of labels what to score.
+
+    Args:
+        label_names: all labels of the task, or of its gold data.
+
+    Returns:
+        `entity_f1` for chunks, of types (`B-PER`, `I-PER`, ..., with or without `O`) or without
+        (`B`, `I` and `O`); `word_f1` for a segmentation (only letters of BMES or BIES, no `O`);
+        else `accuracy`. `O` beside part-of-speech tags is one of them.
+
+    Raises:
+        ValueError: no labels.
+    """
+    labels = set(label_names)
+    if not labels:
+        raise ValueError("got no labels; expected at least one")
+    for metric in ("word_f1", "entity_f1"):
+        if all(_LABEL[metric].fullmatch(label) for label in labels):
+            return metric
+    return "accuracy"
+
+
+def score(
+    gold: Sequence[Sequence[str]],
+    predicted: Sequence[Sequence[str]],
+    metric: str = "auto",
+) -> dict[str, str | float | dict[str, float]]:
+    """Score predicted labels.
+
+    Chunks are read as CoNLL's own script does (seqeval's default), whether IOB1, IOB2, BIOES,
+    BMES or BILOU; one that breaks the rules counts as far as it goes. The words of a segmentation
+    are chunks that together cover the sentence.
+
+    Args:
+        gold, predicted: the labels of each sentence.
+        metric: `entity_f1`, `word_f1`, `accuracy`, or `auto`: `detect_metric` of the gold labels.
+
+    Returns:
+        `metric`; `score`, which is F1 or the accuracy; `precision` and `recall` of chunks (the
+        accuracy, where that is the metric); `accuracy` of labels; for `entity_f1` also `types`,
+        the F1 of each type (`_` for chunks without one). All from 0 to 1; F1 is 0 where there
+        are no chunks.
+
+    Raises:
+        ValueError: an unknown metric; unequal numbers of sentences or labels; no label at all; a
+            label that does not fit the metric. The message names the sentence, from 0.
+    """
+    if metric not in ("auto", *METRICS):
+        raise ValueError(f"metric is {metric!r}; expected 'auto' or one of {METRICS}")
+    if len(gold) != len(predicted):
+        raise ValueError(f"got {len(predicted)} predicted sentences; expected {len(gold)}")
+    for number, (wanted, got) in enumerate(zip(gold, predicted, strict=True)):
+        if len(wanted) != len(got):
+            raise ValueError(
+                f"sentence {number}: got {len(got)} predicted labels; expected {len(wanted)}"
+            )
+    if metric == "auto":
+        metric = detect_metric({label for labels in gold for label in labels})
+    total = sum(map(len, gold))
+    if not total:
+        raise ValueError("got no labels; expected at least one")
+
+    same = sum(
+        a == b for pair in zip(gold, predicted, strict=True) for a, b in zip(*pair, strict=True)
+    )
+    accuracy = same / total
+    if metric == "accuracy":
+        return {
+            "metric": metric,
+            "score": accuracy,
+            "precision": accuracy,
+            "recall": accuracy,
+            "accuracy": accuracy,
+        }
+
+    wanted, got = set(_chunks(gold, metric)), set(_chunks(predicted, metric))
+    found = len(wanted & got)
+    result = {
+        "metric": metric,
+        "score": _f1(found, len(wanted), len(got)),
+        "precision": found / len(got) if got else 0.0,
+        "recall": found / len(wanted) if wanted else 0.0,
+        "accuracy": accuracy,
+    }
+    if metric == "entity_f1":
+        counts = [Counter(chunk[0] for chunk in chunks) for chunks in (wanted & got, wanted, got)]
+        types = sorted(counts[1].keys() | counts[2].keys())
+        result["types"] = {name: _f1(*(count[name] for count in counts)) for name in types}
+    return result
+
+
+def _chunks(sentences: Sequence[Sequence[str]], metric: str) -> list[tuple[str, int, int]]:
+    """Return (type, first, last) of each chunk, in positions of all sentences together."""
+    return get_entities(
+        [
+            [_iobes(label, metric, number) for label in labels]
+            for number, labels in enumerate(sentences)
+        ]
+    )
+
+
+def _iobes(label: str, metric: str, sentence: int) -> str:
+    if not _LABEL[metric].fullmatch(label):
+        raise ValueError(
+            f"sentence {sentence}: got the label {label!r}; expected {_EXAMPLE[metric]}"
+        )
+    return _TO_IOBES.get(label[0], label[0]) + label[1:]
+
+
+def _f1(found: int, wanted: int, got: int) -> float:
+    return 2 * found / (wanted + got) if wanted + got else 0.0
