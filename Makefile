@@ -31,6 +31,6 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install -q torch==2.13.0 "setuptools>=77" wheel ninja
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
 	touch $@

@@ -17,7 +17,7 @@ def write_aside(target: str | os.PathLike) -> Iterator[Path]:
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; expected a file to write")
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    handle, aside = tempfile.mkstemp(target.suffix, f".{target.name}.", target.parent)
     os.close(handle)
     try:
         yield Path(aside)

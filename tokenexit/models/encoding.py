@@ -109,7 +109,11 @@ def encode(
             if len(its_pieces) > room:
                 logger.warning(
                     "sentence %d, word %d (%.40r...) has %d tokens; only the first %d are read",
-                    number, word, words[word], len(its_pieces), room,
+                    number,
+                    word,
+                    words[word],
+                    len(its_pieces),
+                    room,
                 )
                 del its_pieces[room:]
         for span, keep in _cut([len(its_pieces) for its_pieces in pieces], room, overlap):
@@ -174,7 +178,7 @@ def merge(windows: Sequence[Window], values: Sequence[Sequence[_Value]]) -> list
         values: for each window a value for each of its `n_words` words.
 
     Raises:
-        ValueError: values that do not fit the windows; a window that is missing.
+        ValueError: values that do not fit the windows; a window missing before another.
     """
     if len(values) != len(windows):
         raise ValueError(f"got values for {len(values)} windows; expected {len(windows)}")

@@ -1,1 +1,1 @@
-"""Stages, losses, self-sampling, distillation."""
+"""Data, scoring and the two stages of training."""

@@ -19,8 +19,21 @@ _CONLLU_WORD, _CONLLU_WIDTH = 1, 10
 _CONLLU_LABELS = {"upos": 3, "xpos": 4, "deprel": 7}
 _CONLLU_NO_WORD = re.compile(r"\d+-\d+|\d+\.\d+")  # multiword tokens and empty nodes
 _FORMAT_OF_SUFFIX = {".conllu": "conllu", ".json": "jsonl", ".jsonl": "jsonl"}
-_FILE_SUFFIXES = (*_FORMAT_OF_SUFFIX, ".conll", ".txt", ".tsv", ".bio", ".bioes", ".iob", ".iob2",
-                  ".bmes", ".train", ".dev", ".valid", ".test")
+_FILE_SUFFIXES = (
+    *_FORMAT_OF_SUFFIX,
+    ".conll",
+    ".txt",
+    ".tsv",
+    ".bio",
+    ".bioes",
+    ".iob",
+    ".iob2",
+    ".bmes",
+    ".train",
+    ".dev",
+    ".valid",
+    ".test",
+)
 # Not str.split and str.strip: a no-break or an ideographic space can be a word.
 _BLANK = " \t"
 _BLANKS = re.compile("[ \t]+")
@@ -162,7 +175,7 @@ def _label_lists(dataset: Dataset) -> Iterator[list[str]]:
 
 
 _NumberedLines = Iterator[tuple[int, str]]
-_Sentences = Iterator[tuple[list[str], "list[str] | None"]]
+_Sentences = Iterator[tuple[list[str], list[str] | None]]  # words and labels
 
 
 def _lines(file: Iterable[str] | Iterable[bytes], name: str) -> _NumberedLines:
@@ -355,9 +368,7 @@ def _looks_like_a_path(source: str | os.PathLike) -> bool:
     )
 
 
-def _load(
-    source: str | os.PathLike, path: Path, config: str | None, split: str | None
-) -> Dataset:
+def _load(source: str | os.PathLike, path: Path, config: str | None, split: str | None) -> Dataset:
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         if saved:
@@ -411,9 +422,7 @@ def _from_dataset(dataset: Dataset, column: int | str | None) -> Dataset:
                 ]
             result["labels"].append(_strings(labels, "labels", f"row {number}"))
             if len(labels) != len(words):
-                raise ValueError(
-                    f"row {number}: got {len(labels)} labels for {len(words)} words"
-                )
+                raise ValueError(f"row {number}: got {len(labels)} labels for {len(words)} words")
         return result
 
     # In memory: a cache file would be written into the folder that the data set came from.

@@ -1,0 +1,296 @@
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import RobertaProcessing
+from transformers import PreTrainedTokenizerFast
+
+from tokenexit.models.encoding import Window, collate, encode, merge
+
+ZERO_WIDTH_SPACE, CONTROL = "\u200b", "\x01"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    return tiny_tokenizer()
+
+
+def tokens(tokenizer, window):
+    return tokenizer.convert_ids_to_tokens(window.input_ids)
+
+
+def words_of(window):
+    return range(window.first_word, window.first_word + window.n_words)
+
+
+def random_sentences(seed, count=30, longest=60):
+    """Sentences of words with 1 to 6 pieces."""
+    rng = random.Random(seed)
+    return [
+        ["q" * rng.choice([1, 1, 1, 2, 3, 6]) for _ in range(rng.randint(0, longest))]
+        for _ in range(count)
+    ]
+
+
+def test_a_sentence_that_fits_is_one_window(tokenizer):
+    (window,) = encode(tokenizer, [["John", "Smiths", "lives"]], max_length=6)
+    assert tokens(tokenizer, window) == ["[CLS]", "john", "smith", "##s", "lives", "[SEP]"]
+    assert window.word_ids == [-1, 0, 1, 1, 2, -1]
+    assert window.token_type_ids == [0] * 6
+    assert (window.sentence, window.first_word, window.n_words) == (0, 0, 3)
+    assert window.keep == (0, 3)
+    assert window.first_pieces() == [1, 2, 4]
+
+
+def test_same_inputs_as_the_tokenizer_makes(tokenizer):
+    sentences = [s for s in random_sentences(0) if s] + [["a-b", "NEW"], ["x" * 150]]
+    theirs = tokenizer(sentences, is_split_into_words=True)
+    windows = encode(tokenizer, sentences, max_length=512)
+    assert [w.input_ids for w in windows] == theirs["input_ids"]
+    assert [w.token_type_ids for w in windows] == theirs["token_type_ids"]
+    for i, window in enumerate(windows):
+        assert window.word_ids == [-1 if w is None else w for w in theirs.word_ids(i)]
+
+
+def test_more_sentences_than_a_call_of_the_tokenizer_takes(tokenizer):
+    windows = encode(tokenizer, [["new"] * (n % 3) for n in range(2001)], max_length=8)
+    assert [(w.sentence, w.n_words) for w in windows] == [(n, n % 3) for n in range(2001)]
+
+
+def test_no_sentences(tokenizer):
+    assert encode(tokenizer, [], max_length=8) == []
+
+
+def test_an_empty_sentence_has_special_tokens_only(tokenizer):
+    empty, other = encode(tokenizer, [[], ("paris",)], max_length=8)
+    assert tokens(tokenizer, empty) == ["[CLS]", "[SEP]"]
+    assert (empty.word_ids, empty.n_words, empty.keep) == ([-1, -1], 0, (0, 0))
+    assert empty.first_pieces() == []
+    assert tokens(tokenizer, other) == ["[CLS]", "paris", "[SEP]"]
+
+
+@pytest.mark.parametrize("nothing", ["", ZERO_WIDTH_SPACE, CONTROL, " ", "\u00a0"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_words_that_are_nothing_to_the_tokenizer(tokenizer, nothing, place):
+    words = ["the", "reds"]
+    words.insert(place, nothing)
+    (window,) = encode(tokenizer, [words], max_length=8)
+    pieces = [["the"], ["red", "##s"]]
+    pieces.insert(place, ["[UNK]"])
+    assert tokens(tokenizer, window) == ["[CLS]", *sum(pieces, []), "[SEP]"]
+    assert window.word_ids == [-1, *(i for i in range(3) for _ in pieces[i]), -1]
+    (alone,) = encode(tokenizer, [[nothing]], max_length=8)
+    assert tokens(tokenizer, alone) == ["[CLS]", "[UNK]", "[SEP]"]
+
+
+def test_words_that_look_like_special_tokens(tokenizer):
+    (window,) = encode(tokenizer, [["[SEP]", "red", "[PAD]"]], max_length=8)
+    assert window.word_ids == [-1, 0, 1, 2, -1]
+    assert window.first_pieces() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 5, 32])
+@pytest.mark.parametrize("max_length", [8, 9, 20, 63])
+def test_windows_of_long_sentences(tokenizer, max_length, overlap):
+    sentences = random_sentences(max_length + overlap)
+    whole = {w.sentence: w for w in encode(tokenizer, sentences, max_length=1000)}
+    windows = encode(tokenizer, sentences, max_length, overlap)
+    for number, sentence in enumerate(sentences):
+        parts = [w for w in windows if w.sentence == number]
+        assert parts == sorted(parts, key=lambda w: w.first_word)
+        for w in parts:
+            assert len(w.input_ids) == len(w.word_ids) == len(w.token_type_ids) <= max_length
+            assert sorted({i for i in w.word_ids if i >= 0}) == list(words_of(w))
+            # Words come whole, the very tokens of the uncut sentence.
+            of_words = [i for i, word in enumerate(whole[number].word_ids) if word in words_of(w)]
+            assert w.input_ids[1:-1] == [whole[number].input_ids[i] for i in of_words]
+        for before, after in zip(parts, parts[1:], strict=False):
+            shared = before.first_word + before.n_words - after.first_word
+            assert 0 <= shared <= overlap
+        kept = [word for w in parts for word in range(*w.keep)]
+        assert kept == list(range(len(sentence)))
+
+
+def poorer_side(words, word, n):
+    # Where the sentence begins or ends there is nothing more to know.
+    left = word - words.start if words.start else n
+    right = words.stop - 1 - word if words.stop < n else n
+    return min(left, right)
+
+
+@pytest.mark.parametrize("max_length", [8, 20, 63])
+def test_words_are_kept_where_their_poorer_side_is_best(tokenizer, max_length):
+    sentences = random_sentences(max_length, longest=200)
+    windows = encode(tokenizer, sentences, max_length, overlap=9)
+    for number, sentence in enumerate(sentences):
+        parts = [w for w in windows if w.sentence == number]
+        for word in range(len(sentence)):
+            sides = {
+                w.first_word: poorer_side(words_of(w), word, len(sentence))
+                for w in parts
+                if word in words_of(w)
+            }
+            (keeper,) = [w for w in parts if w.keep[0] <= word < w.keep[1]]
+            assert sides[keeper.first_word] == max(sides.values())
+
+
+def test_windows_by_hand(tokenizer):
+    windows = encode(tokenizer, [["new"] * 10], max_length=8, overlap=2)
+    assert [(w.first_word, w.n_words, w.keep) for w in windows] == [(0, 6, (0, 5)), (4, 6, (5, 10))]
+
+
+def test_a_word_longer_than_a_window_keeps_its_first_pieces(tokenizer, caplog):
+    sentence = ["red", "x" * 20, "paris"]
+    windows = encode(tokenizer, [["new"], sentence], max_length=8)
+    assert "sentence 1, word 1" in caplog.text and "20 tokens" in caplog.text
+    assert [len(w.input_ids) for w in windows] == [3, 3, 8, 3]
+    assert tokens(tokenizer, windows[2])[1:3] == ["x", "##x"]
+    assert merge(windows, [words_of(w) for w in windows]) == [[0], [0, 1, 2]]
+    caplog.clear()
+    assert len(encode(tokenizer, [sentence], max_length=24)) == 1
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sentences", "options", "error", "message"),
+    [
+        ([["a"]], {"max_length": 2}, ValueError, "max_length is 2; expected at least 3"),
+        ([["a"]], {"overlap": -1}, ValueError, "overlap is -1"),
+        (["a b"], {}, TypeError, "sentence 0 is 'a b'; expected a list of words"),
+        ([["a"], ["b", 3]], {}, TypeError, r"sentence 1 is \['b', 3\]"),
+        ([["a"], ["\ud83d"]], {}, ValueError, "sentence 1 is no valid Unicode"),
+    ],
+)
+def test_wrong_sentences(tokenizer, sentences, options, error, message):
+    with pytest.raises(error, match=message):
+        encode(tokenizer, sentences, **{"max_length": 8, **options})
+
+
+def test_a_slow_tokenizer_is_refused():
+    class SlowTokenizer:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="SlowTokenizer.*fast tokenizer"):
+        encode(SlowTokenizer(), [["a"]], max_length=8)
+
+
+def byte_level_tokenizer(add_prefix_space):
+    """As RoBERTa's: no token types, no unknown token, `Ġ` before words."""
+    vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "a": 3, "Ġ": 4, "Ġa": 5}
+    tokenizer = Tokenizer(BPE(vocab, [("Ġ", "a")]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def test_byte_level_tokenizer():
+    tokenizer = byte_level_tokenizer(add_prefix_space=True)
+    (window,) = encode(tokenizer, [["a", "aa"]], max_length=8)
+    assert window.input_ids == [0, 5, 5, 3, 2]
+    assert window.word_ids == [-1, 0, 1, 1, -1]
+    assert window.token_type_ids is None
+    assert collate([window], tokenizer).keys() == {"input_ids", "attention_mask", "word_ids"}
+    with pytest.raises(ValueError, match="without an unknown token"):
+        encode(tokenizer, [["a", ""]], max_length=8)
+    with pytest.raises(ValueError, match="add_prefix_space=True"):
+        encode(byte_level_tokenizer(add_prefix_space=False), [["a"]], max_length=8)
+
+
+def test_collate(tokenizer):
+    windows = encode(tokenizer, [["reds", "in", "paris"], [], ["new"]], max_length=8)
+    for pad in (tokenizer, tokenizer.pad_token_id):
+        batch = collate(windows, pad)
+        assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+        ids = dict(tokenizer.get_vocab())
+        assert batch["input_ids"].tolist() == [
+            [ids[t] for t in "[CLS] red ##s in paris [SEP]".split()],
+            [ids[t] for t in "[CLS] [SEP] [PAD] [PAD] [PAD] [PAD]".split()],
+            [ids[t] for t in "[CLS] new [SEP] [PAD] [PAD] [PAD]".split()],
+        ]
+        assert batch["attention_mask"].sum(1).tolist() == [6, 2, 3]
+        assert batch["word_ids"].tolist() == [
+            [-1, 0, 0, 1, 2, -1],
+            [-1] * 6,
+            [-1, 0, -1, -1, -1, -1],
+        ]
+        assert batch["token_type_ids"].tolist() == [[0] * 6] * 3
+        assert "labels" not in batch
+
+
+def test_collated_labels(tokenizer):
+    windows = encode(tokenizer, [["reds", "in", "paris"], [], ["new"]], max_length=8)
+    batch = collate(windows, tokenizer, labels=[[3, 1, -100], [], [2]])
+    none = -100
+    assert batch["labels"].tolist() == [
+        [none, 3, none, 1, none, none],
+        [none] * 6,
+        [none, 2, none, none, none, none],
+    ]
+
+
+def test_each_word_counts_once_in_training(tokenizer):
+    sentences = random_sentences(1)
+    labels = [[1000 * i + j for j in range(len(words))] for i, words in enumerate(sentences)]
+    windows = encode(tokenizer, sentences, max_length=12, overlap=4)
+    assert len(windows) > len(sentences)
+    batch = collate(windows, tokenizer, [labels[w.sentence] for w in windows])
+    used = batch["labels"][batch["labels"] != -100].tolist()
+    assert sorted(used) == sorted(sum(labels, []))
+    for window, row in zip(windows, batch["labels"].tolist(), strict=True):
+        for position, label in enumerate(row):
+            if label != -100:
+                assert window.word_ids[position] == label % 1000
+                assert window.word_ids[position - 1] != label % 1000
+
+
+def test_merge_in_any_order(tokenizer):
+    sentences = random_sentences(2)
+    windows = encode(tokenizer, sentences, max_length=10, overlap=3)
+    random.Random(0).shuffle(windows)
+    values = [[(w.sentence, word) for word in words_of(w)] for w in windows]
+    merged = merge(windows, values)
+    assert merged == [[(i, j) for j in range(len(words))] for i, words in enumerate(sentences)]
+    assert merge([], []) == []
+
+
+def test_wrong_batches(tokenizer):
+    windows = encode(tokenizer, [["new"] * 9, ["red"]], max_length=8, overlap=2)
+    values = [[0] * w.n_words for w in windows]
+    with pytest.raises(ValueError, match="got no windows"):
+        collate([], tokenizer)
+    with pytest.raises(ValueError, match="got labels for 1 windows; expected 3"):
+        collate(windows, tokenizer, [[0] * 9])
+    with pytest.raises(ValueError, match="got 3 labels for sentence 0"):
+        collate(windows, tokenizer, [[0] * 9, [0] * 3, [0]])
+    with pytest.raises(ValueError, match="got values for 2 windows; expected 3"):
+        merge(windows, values[:2])
+    with pytest.raises(ValueError, match="got 2 values for a window of sentence 1"):
+        merge(windows, [*values[:2], [0, 0]])
+    with pytest.raises(ValueError, match="before word 5 of sentence 0 is missing"):
+        merge(windows[1:], values[1:])
+    with pytest.raises(ValueError, match="before word 0 of sentence 1 is missing"):
+        merge(windows[2:], values[2:])
+
+
+def test_collate_without_a_padding_token():
+    tokenizer = byte_level_tokenizer(add_prefix_space=True)
+    windows = encode(tokenizer, [["a"]], max_length=8)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="without a padding token"):
+        collate(windows, tokenizer)
+    assert collate(windows, 7)["input_ids"].tolist() == [[0, 5, 2]]
+
+
+def test_a_window_cannot_be_changed():
+    window = Window(0, 0, 0, (0, 0), [], [])
+    with pytest.raises(AttributeError):
+        window.keep = (0, 1)

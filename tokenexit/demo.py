@@ -1,0 +1,155 @@
+"""The main job on a real encoder and real text, from pretrained weights to tagged sentences."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoTokenizer, set_seed
+
+from tokenexit import demo_assets
+from tokenexit.calibrate import Point, calibrate, plot
+from tokenexit.evaluate import Evaluation, evaluate, time_evaluations
+from tokenexit.files import write_aside
+from tokenexit.models.modeling import TokenExitForTokenClassification
+from tokenexit.models.tagger import Tagged, Tagger
+from tokenexit.policy import ExitPolicy
+from tokenexit.training.data import label_names, read_sentences
+from tokenexit.training.self_sampling import SelfSampling
+from tokenexit.training.trainer import ExitTrainer, RichProgress, training_arguments
+
+DEV_SENTENCES, TEST_SENTENCES = 500, 1000
+EXAMPLES = (
+    "The European Commission said on Thursday it disagreed with German advice .",
+    "Ada Lovelace met Charles Babbage in London in 1833 .",
+    "Rain is expected tomorrow .",
+)
+
+
+def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | None = None):
+    """Train, self-sample, calibrate, tag; print a table and write a picture.
+
+    Args:
+        output: folder for the tagger, `speed.png` and `results.json`.
+        sentences: of training data.
+        seed: of everything random.
+        console: to print to.
+    """
+    console = console or Console()
+    start = time.perf_counter()
+
+    def step(text: str):
+        console.print(f"[bold cyan]{time.perf_counter() - start:4.0f} s[/] {text}")
+
+    assets = demo_assets.fetch()
+    start = time.perf_counter()
+    train, dev, test = (
+        read_sentences(assets.conll / f"{name}.txt").shuffle(seed).take(count)
+        for name, count in (
+            ("train", sentences),
+            ("valid", DEV_SENTENCES),
+            ("test", TEST_SENTENCES),
+        )
+    )
+    names = label_names(train)
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(assets.encoder)
+    model = TokenExitForTokenClassification.from_pretrained(
+        assets.encoder,
+        tokenizer=tokenizer,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    tagger = Tagger(model, tokenizer)
+    output.mkdir(parents=True, exist_ok=True)
+
+    stages = (("1: joint training", None, 2), ("2: self-sampling", SelfSampling(), 1))
+    for name, sampling, epochs in stages:
+        step(f"stage {name}, {len(train)} sentences, {epochs} epochs")
+        arguments = training_arguments(
+            output / "checkpoints",
+            model.config.hidden_size,
+            len(train),
+            epochs=epochs,
+            seed=seed,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = ExitTrainer(
+            model,
+            arguments,
+            tokenizer,
+            train,
+            sampling=sampling,
+            head_learning_rate=1e-3,
+            progress=RichProgress(console, "training"),
+        )
+        trainer.train()
+
+    step(f"calibrate on {len(dev)} sentences of development data: at most one point of F1 lost")
+    calibration = calibrate(tagger, dev, max_loss=0.01)
+    model.policy = calibration.chosen.policy
+    tagger.save_pretrained(output)
+
+    step(f"test data, {len(test)} sentences; each time against full depth, in alternation")
+    results = [evaluate(tagger, test, policy) for policy in _shown(calibration)]
+    results = time_evaluations(tagger, test, results, runs=3)
+    console.print(_table(results, calibration.chosen.policy, calibration.metric))
+    with write_aside(output / "speed.png") as path:
+        points = [Point(r.policy, r.score, r.flops_speedup) for r in results]
+        title = f"Token-level early exit: MiniLM-L6, CoNLL-2003 ({sentences} sentences)"
+        plot(calibration, path, title, points)
+    with write_aside(output / "results.json") as path:
+        rows = [result.to_dict() for result in results]
+        path.write_text(
+            json.dumps({"test": rows, "calibration": calibration.to_dict()}, indent=2) + "\n"
+        )
+
+    console.print("\nTagged, with the layer each word left at:\n")
+    for tagged in tagger.tag(sentence.split() for sentence in EXAMPLES):
+        console.print(_shown_sentence(tagged))
+    console.print()
+    step(f"done: tagger, speed.png and results.json are in {output}/")
+
+
+def _shown(calibration) -> list[ExitPolicy]:
+    """Full depth, the chosen policy, and two more speeds of each level."""
+    policies = [ExitPolicy.never()]
+    for level in ("sentence", "token"):
+        mine = [p for p in calibration.simulated if p.policy.level == level]
+        for target in (1.5, 2.0, 2.5):
+            fast = [p for p in mine if p.speedup >= target]
+            if fast:
+                policies.append(max(fast, key=lambda p: p.score).policy)
+    return list(dict.fromkeys([*policies, calibration.chosen.policy]))
+
+
+def _table(results: list[Evaluation], chosen: ExitPolicy, metric: str) -> Table:
+    table = Table(title="Test data")
+    table.add_column("policy")
+    for name in (metric.replace("_", " "), "mean layer", "multiply-adds", "wall clock", "words/s"):
+        table.add_column(name, justify="right")
+    for result in results:
+        mark = " (chosen)" if result.policy == chosen else ""
+        table.add_row(
+            f"{result.policy}{mark}",
+            f"{result.score:.4f}",
+            f"{result.mean_exit_layer:.2f}",
+            f"{result.flops_speedup:.2f}x",
+            f"{result.wall_speedup:.2f}x",
+            f"{result.words_per_second:.0f}",
+        )
+    return table
+
+
+def _shown_sentence(tagged: Tagged) -> Text:
+    text = Text("  ")
+    for word, label, layer in zip(tagged.words, tagged.labels, tagged.exit_layers, strict=True):
+        text.append(word, style="bold magenta" if label != "O" else "")
+        text.append(f"/{label}" if label != "O" else "", style="magenta")
+        text.append(f"·{layer} ", style="dim")
+    return text
