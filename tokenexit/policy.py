@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 UNBOUNDED = 2**62  # a window wider than any sentence
@@ -63,13 +63,15 @@ class ExitPolicy:
             raise TypeError(f"ExitPolicy.window is {self.window!r}; expected an int")
         if self.window < 0:
             raise ValueError(f"ExitPolicy.window is {self.window}; expected 0 or more")
-        per_layer = not isinstance(self.threshold, (int, float, str))
+        per_layer = isinstance(self.threshold, Iterable) and not isinstance(self.threshold, str)
         try:
             values = tuple(map(float, self.threshold)) if per_layer else (float(self.threshold),)
         except (TypeError, ValueError):
             raise TypeError(
                 f"ExitPolicy.threshold is {self.threshold!r}; expected a number or one per layer"
             ) from None
+        if not values:
+            raise ValueError("ExitPolicy.threshold has no values; expected one per layer")
         for value in values:
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"ExitPolicy.threshold has {value}; expected values in [0, 1]")

@@ -1,0 +1,46 @@
+"""Padded to packed and back; tokens to words."""
+
+import torch
+
+from tokenexit.packing import CONTINUES_WORD, SPECIAL, STARTS_WORD, pack, word_ids_from_kinds
+
+
+def test_round_trip_with_padding_on_both_sides():
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    packed = pack(mask, torch.zeros_like(mask))
+    padded = torch.arange(12).view(3, 4) + 1
+    assert packed.pack(padded).tolist() == [2, 3, 5, 6, 7, 8]
+    assert packed.unpack(packed.pack(padded)).tolist() == (padded * mask).tolist()
+    assert packed.cu_tokens.tolist() == [0, 2, 6, 6]
+    assert packed.positions.tolist() == [0, 1, 0, 1, 2, 3]
+
+
+def test_words_are_runs_of_equal_ids():
+    ids = torch.tensor([[-1, 0, 0, 1, -1, 1, 0, -1], [3, 3, -1, -1, 3, 9, 9, 9]])
+    packed = pack(torch.ones_like(ids), ids)
+    assert packed.word_of_token.tolist() == [-1, 0, 0, 1, -1, 2, 3, -1, 4, 4, -1, -1, 5, 6, 6, 6]
+    assert packed.first_token.tolist() == [1, 3, 5, 6, 8, 12, 13]
+    assert packed.cu_words.tolist() == [0, 4, 7]
+    assert packed.word_at.tolist() == [-1, 0, -1, 1, -1, 2, 3, -1, 4, -1, -1, -1, 5, 6, -1, -1]
+
+
+def test_a_word_does_not_run_over_sentences():
+    ids = torch.tensor([[0, 1], [1, 1]])
+    assert pack(torch.ones_like(ids), ids).word_of_token.tolist() == [0, 1, 2, 2]
+
+
+def test_first_token_stands_in_where_no_word_is_marked():
+    ids = torch.tensor([[-1, -1], [-1, 0]])
+    packed = pack(torch.ones_like(ids), ids)
+    assert packed.word_of_token.tolist() == [0, -1, -1, 1]
+    assert packed.cu_words.tolist() == [0, 1, 2]
+
+
+def test_word_ids_from_vocabulary_kinds():
+    s, c, x = STARTS_WORD, CONTINUES_WORD, SPECIAL
+    kinds = torch.tensor([[x, s, c, c, s, x, c, s], [c, c, s, x, x, s, s, s]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]])
+    assert word_ids_from_kinds(kinds, mask).tolist() == [
+        [-1, 0, 0, 0, 1, -1, 2, 3],
+        [0, 0, 1, -1, -1, -1, -1, -1],
+    ]

@@ -1,0 +1,91 @@
+"""ExitPolicy: its values, its schedules, what it refuses."""
+
+import math
+
+import pytest
+
+from tokenexit import ExitPolicy
+
+
+def test_constant_threshold_ends_in_every_word_leaving():
+    assert ExitPolicy(threshold=0.2).thresholds(3) == [0.2, 0.2, math.inf]
+    assert ExitPolicy(threshold=0.2).thresholds(1) == [math.inf]
+
+
+@pytest.mark.parametrize(
+    "delta, layers, expected",
+    [
+        (0.1, 4, [0.1, 0.1, 0.2]),
+        (0.1, 5, [0.1, 0.1, 0.2, 0.2]),  # l = 3 > 5/2
+        (0.4, 4, [0.4, 0.4, 0.5]),
+        (0.8, 4, [0.8, 0.8, 0.5]),
+    ],
+)
+def test_doubling_schedule(delta, layers, expected):
+    policy = ExitPolicy(threshold=delta, schedule="doubling")
+    assert policy.thresholds(layers)[:-1] == expected
+
+
+def test_list_of_thresholds():
+    policy = ExitPolicy(threshold=[0.1, 0.2, 0.3])
+    assert policy.thresholds(3) == [0.1, 0.2, math.inf]
+    assert hash(policy) == hash(ExitPolicy(threshold=(0.1, 0.2, 0.3)))
+    with pytest.raises(ValueError, match="3 values; expected one per layer, 4"):
+        policy.thresholds(4)
+
+
+@pytest.mark.parametrize(
+    "fields, error, message",
+    [
+        ({"threshold": 1.5}, ValueError, r"threshold has 1.5; expected values in \[0, 1\]"),
+        ({"threshold": -0.1}, ValueError, r"-0.1; expected values in \[0, 1\]"),
+        ({"threshold": math.nan}, ValueError, "nan"),
+        ({"threshold": [0.1, 2.0]}, ValueError, "2.0"),
+        ({"threshold": "high"}, TypeError, "'high'; expected a number"),
+        ({"threshold": None}, TypeError, "None; expected a number"),
+        ({"threshold": []}, ValueError, "no values"),
+        ({"window": -1}, ValueError, "-1; expected 0 or more"),
+        ({"window": 1.0}, TypeError, "1.0; expected an int"),
+        ({"window": True}, TypeError, "True; expected an int"),
+        ({"level": "document"}, ValueError, "'document'; expected one of"),
+        ({"criterion": "margin"}, ValueError, "'margin'"),
+        ({"schedule": "linear"}, ValueError, "'linear'"),
+        ({"copy": "none"}, ValueError, "'none'"),
+        ({"neighbors": "gone"}, ValueError, "'gone'"),
+        ({"threshold": [0.1, 0.2], "schedule": "doubling"}, ValueError, "single threshold"),
+    ],
+)
+def test_refuses(fields, error, message):
+    with pytest.raises(error, match=message):
+        ExitPolicy(**fields)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ExitPolicy(),
+        ExitPolicy.paper(0.3, window=4),
+        ExitPolicy.authors_code(0.3),
+        ExitPolicy.sentence([0.1, 0.2]),
+        ExitPolicy.never(),
+    ],
+    ids=str,
+)
+def test_dict_round_trip(policy):
+    assert ExitPolicy.from_dict(policy.to_dict()) == policy
+
+
+def test_unknown_field_is_named():
+    with pytest.raises(ValueError, match=r"unknown fields \['patience'\]"):
+        ExitPolicy.from_dict({"patience": 3})
+
+
+def test_presets():
+    authors = ExitPolicy.authors_code(0.2)
+    assert (authors.schedule, authors.copy, authors.neighbors) == (
+        "doubling",
+        "pre_norm",
+        "recompute",
+    )
+    assert ExitPolicy.sentence(0.2).reach > 10**9
+    assert ExitPolicy.never().thresholds(3)[:-1] == [0.0, 0.0]
