@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/tokenexit demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q $(TESTS)
+	$(BIN)/python -m pytest -q -n 2 $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -67,7 +67,7 @@ def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | 
     tagger = Tagger(model, tokenizer)
     output.mkdir(parents=True, exist_ok=True)
 
-    stages = (("1: joint training", None, 2), ("2: self-sampling", SelfSampling(), 1))
+    stages = (("1: joint training", None, 3), ("2: self-sampling", SelfSampling(), 1))
     for name, sampling, epochs in stages:
         step(f"stage {name}, {len(train)} sentences, {epochs} epochs")
         arguments = training_arguments(

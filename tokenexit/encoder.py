@@ -47,11 +47,14 @@ class Schedule:
         """The schedule of one policy for all, or of one for each sentence.
 
         Raises:
+            TypeError: what is no policy.
             ValueError: not one policy a sentence; policies that differ in criterion, copy or
                 neighbors; a list of thresholds that is not one per layer.
         """
-        if isinstance(policies, ExitPolicy):
+        if not isinstance(policies, Sequence):
             policies = [policies] * num_sentences
+        if not all(isinstance(policy, ExitPolicy) for policy in policies):
+            raise TypeError(f"got policies {policies!r}; expected an ExitPolicy for each sentence")
         if len(policies) != num_sentences:
             raise ValueError(f"got {len(policies)} policies for {num_sentences} sentences")
         kinds = {(p.criterion, p.copy, p.neighbors) for p in policies}

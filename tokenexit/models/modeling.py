@@ -96,6 +96,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
 
     def __init__(self, config: TokenExitConfig):
         super().__init__(config)
+        self.num_labels = config.num_labels
         self.embeddings = ExitEmbeddings(config)
         layers = [
             ExitLayer(
@@ -269,11 +270,11 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 loss = loss / _count(wanted, num_items_in_batch)
         layer_logits = None
         if output_layer_logits:
-            layer_logits = logits.new_full(
-                (len(self.encoder.layers), *packed.shape, logits.shape[-1]), math.nan
-            )
-            for layer, (active, values) in zip(layer_logits, trace, strict=False):
-                layer.flatten(0, 1)[packed.slots[active]] = values
+            shape = (len(self.encoder.layers), packed.shape[0] * packed.shape[1], logits.shape[-1])
+            layer_logits = logits.new_full(shape, math.nan)
+            for layer, (active, values) in enumerate(trace):
+                layer_logits[layer, packed.slots[active]] = values
+            layer_logits = layer_logits.unflatten(1, packed.shape)
         output = TokenExitOutput(
             loss=loss,
             logits=packed.unpack(logits),

@@ -67,8 +67,8 @@ def exit_decision(
         RuntimeError: a word, an offset or a window out of range. Only the compiled CPU op looks
             at values: on a GPU, the host would have to wait for them.
 
-    Source: Li et al. 2021 (arXiv 2105.13878), section 3.3 (uncertainty, window) and section 3.2
-        (sentence-level exit); the scale of max_prob is this project's.
+    Source: Li et al. 2021 (arXiv 2105.13878), sections 3.2 (uncertainty, exit of sentences) and
+        3.3 (window, exit of tokens); max_prob and its scale are this project's.
     """
     if not logits.is_floating_point():
         raise TypeError(f"got logits of {logits.dtype}; expected fp16, bf16, fp32 or fp64")

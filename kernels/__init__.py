@@ -1,0 +1,1 @@
+"""Triton kernels, imported as tokenexit.kernels; nothing is imported here (see setup.py)."""

@@ -1,0 +1,308 @@
+"""The model: loss, saving and loading, the pipeline, bad input."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from random_models import FAMILIES, random_batch, random_classifier, random_tagger
+
+import tokenexit
+from tokenexit import ExitPolicy, TokenExitForTokenClassification
+
+POLICY = ExitPolicy(threshold=0.35, window=1, copy="pre_norm")
+
+
+def with_labels(lengths=(5, 9, 3), seed=0):
+    batch = random_batch(lengths, seed)
+    labels = torch.randint(0, 5, batch["input_ids"].shape, generator=torch.Generator())
+    return {**batch, "labels": labels.masked_fill(batch["word_ids"] < 0, -100)}
+
+
+def without_dropout(tagger):
+    for module in tagger.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    for head in tagger.exit_heads:
+        head.dropout = 0.0
+    return tagger
+
+
+def test_loss_in_evaluation_is_hugging_faces():
+    theirs = random_classifier()
+    batch = with_labels()
+    ours = tokenexit.convert(theirs)(**batch).loss
+    batch.pop("word_ids")
+    torch.testing.assert_close(ours, theirs(**batch).loss, atol=1e-4, rtol=0)
+
+
+def test_training_loss_is_the_joint_loss():
+    tagger = without_dropout(random_tagger()).train()
+    batch = with_labels()
+    output = tagger(**batch, output_layer_logits=True)
+    losses = [
+        F.cross_entropy(logits.flatten(0, 1).nan_to_num(), batch["labels"].flatten())
+        for logits in output.layer_logits
+    ]
+    expected = sum(number * loss for number, loss in enumerate(losses, 1)) / (1 + 2 + 3 + 4)
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_a_token_counts_up_to_its_exit_and_flooding_keeps_its_distance():
+    tagger = without_dropout(random_tagger()).train()
+    batch = with_labels()
+    floor = torch.rand(*batch["labels"].shape, 4, dtype=torch.float64)
+    output = tagger(**batch, policy=POLICY, output_layer_logits=True)
+    flooded = tagger(**batch, policy=POLICY, loss_floor=floor)
+    total = flooded_total = 0.0
+    counted = 0
+    for row, i in (batch["labels"] != -100).nonzero().tolist():
+        counted += 1
+        for layer in range(int(output.exit_layers[row, i])):
+            p = output.layer_logits[layer, row, i].log_softmax(-1)
+            loss = -p[batch["labels"][row, i]]
+            total = total + (layer + 1) * loss
+            flooded_total = flooded_total + (layer + 1) * (loss - floor[row, i, layer]).abs()
+    assert len(output.exit_layers.unique()) > 3
+    torch.testing.assert_close(output.loss, total / 10 / counted)
+    torch.testing.assert_close(flooded.loss, flooded_total / 10 / counted)
+    halved = tagger(**batch, policy=POLICY, num_items_in_batch=2 * counted).loss
+    torch.testing.assert_close(halved, output.loss / 2)
+
+
+def test_layer_logits_are_nan_where_nothing_was_computed():
+    tagger = random_tagger()
+    output = tagger(**random_batch([9, 4]), policy=POLICY, output_layer_logits=True)
+    computed = ~output.layer_logits.isnan().any(-1)
+    assert torch.equal(computed.sum(0), output.exit_layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded(family, tmp_path):
+    tagger = random_tagger(family, dtype=torch.float32)
+    tagger.policy = POLICY
+    tagger.save_pretrained(tmp_path / "tagger")
+    assert {f.name for f in (tmp_path / "tagger").iterdir()} == {"config.json", "model.safetensors"}
+    assert [f.name for f in tmp_path.iterdir()] == ["tagger"]
+    batch = random_batch([5, 9])
+    for loader in (TokenExitForTokenClassification, transformers.AutoModelForTokenClassification):
+        again = loader.from_pretrained(tmp_path / "tagger")
+        assert isinstance(again, TokenExitForTokenClassification)
+        assert again.policy == POLICY
+        with torch.no_grad():
+            got, expected = again(**batch), tagger(**batch)
+        assert torch.equal(got.logits, expected.logits)
+        assert torch.equal(got.exit_layers, expected.exit_layers)
+
+
+def test_from_pretrained_takes_hugging_face_models(tmp_path, tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    theirs = random_classifier(vocab_size=len(tokenizer), labels=3)
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ours = TokenExitForTokenClassification.from_pretrained(tmp_path)
+    ids = tokenizer(["john lives in paris"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**ids).logits, theirs(**ids).logits, atol=1e-4, rtol=0)
+    assert ours.token_kinds.unique().tolist() == [0, 1, 2]
+    theirs.bert.save_pretrained(tmp_path)  # an encoder without a classifier
+    assert TokenExitForTokenClassification.from_pretrained(tmp_path, num_labels=6).num_labels == 6
+
+
+def test_policy_is_checked_and_saved_when_assigned():
+    tagger = random_tagger()
+    with pytest.raises(TypeError, match="policy is a float; expected an ExitPolicy"):
+        tagger.policy = 0.3
+    with pytest.raises(ValueError, match="2 values; expected one per layer, 4"):
+        tagger.policy = ExitPolicy(threshold=[0.1, 0.2])
+    assert tagger.policy == ExitPolicy.never()
+    tagger.policy = POLICY
+    assert tagger.config.exit_policy == POLICY.to_dict()
+    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of"):
+        tagger.backend = "cuda"
+
+
+def damage(folder, how):
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif how == "garbage":
+        weights.write_bytes(b"\xff" * 5000)
+    elif how == "missing weights":
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(weights)
+        tensors.pop("encoder.heads.1.weight")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "bad config":
+        config.write_text(config.read_text()[:-20])
+    else:
+        values = json.loads(config.read_text())
+        values.update(how)
+        config.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("truncated", "is damaged"),
+        ("garbage", "is damaged"),
+        ("missing weights", r"lacks 1 weights: \['encoder.heads.1.weight'\]"),
+        ("no weights", "model.safetensors"),
+        ("bad config", "config.json"),
+        ({"model_type": "gpt2"}, "'gpt2' model; supported architectures are"),
+        ({"model_type": "of the future"}, "of the future"),
+        ({"exit_policy": {"patience": 3}}, "unknown fields"),
+        ({"exit_policy": {"threshold": 7}}, "7"),
+    ],
+    ids=str,
+)
+def test_refuses_damaged_and_foreign_checkpoints(tmp_path, how, message):
+    random_tagger(dtype=torch.float32).save_pretrained(tmp_path)
+    damage(tmp_path, how)
+    with pytest.raises((ValueError, OSError), match=message):
+        TokenExitForTokenClassification.from_pretrained(tmp_path)
+
+
+def test_saving_fails_whole(tmp_path, monkeypatch):
+    tagger = random_tagger(dtype=torch.float32)
+    tagger.save_pretrained(tmp_path / "tagger")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "tagger").iterdir()}
+
+    def fail(self, folder, **kwargs):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        tagger.save_pretrained(tmp_path / "tagger")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "tagger").iterdir()} == before
+    assert [f.name for f in tmp_path.iterdir()] == ["tagger"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="expected a folder"):
+        tagger.save_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize("strategy", ["none", "simple", "first", "average", "max"])
+def test_pipeline(tiny_tokenizer, strategy, caplog):
+    tokenizer = tiny_tokenizer()
+    labels = {0: "O", 1: "B-PER", 2: "I-PER"}
+    theirs = random_classifier(
+        vocab_size=len(tokenizer), labels=3, id2label=labels, label2id={v: k for k, v in labels.items()}
+    )
+    ours = tokenexit.convert(theirs, tokenizer=tokenizer)
+    texts = ["john smithson lives in new york .", "paris", "xyz red smiths"]
+    results = []
+    for model in (ours, theirs):
+        pipe = transformers.pipeline(
+            "token-classification", model=model, tokenizer=tokenizer, aggregation_strategy=strategy
+        )
+        results.append(pipe(texts, batch_size=2))
+    assert "not supported" not in caplog.text
+    for text, got, expected in zip(texts, *results, strict=True):
+        assert len(got) == len(expected)
+        for mine, its in zip(got, expected, strict=True):
+            assert mine["score"] == pytest.approx(its["score"], abs=1e-4)
+            assert {k: v for k, v in mine.items() if k != "score"} == {
+                k: v for k, v in its.items() if k != "score"
+            }
+            assert text[mine["start"] : mine["end"]].strip()
+
+
+def test_tuple_output():
+    tagger = random_tagger()
+    batch = random_batch([5])
+    logits, layers = tagger(**batch, return_dict=False)
+    assert torch.equal(logits, tagger(**batch).logits) and layers.dtype == torch.int64
+
+
+def bad(change):
+    """A good batch with one thing wrong."""
+    batch = with_labels()
+    change(batch)
+    return batch
+
+
+def put(name, value):
+    return lambda batch: batch.__setitem__(name, value)
+
+
+def poke(name, value):
+    return lambda batch: batch[name].__setitem__((0, 1), value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (put("input_ids", torch.zeros(0, 9, dtype=torch.int64)), r"shape \(0, 9\); expected"),
+        (put("input_ids", torch.zeros(3, 0, dtype=torch.int64)), r"shape \(3, 0\); expected"),
+        (put("input_ids", torch.zeros(9, dtype=torch.int64)), r"shape \(9,\); expected \[B, N\]"),
+        (put("attention_mask", torch.zeros(3, 9)), "0 everywhere"),
+        (put("attention_mask", torch.ones(3, 8)), r"attention_mask has shape \(3, 8\)"),
+        (put("word_ids", torch.ones(1, 9)), r"word_ids has shape \(1, 9\)"),
+        (poke("input_ids", 60), "input_ids has 60; expected values from 0 to 59"),
+        (poke("input_ids", -3), "input_ids has -3"),
+        (poke("labels", 5), "labels has 5; expected values from 0 to 4"),
+        (lambda batch: batch["labels"].__setitem__((2, 8), 1), "a label at padding"),
+        (put("policy", 0.3), "expected an ExitPolicy"),
+        (put("policy", [ExitPolicy()]), "got 1 policies for 3 sentences"),
+        (put("exit_layers", torch.zeros(3, 9, dtype=torch.int64)), "exit_layers has 0"),
+    ],
+)
+def test_refuses_bad_batches(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        random_tagger()(**bad(change))
+
+
+def test_refuses_sentences_beyond_its_positions():
+    ids = torch.ones(2, 200, dtype=torch.int64)
+    with pytest.raises(ValueError, match="200 tokens; expected at most 160.*windows"):
+        random_tagger()(ids)
+    with pytest.raises(ValueError, match="200 tokens; expected at most 158"):
+        random_tagger("mpnet")(ids)
+
+
+def test_a_row_of_padding_has_no_result_and_does_no_harm():
+    tagger = random_tagger()
+    batch = random_batch([5, 9])
+    alone = tagger(**batch, policy=POLICY)
+    padded = {name: F.pad(v, (0, 0, 1, 1)) for name, v in batch.items()}
+    result = tagger(**padded, policy=POLICY)
+    assert torch.equal(result.exit_layers[1:3], alone.exit_layers)
+    assert not result.exit_layers[[0, 3]].any() and not result.logits[[0, 3]].any()
+
+
+def test_sentences_of_special_tokens_only():
+    tagger = random_tagger()
+    ids = torch.tensor([[5, 6], [7, 8]])
+    words = torch.tensor([[-1, -1], [-1, 0]])
+    for policy in (ExitPolicy.never(), ExitPolicy(threshold=1.0), ExitPolicy.sentence(0.5)):
+        result = tagger(ids, word_ids=words, policy=policy)
+        assert (result.exit_layers > 0).all() and result.logits.isfinite().all()
+    assert (tagger(ids, word_ids=words, policy=ExitPolicy.never()).exit_layers == 4).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_nan_is_reported_with_its_cause(backend):
+    tagger = random_tagger()
+    tagger.backend = backend
+    tagger.encoder.layers[1].up.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN logits.*NaN in the weights \['encoder.layers.1.up.weig"):
+        tagger(**random_batch([5, 9]))
+    tagger = random_tagger(dtype=torch.float16)
+    tagger.backend = backend
+    tagger.encoder.layers[1].up.weight.data.fill_(60000)
+    with pytest.raises(ValueError, match="no weight is NaN"):
+        tagger(**random_batch([5, 9]))
+
+
+def test_reference_has_no_dropout():
+    tagger = random_tagger().train()
+    tagger.backend = "reference"
+    with pytest.raises(ValueError, match="the reference backend has no dropout"):
+        tagger(**random_batch([5]))

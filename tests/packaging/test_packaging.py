@@ -1,0 +1,216 @@
+"""What a user gets: the sdist, the wheel, an install without a compiler; and who imports whom."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
+
+
+def run(*command, cwd, ok=True, **env):
+    """Its output, after a check of its exit status."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, "PYTHONSAFEPATH": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert (done.returncode == 0) == ok, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the source tree, so that building leaves nothing in ours."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    for name in ("csrc", "kernels", "tokenexit"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    return source
+
+
+@pytest.fixture(scope="module")
+def sdist(source):
+    run(sys.executable, "setup.py", "-q", "sdist", cwd=source)
+    return next((source / "dist").glob("*.tar.gz"))
+
+
+ONE_OP = """
+import torch
+import tokenexit.kernels
+from tokenexit import ops
+from tokenexit.ops.exit_decision import exit_decision
+
+i = torch.tensor
+u, left = exit_decision(
+    i([[9.0, 0.0], [0.0, 0.0]]), i([0, 1]), i([1.0, 1.0]), i([0, 0]), i([0, 2]), i([0]), i([0.5]), 4
+)
+assert left.tolist() == [4, 0], left
+assert u[0] < 0.01 and u[1] == 1, u
+print("compiled" if ops.extension_available() else ops.extension_error())
+print(tokenexit.kernels.__file__)
+"""
+
+
+def run_one_op(target, cwd):
+    """The lines that it prints, with what is installed in target and what torch lies beside.
+
+    -S and PYTHONPATH: a development install, a .pth file, must not stand in for what is missing.
+    """
+    path = f"{target}{os.pathsep}{Path(torch.__file__).parents[1]}"
+    return run(sys.executable, "-S", "-c", ONE_OP, cwd=cwd, PYTHONPATH=path).splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_wheel_from_sdist_runs_outside_the_source_tree(sdist, tmp_path):
+    command = [*PIP, "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index"]
+    log = run(*command, "-w", tmp_path, sdist, cwd=tmp_path, TOKENEXIT_BUILD_EXT="1")
+    assert "tokenexit: building compiled ops for CPU" in log
+    wheel = next(tmp_path.glob("*.whl"))
+    assert "-cp310-abi3-" in wheel.name
+    target = tmp_path / "site"
+    run(*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    assert not (target / "kernels").exists()
+    kernels = str(target / "tokenexit" / "kernels" / "__init__.py")
+    assert run_one_op(target, tmp_path) == ["compiled", kernels]
+
+
+@pytest.mark.slow
+def test_install_without_a_compiler_falls_back(sdist, tmp_path):
+    target = tmp_path / "site"
+    command = [*PIP, "install", "-v", "--no-build-isolation", "--no-deps", "--no-index"]
+    log = run(*command, "--target", target, sdist, cwd=tmp_path, CXX="no-c++", CC="no-cc")
+    message = "compiled ops were not built (no C++ compiler: no-c++ was not found); "
+    assert f"tokenexit: {message}the pure-PyTorch path works, only slower" in log
+    assert run_one_op(target, tmp_path)[0].startswith("tokenexit._C was not built")
+
+
+@pytest.mark.slow
+def test_a_build_that_was_asked_for_must_succeed(source, tmp_path):
+    command = [sys.executable, "setup.py", "build_ext", "-b", tmp_path, "-t", tmp_path]
+    log = run(*command, cwd=source, ok=False, CXX="no-c++", CC="no-cc", TOKENEXIT_BUILD_EXT="1")
+    assert "no-c++: not found" in log
+
+
+@pytest.mark.slow
+def test_a_build_that_was_declined(source, tmp_path):
+    command = [sys.executable, "setup.py", "build", "-b", tmp_path]
+    log = run(*command, cwd=source, TOKENEXIT_BUILD_EXT="0")
+    assert "tokenexit: compiled ops were not built (TOKENEXIT_BUILD_EXT=0)" in log
+    assert (tmp_path / "lib/tokenexit/kernels/__init__.py").exists()
+    assert not list(tmp_path.rglob("_C*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda p: p.name)
+def test_cuda_source_compiles(source, tmp_path):
+    from torch.utils.cpp_extension import include_paths
+
+    object_ = tmp_path / "object.o"
+    flags = ["-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90)]
+    includes = [f"-I{path}" for path in include_paths()]
+    flags.append("--threads=2")
+    run("nvcc", "-c", source, "-o", object_, *flags, *includes, "-Xcompiler=-fPIC", cwd=tmp_path)
+    assert object_.stat().st_size > 0
+
+
+def test_transformers_does_not_take_our_kernels_for_its_own():
+    code = "import transformers, sys; from transformers import BertModel; print(*sys.modules)"
+    modules = run(sys.executable, "-c", code, cwd=ROOT, PYTHONSAFEPATH="").split()
+    assert "transformers" in modules
+    assert "tokenexit" not in modules
+    where = "import kernels; print(kernels.__file__)"  # the trap is there: ours is found
+    assert run(sys.executable, "-c", where, cwd=ROOT, PYTHONSAFEPATH="").startswith(str(ROOT))
+
+
+def test_kernels_package_is_a_docstring_only_and_is_mapped():
+    import tokenexit.kernels
+
+    assert tokenexit.kernels.__doc__
+    body = ast.parse((ROOT / "kernels/__init__.py").read_text()).body
+    assert len(body) == 1 and isinstance(body[0].value, ast.Constant)
+
+
+# Each room imports from those below it only; those of the first line, from each other too.
+ARROWS = [
+    {"cli", "training", "calibrate", "benchmarks"},
+    {"models"},
+    {"encoder"},
+    {"layers"},
+    {"ops"},
+    {"kernels", "_C", "reference"},
+]
+RANK = {room: rank for rank, rooms in enumerate(ARROWS) for room in rooms}
+# What all rooms speak in. These import nothing of ours but each other.
+SHARED = {"policy", "packing", "files"}
+OUTSIDE = {"kernels": {"torch", "triton"}, "reference": {"torch"}}
+
+
+def room_of(path):
+    """The room that a file of ours belongs to; None for the package's own `__init__`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] != "tokenexit":
+        return parts[0]
+    return None if parts[1] == "__init__" else parts[1]
+
+
+def imports_of(path):
+    """Every module that the file imports anywhere, with its dots, names of ours in full."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    if package[0] == "kernels":
+        package = ("tokenexit", *package)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if module == "tokenexit":
+                yield from (f"tokenexit.{alias.name}" for alias in node.names)
+            else:
+                yield module
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                yield node.args[0].value
+
+
+SOURCES = sorted(
+    path
+    for folder in ("tokenexit", "kernels", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    room = room_of(path)
+    for module in imports_of(path):
+        top, _, rest = module.partition(".")
+        used = rest.partition(".")[0]
+        assert top != "kernels", f"imports {module}; ours is tokenexit.kernels"
+        assert top != "benchmarks" or room == "benchmarks", f"imports {module}"
+        if top != "tokenexit":
+            allowed = OUTSIDE.get(room, {top}) | sys.stdlib_module_names
+            assert top in allowed, f"imports {module}; {room} may import {OUTSIDE[room]} only"
+        elif room in SHARED:
+            assert used in SHARED, f"imports {module}; {room} may import {SHARED} only"
+        elif room not in (None, used) and used not in SHARED:
+            # What the arrows do not name is at their tail.
+            ours, theirs = RANK.get(room, 0), RANK.get(used, 0)
+            assert ours < theirs or ours == theirs == 0, f"imports {module}, against the arrows"
