@@ -69,14 +69,14 @@ def test_a_sentence_does_not_depend_on_its_batch(family):
 
 
 @pytest.mark.parametrize(
-    "dtype, margin", [(torch.float32, 1e-5), (torch.bfloat16, 0.15), (torch.float16, 0.02)]
+    "dtype, margin", [(torch.float32, 1e-5), (torch.float16, 0.01), (torch.bfloat16, 0.05)]
 )
 @torch.no_grad()
 def test_decisions_agree_beyond_the_rounding_margin(dtype, margin):
     """What fp64 decides by more than the margin, at a sentence's first exit, any dtype decides."""
     exact = random_tagger()
     rough = random_tagger().to(dtype)
-    batch = random_batch([12] * 40, seed=1)
+    batch = random_batch([12] * 100, seed=1)
     limits = [0.2, 0.44, 0.6]  # one decision a sentence and layer: easy to line up
     policy = ExitPolicy.sentence([*limits, 0.0])
     full = exact(**batch, policy=ExitPolicy.never(), output_layer_logits=True)

@@ -11,7 +11,7 @@ from random_models import FAMILIES, random_batch, random_classifier, random_tagg
 import tokenexit
 from tokenexit import ExitPolicy, TokenExitForTokenClassification
 
-POLICY = ExitPolicy(threshold=0.35, window=1, copy="pre_norm")
+POLICY = ExitPolicy(threshold=[0.1, 0.3, 0.3, 0.0], window=0, copy="pre_norm")
 
 
 def with_labels(lengths=(5, 9, 3), seed=0):
@@ -53,7 +53,7 @@ def test_training_loss_is_the_joint_loss():
 
 def test_a_token_counts_up_to_its_exit_and_flooding_keeps_its_distance():
     tagger = without_dropout(random_tagger()).train()
-    batch = with_labels()
+    batch = with_labels([7, 13, 9, 20, 33], seed=5)
     floor = torch.rand(*batch["labels"].shape, 4, dtype=torch.float64)
     output = tagger(**batch, policy=POLICY, output_layer_logits=True)
     flooded = tagger(**batch, policy=POLICY, loss_floor=floor)

@@ -1,0 +1,103 @@
+"""Tagger: order, batches, long sentences, words that the tokenizer drops."""
+
+import pytest
+import torch
+from random_models import random_classifier
+
+import tokenexit
+from tokenexit import ExitPolicy, Tagger
+
+WORDS = ["john", "smith", "lives", "in", "new", "york", "paris", "the", "red", "xyzzy", "smiths"]
+
+
+@pytest.fixture(scope="module")
+def tagger(tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    model = tokenexit.convert(
+        random_classifier(vocab_size=len(tokenizer), max_position_embeddings=40), tokenizer
+    ).double()
+    with torch.no_grad():
+        for head in model.exit_heads:
+            head.weight.normal_(0, 0.5)
+    model.policy = ExitPolicy(threshold=0.4, window=1)
+    return Tagger(model, tokenizer, batch_size=4)
+
+
+def sentences(count, longest=15, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, longest, (count,), generator=g).tolist()
+    return [[WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=g)] for n in lengths]
+
+
+def test_order_and_batches_do_not_matter(tagger):
+    many = sentences(23)
+    together = tagger.tag(many)
+    assert [t.words for t in together] == many
+    for words, tagged in zip(many, together, strict=True):
+        (alone,) = tagger.tag([words])
+        assert alone == tagged
+        assert len(tagged.labels) == len(tagged.exit_layers) == len(words)
+    assert {layer for t in together for layer in t.exit_layers} >= {1, 2, 4}
+    assert list(tagger.stream(iter(many), buffer=5)) == together
+
+
+def test_nothing_and_empty_sentences(tagger):
+    assert tagger.tag([]) == []
+    assert [t.labels for t in tagger.tag([[], ["paris"], []])][::2] == [[], []]
+
+
+def test_long_sentences_keep_every_word(tagger):
+    long = [WORDS[i % len(WORDS)] for i in range(300)]
+    tagged = tagger.tag([["red"], long, ["paris"]])
+    assert [len(t.labels) for t in tagged] == [1, 300, 1]
+    assert set(tagged[1].labels) <= set(tagger.model.config.label2id)
+    assert min(tagged[1].exit_layers) >= 1
+
+
+def test_words_that_the_tokenizer_drops_get_a_label(tagger):
+    words = ["john", "\u200b", "", "lives", "\ufe0f"]
+    (tagged,) = tagger.tag([words])
+    assert tagged.words == words and len(tagged.labels) == 5
+
+
+def test_stream_reads_no_more_than_its_buffer(tagger):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield ["paris"]
+
+    stream = tagger.stream(endless(), buffer=8)
+    for _ in range(9):
+        next(stream)
+    assert len(taken) == 16
+
+
+def test_labels_are_those_of_the_model(tagger):
+    words = ["john", "smiths", "lives"]
+    encoded = tagger.tokenizer([words], is_split_into_words=True, return_tensors="pt")
+    ids = [-1 if w is None else w for w in encoded.word_ids(0)]
+    output = tagger.model(**encoded, word_ids=torch.tensor([ids]))
+    firsts = [ids.index(w) for w in range(3)]
+    (tagged,) = tagger.tag([words])
+    names = tagger.model.config.id2label
+    assert tagged.labels == [names[int(output.logits[0, i].argmax())] for i in firsts]
+    assert tagged.exit_layers == output.exit_layers[0, firsts].tolist()
+
+
+def test_save_and_load(tagger, tmp_path):
+    tagger.save_pretrained(tmp_path / "out")
+    again = Tagger.from_pretrained(tmp_path / "out", batch_size=2)
+    assert again.model.policy == tagger.model.policy
+    again.model.double()
+    many = sentences(5)
+    assert again.tag(many) == tagger.tag(many)
+
+
+def test_refuses(tagger):
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        Tagger(tagger.model, tagger.tokenizer, batch_size=0)
+    with pytest.raises(TypeError, match="sentence 1 is 'not words'"):
+        tagger.tag([["a"], "not words"])
