@@ -63,7 +63,10 @@ def test_a_sentence_does_not_depend_on_its_batch(family):
             name: torch.nn.functional.pad(value, (4, 0), value=-1 if name == "word_ids" else 0)
             for name, value in alone.items()
         }
-        for result, start in ((tagger(**alone, policy=policy), 0), (tagger(**left, policy=policy), 4)):
+        for result, start in (
+            (tagger(**alone, policy=policy), 0),
+            (tagger(**left, policy=policy), 4),
+        ):
             assert torch.equal(result.exit_layers[0, start:], whole.exit_layers[row, :n])
             torch.testing.assert_close(result.logits[0, start:], whole.logits[row, :n])
 

@@ -59,7 +59,9 @@ def test_policies_above_let_words_leave_everywhere():
     tagger = random_tagger(seed=3)
     for policy in POLICIES:
         with torch.no_grad():
-            seen |= set(tagger(**random_batch([7, 13], seed=5), policy=policy).exit_layers.tolist()[1])
+            seen |= set(
+                tagger(**random_batch([7, 13], seed=5), policy=policy).exit_layers.tolist()[1]
+            )
     assert seen >= {1, 2, 3, 4}
 
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -447,16 +446,12 @@ def main():
     """Run the command line; a user's mistake is one line on stderr and a non-zero exit code."""
     try:
         code = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        err.print("interrupted")
+    except (typer.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     except Exception as error:
+        if hasattr(error, "show"):  # typer's own: a wrong option or argument
+            error.show()
+            sys.exit(error.exit_code)
         if os.environ.get("TOKENEXIT_TRACEBACK"):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
@@ -464,6 +459,8 @@ def main():
         kind = "" if known else f"{type(error).__name__}: "
         print(f"error: {kind}{text}", file=sys.stderr)
         code = 1
+    if code == 130:
+        err.print("interrupted")
     sys.exit(code)
 
 

@@ -96,9 +96,7 @@ def test_words_from_the_vocabulary(tiny_tokenizer):
             head.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
     sentences = ["the smithsons lives in xyz", "red @ paris", "?"]
     batch = tokenizer(sentences, padding=True, return_tensors="pt")
-    ids = [
-        [-1 if w is None else w for w in batch.word_ids(row)] for row in range(len(sentences))
-    ]
+    ids = [[-1 if w is None else w for w in batch.word_ids(row)] for row in range(len(sentences))]
     policy = ExitPolicy(threshold=0.35, window=0)
     with torch.no_grad():
         implicit = ours(**batch, policy=policy)
@@ -120,7 +118,9 @@ def test_marks_of_sentencepiece_and_byte_level():
     def kinds(model, pre_tokenizer, decoder):
         tokenizer = Tokenizer(model)
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>"
+        )
         names = fast.get_vocab()
         values = token_kinds(fast, len(names) + 1)
         return {name: int(values[index]) for name, index in names.items()}

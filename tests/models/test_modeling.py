@@ -193,7 +193,10 @@ def test_pipeline(tiny_tokenizer, strategy, caplog):
     tokenizer = tiny_tokenizer()
     labels = {0: "O", 1: "B-PER", 2: "I-PER"}
     theirs = random_classifier(
-        vocab_size=len(tokenizer), labels=3, id2label=labels, label2id={v: k for k, v in labels.items()}
+        vocab_size=len(tokenizer),
+        labels=3,
+        id2label=labels,
+        label2id={v: k for k, v in labels.items()},
     )
     ours = tokenexit.convert(theirs, tokenizer=tokenizer)
     texts = ["john smithson lives in new york .", "paris", "xyz red smiths"]
@@ -292,7 +295,9 @@ def test_nan_is_reported_with_its_cause(backend):
     tagger = random_tagger()
     tagger.backend = backend
     tagger.encoder.layers[1].up.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"NaN logits.*NaN in the weights \['encoder.layers.1.up.weig"):
+    with pytest.raises(
+        ValueError, match=r"NaN logits.*NaN in the weights \['encoder.layers.1.up.weig"
+    ):
         tagger(**random_batch([5, 9]))
     tagger = random_tagger(dtype=torch.float16)
     tagger.backend = backend

@@ -26,9 +26,7 @@ def inputs(shape, dtype, heads=3, dim=8, bias=False, seed=0):
         name: torch.randn(sum(n), heads, dim, generator=g, dtype=torch.float64).to(dtype)
         for name, n in (("q", active), ("k", all_), ("v", all_))
     }
-    offsets = [
-        torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()]) for n in (active, all_)
-    ]
+    offsets = [torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()]) for n in (active, all_)]
     table = positions = None
     if bias:
         table = torch.randn(heads, 2 * 6 + 1, generator=g, dtype=torch.float64).to(dtype)

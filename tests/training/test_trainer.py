@@ -44,11 +44,15 @@ def trainer_for(tokenizer, folder, sampling=None, model=None, seed=7, count=64, 
     torch.manual_seed(0)
     model = model or model_for(tokenizer)
     settings = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "use_cpu": True, **settings}
-    arguments = training_arguments(
-        folder, 32, count, seed=seed, disable_tqdm=True, **settings
-    )
+    arguments = training_arguments(folder, 32, count, seed=seed, disable_tqdm=True, **settings)
     return ExitTrainer(
-        model, arguments, tokenizer, data(count), data(16, seed=1), sampling, head_learning_rate=1e-2
+        model,
+        arguments,
+        tokenizer,
+        data(count),
+        data(16, seed=1),
+        sampling,
+        head_learning_rate=1e-2,
     )
 
 
@@ -126,7 +130,9 @@ def test_long_sentences_are_trained_on_whole(tiny_tokenizer, tmp_path):
     model = model_for(tokenizer, max_position_embeddings=40)
     arguments = training_arguments(tmp_path, 32, 1, use_cpu=True, save_strategy="no")
     trainer = ExitTrainer(model, arguments, tokenizer, long)
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+    batch = trainer.data_collator(
+        [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
+    )
     assert len(batch["input_ids"]) > 2
     assert int((batch["labels"] != -100).sum()) == 90
 

@@ -1,0 +1,127 @@
+"""calibrate: what it sweeps, what it picks, what it promises."""
+
+import pytest
+import torch
+from datasets import Dataset
+from random_models import random_classifier
+
+import tokenexit
+from tokenexit import ExitPolicy, Tagger
+from tokenexit.calibrate import Point, calibrate, pareto_front, plot, policy_grid
+from tokenexit.evaluate import evaluate
+
+NAMES = ["A", "B", "C"]
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_tokenizer):
+    """A tagger, and text labelled by its own last layer: full depth is right, exits lose."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    names = {"id2label": dict(enumerate(NAMES)), "label2id": {n: i for i, n in enumerate(NAMES)}}
+    model = tokenexit.convert(
+        random_classifier(vocab_size=len(tokenizer), labels=3, max_position_embeddings=24, **names),
+        tokenizer,
+    ).double()
+    with torch.no_grad():
+        for head in model.exit_heads:
+            head.weight.normal_(0, 0.4)
+    tagger = Tagger(model, tokenizer, batch_size=8)
+    words = ["john", "smiths", "lives", "in", "new", "york", "paris", "xyz"]
+    g = torch.Generator().manual_seed(0)
+    lengths = [*torch.randint(1, 9, (40,), generator=g).tolist(), 60]  # one takes several windows
+    rows = [[words[i] for i in torch.randint(8, (n,), generator=g)] for n in lengths]
+    labels = [tagged.labels for tagged in tagger.tag(rows)]
+    return tagger, Dataset.from_dict({"words": rows, "labels": labels})
+
+
+def test_target_speedup(setting):
+    tagger, data = setting
+    result = calibrate(tagger, data, target_speedup=1.5)
+    assert result.metric == "accuracy" and result.full_depth.score == 1.0
+    assert result.full_depth.speedup == 1.0
+    assert result.chosen in result.verified and result.chosen.speedup >= 1.5
+    real = evaluate(tagger, data, result.chosen.policy)
+    assert (real.score, real.flops_speedup) == (result.chosen.score, result.chosen.speedup)
+    for other in result.verified:
+        assert other.speedup < 1.5 or other.score <= result.chosen.score
+    assert tagger.model.policy == ExitPolicy.never()  # not changed
+
+
+def test_max_loss(setting):
+    tagger, data = setting
+    results = [calibrate(tagger, data, max_loss=loss) for loss in (0.0, 0.05, 0.3)]
+    speeds = [r.chosen.speedup for r in results]
+    assert speeds == sorted(speeds) and speeds[0] >= 1 and speeds[-1] > 1.2
+    for result, loss in zip(results, (0.0, 0.05, 0.3), strict=True):
+        assert result.chosen.score >= 1 - loss
+
+
+def test_simulation_is_exact_where_nobody_left_before(setting):
+    """All words of a sentence leave together: nothing is copied, so simulated is real."""
+    tagger, data = setting
+    policies = [ExitPolicy.sentence(t) for t in (0.3, 0.6, 0.9)]
+    result = calibrate(tagger, data, max_loss=1.0, policies=policies, verify=6)
+    simulated = {p.policy: p for p in result.simulated}
+    assert len(result.verified) >= 2
+    for point in result.verified:
+        assert simulated[point.policy].score == pytest.approx(point.score)
+        assert simulated[point.policy].speedup == pytest.approx(point.speedup)
+    assert len({p.speedup for p in result.simulated}) > 1
+
+
+def test_targets_out_of_reach_and_bad_ones(setting):
+    tagger, data = setting
+    with pytest.raises(ValueError, match="no policy reaches a speed-up of 100; the fastest"):
+        calibrate(tagger, data, target_speedup=100)
+    with pytest.raises(ValueError, match="got both"):
+        calibrate(tagger, data, target_speedup=2, max_loss=0.1)
+    with pytest.raises(ValueError, match="target_speedup is 0.5"):
+        calibrate(tagger, data, target_speedup=0.5)
+    with pytest.raises(ValueError, match="max_loss is -1"):
+        calibrate(tagger, data, max_loss=-1)
+    with pytest.raises(ValueError, match="no sentences"):
+        calibrate(tagger, data.take(0))
+    mixed = [ExitPolicy(), ExitPolicy(criterion="max_prob")]
+    with pytest.raises(ValueError, match="one criterion"):
+        calibrate(tagger, data, policies=mixed)
+
+
+def test_progress_and_plot(setting, tmp_path):
+    tagger, data = setting
+    seen = []
+    result = calibrate(
+        tagger, data, policies=policy_grid(windows=(0,), thresholds=(0.5, 0.9)),
+        progress=lambda *args: seen.append(args),
+    )  # fmt: skip
+    assert ("simulate", 4, 4) in seen and any(what == "verify" for what, *_ in seen)
+    plot(result, tmp_path / "curve.png", "title", [result.full_depth])
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert result.to_dict()["chosen"]["policy"] == result.chosen.policy.to_dict()
+
+
+def test_pareto_front():
+    policy = ExitPolicy()
+    points = [Point(policy, s, v) for s, v in ((0.9, 1), (0.8, 2), (0.85, 3), (0.5, 4), (0.5, 3.5))]
+    assert [(p.score, p.speedup) for p in pareto_front(points)] == [(0.9, 1), (0.85, 3), (0.5, 4)]
+
+
+def test_evaluation(setting):
+    tagger, data = setting
+    never = evaluate(tagger, data, ExitPolicy.never(), timing_runs=1)
+    words = sum(map(len, data["words"]))
+    assert never.score == 1 and never.mean_exit_layer == 4 and never.flops_speedup == 1
+    assert never.exits_per_layer == [0, 0, 0, words]
+    assert never.wall_speedup > 0 and never.words_per_second > 0
+    some = evaluate(tagger, data, ExitPolicy(threshold=0.5, window=0))
+    assert sum(some.exits_per_layer) == words and some.wall_speedup is None
+    assert 1 < some.mean_exit_layer < 4 and some.flops_speedup > 1
+    agreement = [
+        a == b
+        for gold, tagged in zip(data["labels"], tagger.tag(data["words"], some.policy), strict=True)
+        for a, b in zip(gold, tagged.labels, strict=True)
+    ]
+    assert some.score == pytest.approx(sum(agreement) / words)
+    assert some.to_dict()["policy"]["threshold"] == 0.5
+    with pytest.raises(ValueError, match="no sentences"):
+        evaluate(tagger, data.take(0))

@@ -1,0 +1,241 @@
+"""The command line, from training to tagging, and its one-line errors."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from random_models import random_classifier
+from test_trainer import data
+
+from tokenexit import ExitPolicy, Tagger, cli
+
+
+def call(capsys, *arguments):
+    """Exit code, stdout, stderr of a command."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["tokenexit", *map(str, arguments)])
+        patch.setattr(cli, "out", cli.Console(width=200))
+        patch.setattr(cli, "err", cli.Console(stderr=True, width=200))
+        cli.main()
+    captured = capsys.readouterr()
+    return stop.value.code or 0, captured.out, captured.err
+
+
+def write_conll(path, count, seed=0):
+    rows = data(count, seed)
+    path.write_text(
+        "".join(
+            "".join(f"{w} {x}\n" for w, x in zip(words, labels, strict=True)) + "\n"
+            for words, labels in zip(rows["words"], rows["labels"], strict=True)
+        )
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_tokenizer):
+    """Data files, an encoder, and taggers that the commands made of it."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = tiny_tokenizer()
+    encoder = random_classifier(vocab_size=len(tokenizer), initializer_range=0.1).bert
+    encoder.save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    for name, count, seed in (("train", 256, 0), ("dev", 32, 1), ("test", 32, 2)):
+        write_conll(folder / f"{name}.conll", count, seed)
+    return folder
+
+
+SETTINGS = ("--learning-rate", "3e-3", "--batch-size", "8", "--set", "use_cpu=true")
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    capsys = _Quiet()
+    train = ("-d", folder / "train.conll", "--dev", folder / "dev.conll")
+    code, out, err = call(
+        capsys, "train", "-m", folder / "encoder", *train, "-o", folder / "tagger",
+        "--epochs", 4, *SETTINGS,
+    )  # fmt: skip
+    assert code == 0, err
+    code, out, err = call(
+        capsys, "self-sample", "-m", folder / "tagger", *train, "-o", folder / "exits",
+        "--epochs", 1, *SETTINGS,
+    )  # fmt: skip
+    assert code == 0, err
+    return folder / "exits"
+
+
+class _Quiet:
+    """capsys for fixtures of a module: keeps nothing."""
+
+    def readouterr(self):
+        class Nothing:
+            out = err = "(not captured)"
+
+        return Nothing
+
+
+def test_train_calibrate_evaluate(trained, folder, capsys):
+    report = folder / "report"
+    weights = (trained / "model.safetensors").read_bytes()
+    code, out, err = call(
+        capsys, "calibrate", trained, "-d", folder / "dev.conll", "--target-speedup", 1.5,
+        "--report", report,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "verified with real exits" in out and "chosen" in out
+    chosen = json.loads((report / "calibration.json").read_text())["chosen"]
+    assert (report / "calibration.png").stat().st_size > 10_000
+    tagger = Tagger.from_pretrained(trained)
+    assert tagger.model.policy == ExitPolicy.from_dict(chosen["policy"])
+    assert (trained / "model.safetensors").read_bytes() == weights
+
+    code, out, err = call(capsys, "evaluate", trained, "-d", folder / "test.conll", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["policy"] == chosen["policy"]
+    assert result["scores"]["metric"] == "entity_f1" and result["scores"]["score"] > 0.9
+    assert result["flops_speedup"] > 1.3 and result["wall_speedup"] > 0
+    code, out, err = call(
+        capsys, "evaluate", trained, "-d", folder / "test.conll", "--full-depth", "--timing-runs", 0
+    )
+    assert code == 0 and "full depth" in out and "mean exit layer" in out
+
+
+def test_predict_keeps_order_in_every_format(trained, folder, capsys, tmp_path):
+    text = tmp_path / "in.txt"
+    text.write_text("john smith lives in paris\n\nnew york\n")
+    code, out, err = call(capsys, "predict", trained, text)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [len(r["words"]) for r in rows] == [5, 0, 2]
+    assert rows[0]["labels"] == ["B-PER", "I-PER", "O", "O", "B-LOC"]
+    assert all(1 <= x <= 4 for r in rows for x in r["exit_layers"])
+
+    target = tmp_path / "out.conll"
+    conll = ("--format", "conll", "--output-format", "conll")
+    code, out, err = call(
+        capsys, "predict", trained, folder / "test.conll", *conll, "-o", target, "--buffer", 5
+    )
+    assert code == 0 and out == ""
+    gold = (folder / "test.conll").read_text().splitlines()
+    got = target.read_text().splitlines()
+    assert [line.split()[:1] for line in got] == [line.split()[:1] for line in gold]
+    agree = sum(a.split() == b.split() for a, b in zip(got, gold, strict=True))
+    assert agree > 0.9 * len(gold)
+
+
+def run_predict(*arguments, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tokenexit.cli", "predict", *map(str, arguments)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_predict_as_a_stream_and_interrupted(trained, tmp_path):
+    target = tmp_path / "out.jsonl"
+    stream = run_predict(trained, "--buffer", "1")
+    stream.stdin.write("john lives\n")
+    stream.stdin.flush()
+    assert json.loads(stream.stdout.readline())["words"] == ["john", "lives"]  # before the end
+    stream.stdin.write("paris\n")
+    out, err = stream.communicate()
+    assert stream.returncode == 0 and json.loads(out)["words"] == ["paris"] and not err
+
+    stopped = run_predict(trained, "-o", target, "--buffer", "1")
+    for _ in range(20):
+        stopped.stdin.write("john lives in paris\n")
+    stopped.stdin.flush()
+    while not list(tmp_path.iterdir()) and stopped.poll() is None:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    out, err = stopped.communicate()
+    assert stopped.returncode == 130 and err.strip() == "interrupted"
+    assert not list(tmp_path.iterdir())
+
+    closed = run_predict(trained, "--buffer", "1")
+    closed.stdin.write("john\n")
+    closed.stdin.flush()
+    closed.stdout.readline()
+    closed.stdout.close()
+    try:
+        closed.stdin.write("paris\n" * 50)
+        closed.stdin.close()
+    except BrokenPipeError:
+        pass
+    assert closed.wait() == 1  # typer's quiet end where the reader went away
+    assert "Traceback" not in closed.stderr.read()
+
+
+def test_resume_goes_on_and_nothing_is_overwritten(trained, folder, capsys):
+    tagger = folder / "tagger"
+    arguments = (
+        "train", "-m", folder / "encoder", "-d", folder / "train.conll", "-o", tagger,
+        "--epochs", 4, *SETTINGS,
+    )  # fmt: skip
+    code, _, err = call(capsys, *arguments)
+    assert code == 1 and "has a run already: give --resume" in err
+    code, out, err = call(capsys, *arguments, "--resume")
+    assert code == 0 and "wrote" in out
+    code, _, err = call(capsys, *arguments[:-2], "-o", folder / "new", "--resume")
+    assert code == 1 and "no complete checkpoint" in err
+
+
+def test_info(trained, capsys):
+    code, out, _ = call(capsys, "info", trained)
+    assert code == 0
+    assert "compiled ops" in out and "bert, 4 layers of 32" in out and "B-PER" in out
+    assert call(capsys, "info")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["predict", "{folder}/nowhere"], "nowhere"),
+        (["predict", "{exits}", "{folder}/missing.txt"], "No such file.*missing.txt"),
+        (["predict", "{exits}", "{folder}/test.conll", "--format", "xml"], "xml"),
+        (["predict", "{exits}", "{folder}/test.conll", "--output-format", "xml"], "expected jsonl"),
+        (["predict", "{exits}", "{folder}/test.conll", "-o", "{folder}"], "is a folder"),
+        (["predict", "{exits}", "{folder}/test.conll", "-o", "/proc/x/y"], "/proc/x"),
+        (["predict", "{exits}", "--threshold", "2"], r"threshold has 2.0"),
+        (["predict", "{exits}", "--full-depth", "--window", "2"], "excludes --window"),
+        (["evaluate", "{exits}", "-d", "{folder}/missing.conll"], "missing.conll"),
+        (["evaluate", "{exits}", "-d", "{folder}/cars.conll"], "B-CAR"),
+        (["evaluate", "{exits}", "-d", "{folder}/test.conll", "--column", "5"], "column"),
+        (["evaluate", "{exits}", "-d", "{folder}/test.conll", "--level", "word"], "'word'"),
+        (["calibrate", "{exits}", "-d", "{folder}/dev.conll", "--target-speedup", "99"], "reaches"),
+        (["train", "-m", "{folder}/gpt", "-d", "{folder}/dev.conll", "-o", "{folder}/x"], "gpt2"),
+        (
+            ["train", "-m", "{folder}/encoder", "-d", "{folder}/dev.conll", "-o", "{folder}/y",
+             "--set", "no_such_thing=1"],
+            "no_such_thing",
+        ),
+        (
+            ["train", "-m", "{folder}/encoder", "-d", "{folder}/dev.conll", "-o", "{exits}/a/b"],
+            "exits/a",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(trained, folder, capsys, arguments, message):
+    (trained / "a").write_text("")
+    (folder / "gpt").mkdir(exist_ok=True)
+    (folder / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "cars.conll").write_text("red B-CAR\n")
+    filled = [a.format(folder=folder, exits=trained) for a in arguments]
+    code, out, err = call(capsys, *filled)
+    assert code != 0 and not out
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err
+    import re
+
+    assert re.search(message, lines[0]), lines[0]
+
+
+def test_usage(capsys):
+    code, out, err = call(capsys, "predict")
+    assert code == 2 and "Missing argument" in err
+    for command in ("train", "self-sample", "calibrate", "evaluate", "predict", "demo", "info"):
+        code, out, err = call(capsys, command, "--help")
+        assert code == 0 and f"tokenexit {command}" in out
