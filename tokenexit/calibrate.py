@@ -264,7 +264,7 @@ def plot(
     """Draw score against speed-up as a PNG (or any suffix that matplotlib knows).
 
     Args:
-        test: points of other data, drawn beside.
+        test: points of test data, drawn beside those of development data.
     """
     import matplotlib
 
@@ -297,8 +297,18 @@ def plot(
                 ms=5,
                 label=f"{label}, real",
             )
-    if test:
-        axes.plot([p.speedup for p in test], [p.score for p in test], "k^", ms=5, label="test data")
+        tested = pareto_front(p for p in test if p.policy.level == level or p.speedup == 1)
+        if tested:
+            axes.plot(
+                [p.speedup for p in tested],
+                [p.score for p in tested],
+                "^--",
+                color=color,
+                ms=6,
+                lw=0.8,
+                mfc="white",
+                label=f"{label}, test data",
+            )
     chosen, full = calibration.chosen, calibration.full_depth
     axes.plot(
         [chosen.speedup], [chosen.score], "*", color="#edae49", ms=16, mec="k", label="chosen"

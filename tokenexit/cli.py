@@ -33,7 +33,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         "-d",
-        help="CoNLL columns, CoNLL-U, JSON lines, or what datasets.load_dataset takes.",
+        help="CoNLL columns, CoNLL-U, JSON lines, or NAME[:CONFIG][@SPLIT] of `datasets`.",
     ),
 ]
 Column = Annotated[
@@ -90,10 +90,10 @@ def train(
 
     _quiet()
     from tokenexit.models.modeling import TokenExitForTokenClassification
-    from tokenexit.training.data import label_names, read_sentences
+    from tokenexit.training.data import label_names
 
-    train_data = read_sentences(data, column=_number(column), format=format)
-    dev_data = dev and read_sentences(dev, column=_number(column), format=format)
+    train_data = _read(data, column, format)
+    dev_data = dev and _read(dev, column, format)
     labels = {}
     if AutoConfig.from_pretrained(model).model_type != "tokenexit":
         names = label_names(train_data)
@@ -153,7 +153,6 @@ def self_sample(
 
     Example: `tokenexit self-sample -m tagger -d train.conll --dev dev.conll -o tagger-exits`
     """
-    from tokenexit.training.data import read_sentences
     from tokenexit.training.self_sampling import SelfSampling
 
     sampling = SelfSampling(
@@ -162,9 +161,11 @@ def self_sample(
         exits=exits,
         flooding=flooding,
     )
-    train_data = read_sentences(data, column=_number(column), format=format)
-    dev_data = dev and read_sentences(dev, column=_number(column), format=format)
+    train_data = _read(data, column, format)
+    dev_data = dev and _read(dev, column, format)
     tagger = _tagger(model, batch_size)
+    # Calibration goes on with this kind of copies and criterion.
+    tagger.model.policy = sampling.policy.replace(threshold=0.0)
     _train(
         tagger.model,
         tagger.tokenizer,
@@ -245,10 +246,18 @@ def calibrate(
         float | None,
         typer.Option(help="At most this much below full depth; 0.005 (default) is half a point."),
     ] = None,
-    copy: Annotated[str, typer.Option(help="post_norm or pre_norm.")] = "post_norm",
-    criterion: Annotated[str, typer.Option(help="entropy or max_prob.")] = "entropy",
-    schedule: Annotated[str, typer.Option(help="constant or doubling.")] = "constant",
-    neighbors: Annotated[str, typer.Option(help="frozen or recompute.")] = "frozen",
+    copy: Annotated[
+        str | None, typer.Option(help="post_norm or pre_norm. Default: as the tagger has it.")
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="entropy or max_prob. Default: as the tagger has it.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="constant or doubling. Default: as the tagger has it.")
+    ] = None,
+    neighbors: Annotated[
+        str | None, typer.Option(help="frozen or recompute. Default: as the tagger has it.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for calibration.json and calibration.png.")
     ] = None,
@@ -267,7 +276,10 @@ def calibrate(
     from tokenexit.files import write_aside
 
     tagger = _tagger(model, batch_size)
-    base = ExitPolicy(criterion=criterion, copy=copy, schedule=schedule, neighbors=neighbors)
+    kinds = {"criterion": criterion, "copy": copy, "schedule": schedule, "neighbors": neighbors}
+    base = tagger.model.policy.replace(
+        threshold=0.0, **{name: value for name, value in kinds.items() if value is not None}
+    )
     with _progress() as progress:
         result = run(
             tagger,
@@ -471,10 +483,22 @@ def _tagger(model: str, batch_size: int):
     return Tagger.from_pretrained(model, batch_size=batch_size)
 
 
-def _read(data: str, column: str | None, format: str | None):
+def _read(source: str, column: str | None, format: str | None):
+    """Sentences of a file or folder, or of NAME[:CONFIG][@SPLIT]."""
     from tokenexit.training.data import read_sentences
 
-    return read_sentences(data, column=_number(column), format=format)
+    split = config = None
+    if not Path(source).exists():
+        source, _, split = source.partition("@")
+        if not Path(source).exists():
+            source, _, config = source.partition(":")
+    return read_sentences(
+        source,
+        column=_number(column),
+        split=split or None,
+        config=config or None,
+        format=format,
+    )
 
 
 def _quiet():
