@@ -131,7 +131,6 @@ def calibrate(
     if not len(data):
         raise ValueError("the data has no sentences; expected at least one")
     policies = policy_grid() if policies is None else list(policies)
-    tagger.model.eval()
 
     sweep = _Sweep(tagger, data, policies[0].criterion, metric)
     full = sweep.point(ExitPolicy.never())

@@ -65,7 +65,7 @@ def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | 
     tagger = Tagger(model, tokenizer)
     output.mkdir(parents=True, exist_ok=True)
 
-    stages = (("1: joint training", None, 3), ("2: self-sampling", SelfSampling(), 1))
+    stages = (("1: joint training", None, 2), ("2: self-sampling", SelfSampling(), 1))
     for name, sampling, epochs in stages:
         step(f"stage {name}, {len(train)} sentences, {epochs} epochs")
         arguments = training_arguments(
@@ -129,9 +129,9 @@ def _shown(calibration) -> list[ExitPolicy]:
 
 def _table(results: list[Evaluation], on_dev: list[float], chosen: ExitPolicy) -> Table:
     table = Table(title="Accuracy against speed")
-    table.add_column("policy", no_wrap=True)
+    table.add_column("policy")
     for name in ("dev F1", "test F1", "layers", "FLOPs", "time", "words/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", min_width=len(name))
     for result, dev_score in zip(results, on_dev, strict=True):
         table.add_row(
             str(result.policy),

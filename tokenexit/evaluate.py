@@ -62,7 +62,6 @@ def evaluate(
     """Tag annotated sentences under a policy and score the result.
 
     Args:
-        tagger: its model is put into evaluation mode.
         data: sentences with `words` and `labels`.
         policy: None for the model's.
         metric: see `tokenexit.training.scoring.score`.
@@ -77,7 +76,6 @@ def evaluate(
         raise ValueError("the data has no sentences; expected at least one")
     if metric == "auto":
         metric = detect_metric(config.label2id)
-    tagger.model.eval()
     policy = tagger.model.policy if policy is None else policy
     windows = tagger.windows(data["words"])
     labels, layers = [None] * len(windows), [None] * len(windows)

@@ -13,7 +13,7 @@ from pathlib import Path
 @contextmanager
 def write_aside(target: str | os.PathLike) -> Iterator[Path]:
     """A path beside `target` to write to, renamed to it at the end, removed on any exception."""
-    target = Path(target)
+    target = Path(target).resolve()
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; expected a file to write")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -29,22 +29,24 @@ def write_aside(target: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def write_folder_aside(target: str | os.PathLike) -> Iterator[Path]:
-    """A folder beside `target` to write files to, each renamed into it at the end.
+    """A folder within `target` to write files to, each renamed into `target` at the end.
 
     Other files in `target` stay. Configuration (`*.json`) goes last: where it is, the rest is.
     """
     target = Path(target)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; expected a folder to write")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    # Inside it: the folder may be a mount point or a link, and renaming works in one file system.
+    aside = Path(tempfile.mkdtemp(dir=target, prefix=".writing-"))
     try:
         yield aside
-        target.mkdir(exist_ok=True)
         for file in sorted(aside.iterdir(), key=lambda f: f.suffix == ".json"):
             os.replace(file, target / file.name)
+        is_new = False
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(target if is_new else aside, ignore_errors=True)
 
 
 def _give_usual_mode(path: str, mode: int):

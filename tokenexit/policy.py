@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 
 UNBOUNDED = 2**62  # a window wider than any sentence
 
@@ -63,13 +64,13 @@ class ExitPolicy:
             raise TypeError(f"ExitPolicy.window is {self.window!r}; expected an int")
         if self.window < 0:
             raise ValueError(f"ExitPolicy.window is {self.window}; expected 0 or more")
-        per_layer = isinstance(self.threshold, Iterable) and not isinstance(self.threshold, str)
-        try:
-            values = tuple(map(float, self.threshold)) if per_layer else (float(self.threshold),)
-        except (TypeError, ValueError):
+        per_layer = isinstance(self.threshold, Sequence) and not isinstance(self.threshold, str)
+        values = tuple(self.threshold) if per_layer else (self.threshold,)
+        if not all(isinstance(v, Real) and not isinstance(v, bool) for v in values):
             raise TypeError(
                 f"ExitPolicy.threshold is {self.threshold!r}; expected a number or one per layer"
-            ) from None
+            )
+        values = tuple(map(float, values))
         if not values:
             raise ValueError("ExitPolicy.threshold has no values; expected one per layer")
         for value in values:
@@ -111,7 +112,7 @@ class ExitPolicy:
     @property
     def reach(self) -> int:
         """Words on each side that a decision looks at."""
-        return UNBOUNDED if self.level == "sentence" else self.window
+        return UNBOUNDED if self.level == "sentence" else min(self.window, UNBOUNDED)
 
     def thresholds(self, num_layers: int) -> list[float]:
         """The threshold of each layer 1..L; inf at the last, where every word leaves.
@@ -149,8 +150,11 @@ class ExitPolicy:
         """The policy `to_dict` wrote.
 
         Raises:
+            TypeError: not a dict.
             ValueError: a field this version does not know.
         """
+        if not isinstance(values, dict):
+            raise TypeError(f"exit policy is {values!r:.60}; expected a dict of its fields")
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"exit policy has unknown fields {unknown}; expected {sorted(known)}")

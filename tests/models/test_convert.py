@@ -148,7 +148,7 @@ def test_refuses_other_architectures():
 
 def test_refuses_other_heads_and_itself():
     config = random_classifier().config
-    with pytest.raises(ValueError, match="BertModel; expected a token classifier"):
+    with pytest.raises(ValueError, match="BertModel without .*; expected a token classifier"):
         tokenexit.convert(transformers.BertModel(config))
     with pytest.raises(ValueError, match="already"):
         tokenexit.convert(tokenexit.convert(random_classifier()))

@@ -155,6 +155,11 @@ def damage(folder, how):
         ("missing weights", r"lacks 1 weights: \['encoder.heads.1.weight'\]"),
         ("no weights", "model.safetensors"),
         ("bad config", "config.json"),
+        ({"num_hidden_layers": 3}, "unknown weights"),
+        ({"hidden_size": 64}, "expects"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected an int of 1 or more"),
+        ({"hidden_act": "nope"}, "hidden_act is 'nope'"),
+        ({"exit_policy": "never"}, "expected a dict"),
         ({"model_type": "gpt2"}, "'gpt2' model; supported architectures are"),
         ({"model_type": "of the future"}, "of the future"),
         ({"exit_policy": {"patience": 3}}, "unknown fields"),
@@ -165,8 +170,68 @@ def damage(folder, how):
 def test_refuses_damaged_and_foreign_checkpoints(tmp_path, how, message):
     random_tagger(dtype=torch.float32).save_pretrained(tmp_path)
     damage(tmp_path, how)
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises((ValueError, TypeError, OSError), match=message):
         TokenExitForTokenClassification.from_pretrained(tmp_path)
+
+
+def test_refuses_incomplete_hugging_face_checkpoints(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    random_classifier().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    part = {name: value for name, value in weights.items() if "layer.1." not in name}
+    save_file(part, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 16 weights: \['bert.encoder.layer.1.attent"):
+        TokenExitForTokenClassification.from_pretrained(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"classifier.\w+ of shape .*expects"):
+        TokenExitForTokenClassification.from_pretrained(tmp_path, num_labels=9)
+
+
+def test_without_a_tokenizer_each_token_is_a_word(tmp_path, caplog):
+    random_classifier().save_pretrained(tmp_path)
+    tagger = TokenExitForTokenClassification.from_pretrained(tmp_path)
+    assert not tagger.token_kinds.any()
+    assert "no words are marked" in caplog.text
+
+
+def test_stands_where_a_hugging_face_model_stood(tmp_path):
+    """transformers' own Trainer, its usual compute_metrics, and a grown vocabulary."""
+    from transformers import Trainer, TrainingArguments
+
+    tagger = tokenexit.convert(random_classifier())
+    rows = [{name: value[0] for name, value in with_labels([9], seed).items()} for seed in range(8)]
+    arguments = TrainingArguments(
+        tmp_path, use_cpu=True, report_to="none", max_steps=3, disable_tqdm=True
+    )
+
+    def accuracy(prediction):
+        logits, labels = prediction
+        known = labels != -100
+        return {"accuracy": float((logits.argmax(-1) == labels)[known].mean())}
+
+    trainer = Trainer(
+        tagger, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=accuracy
+    )
+    before = tagger.exit_heads[0].weight.clone()
+    trainer.train()
+    assert not torch.equal(tagger.exit_heads[0].weight, before)
+    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+
+    tagger.resize_token_embeddings(70)
+    assert tagger(torch.tensor([[65, 69]])).logits.isfinite().all()
+    tagger.save_pretrained(tmp_path / "grown")
+    again = TokenExitForTokenClassification.from_pretrained(tmp_path / "grown")
+    assert len(again.token_kinds) == 70
+
+
+def test_heads_may_be_replaced():
+    tagger = random_tagger()
+    tagger.exit_heads = [torch.nn.Linear(32, 5).double() for _ in range(4)]
+    assert tagger.encoder.heads is tagger.exit_heads
+    assert not any(name.startswith("exit_heads") for name in tagger.state_dict())
+    with pytest.raises(ValueError, match="got exit heads of shapes"):
+        tagger.exit_heads = [torch.nn.Linear(32, 5)] * 3
 
 
 def test_saving_fails_whole(tmp_path, monkeypatch):
@@ -183,6 +248,13 @@ def test_saving_fails_whole(tmp_path, monkeypatch):
         tagger.save_pretrained(tmp_path / "tagger")
     assert {f.name: f.read_bytes() for f in (tmp_path / "tagger").iterdir()} == before
     assert [f.name for f in tmp_path.iterdir()] == ["tagger"]
+    with pytest.raises(OSError, match="No space left"):
+        tagger.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "tagger")
+    monkeypatch.undo()
+    tagger.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="expected a folder"):
         tagger.save_pretrained(tmp_path / "file")
@@ -247,7 +319,7 @@ def poke(name, value):
         (put("input_ids", torch.zeros(9, dtype=torch.int64)), r"shape \(9,\); expected \[B, N\]"),
         (put("attention_mask", torch.zeros(3, 9)), "0 everywhere"),
         (put("attention_mask", torch.ones(3, 8)), r"attention_mask has shape \(3, 8\)"),
-        (put("word_ids", torch.ones(1, 9)), r"word_ids has shape \(1, 9\)"),
+        (put("word_ids", torch.ones(1, 9).long()), r"word_ids has shape \(1, 9\)"),
         (poke("input_ids", 60), "input_ids has 60; expected values from 0 to 59"),
         (poke("input_ids", -3), "input_ids has -3"),
         (poke("labels", 5), "labels has 5; expected values from 0 to 4"),
@@ -255,6 +327,10 @@ def poke(name, value):
         (put("policy", 0.3), "expected an ExitPolicy"),
         (put("policy", [ExitPolicy()]), "got 1 policies for 3 sentences"),
         (put("exit_layers", torch.zeros(3, 9, dtype=torch.int64)), "exit_layers has 0"),
+        (put("input_ids", torch.zeros(3, 9)), "input_ids is of torch.float32; expected integers"),
+        (put("word_ids", [[0] * 9] * 3), "word_ids is a list; expected a tensor"),
+        (put("token_type_ids", torch.full((3, 9), 2)), "token_type_ids has 2; expected .* 0 to 1"),
+        (put("position_ids", torch.full((3, 9), 160)), "position_ids has 160"),
     ],
 )
 def test_refuses_bad_batches(change, message):
@@ -299,6 +375,11 @@ def test_nan_is_reported_with_its_cause(backend):
         ValueError, match=r"NaN logits.*NaN in the weights \['encoder.layers.1.up.weig"
     ):
         tagger(**random_batch([5, 9]))
+    tagger = random_tagger()
+    tagger.backend = backend
+    tagger.exit_heads[0].bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN logits at layer 1"):
+        tagger(**random_batch([5, 9]), policy=ExitPolicy(threshold=0.99))
     tagger = random_tagger(dtype=torch.float16)
     tagger.backend = backend
     tagger.encoder.layers[1].up.weight.data.fill_(60000)

@@ -96,6 +96,17 @@ def test_save_and_load(tagger, tmp_path):
     assert again.tag(many) == tagger.tag(many)
 
 
+def test_a_model_in_training_is_run_in_evaluation_mode(tagger):
+    many = sentences(6)
+    expected = tagger.tag(many)
+    tagger.model.train()
+    try:
+        assert tagger.tag(many) == expected
+        assert tagger.model.training
+    finally:
+        tagger.model.eval()
+
+
 def test_refuses(tagger):
     with pytest.raises(ValueError, match="batch_size is 0"):
         Tagger(tagger.model, tagger.tokenizer, batch_size=0)

@@ -79,7 +79,7 @@ def test_both_stages_learn(tiny_tokenizer, tmp_path):
     ):
         stage2 = trainer_for(tokenizer, tmp_path, sampling, stage1.model)
         stage2.train()
-        result = evaluate(stage2.tagger_in_eval(), data(32, seed=2), policy)
+        result = evaluate(stage2.tagger, data(32, seed=2), policy)
         assert result.score > 0.9
         assert result.flops_speedup > 1.5
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import PreTrainedConfig
 
 
@@ -19,6 +21,8 @@ class TokenExitConfig(PreTrainedConfig):
     """
 
     model_type = "tokenexit"
+    # What a Trainer's evaluation leaves out of its predictions.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_layers", "layer_logits"]
 
     source_model_type: str = "bert"
     vocab_size: int = 30522

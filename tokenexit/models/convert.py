@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from dataclasses import fields
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import FAMILIES
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.packing import CONTINUES_WORD, SPECIAL, STARTS_WORD
+
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -47,11 +51,17 @@ def convert(
     if getattr(theirs, "is_decoder", False):
         raise ValueError("got a decoder (config.is_decoder); expected an encoder")
     weights = model.state_dict()
-    if not type(model).__name__.endswith("ForTokenClassification"):
+    names = family.names(theirs.num_hidden_layers)
+    lacking = [
+        part for parts in names.values() for part in parts if f"{part}.weight" not in weights
+    ]
+    if lacking:
         raise ValueError(
-            f"got a {type(model).__name__}; expected a token classifier "
+            f"got a {type(model).__name__} without {lacking[0]}; expected a token classifier "
             "(AutoModelForTokenClassification.from_pretrained loads any encoder as one)"
         )
+    if any(value.is_meta for value in weights.values()):
+        raise ValueError("got a model on the meta device; expected one with its weights")
 
     # Fields that only ours has keep their defaults; the family says where theirs differ.
     shared = {
@@ -66,7 +76,7 @@ def convert(
     converted = TokenExitForTokenClassification(config).to(model.dtype)
 
     ours = converted.state_dict()
-    for name, parts in family.names(config.num_hidden_layers).items():
+    for name, parts in names.items():
         for kind in ("weight", "bias"):
             if f"{name}.{kind}" in ours:
                 value = torch.cat([weights[f"{part}.{kind}"].cpu() for part in parts])
@@ -105,7 +115,25 @@ def token_kinds(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Te
     # The unknown token stands for text.
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     kinds[sorted(special)] = SPECIAL
+    if (kinds == SPECIAL).sum() == len(tokenizer):
+        raise ValueError(
+            f"got a {type(tokenizer).__name__} of special tokens only; expected one with its "
+            "vocabulary (are the tokenizer's files where it was loaded from?)"
+        )
     return kinds
+
+
+def marks_of(name: str | os.PathLike, vocab_size: int, **hub) -> torch.Tensor:
+    """`token_kinds` of the tokenizer saved at `name`; with a warning no marks if there is none."""
+    try:
+        return token_kinds(AutoTokenizer.from_pretrained(name, **hub), vocab_size)
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "no words are marked in the vocabulary, each token is one unless word_ids say "
+            "otherwise: %s",
+            error,
+        )
+        return torch.full((vocab_size,), STARTS_WORD, dtype=torch.uint8)
 
 
 def unsupported(model_type: str) -> ValueError:

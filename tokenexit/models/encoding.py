@@ -245,7 +245,11 @@ class _Frame:
 
 
 def _words(words: Sequence[str], number: int) -> list[str]:
-    if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+    if (
+        not isinstance(words, Sequence)
+        or isinstance(words, str)
+        or not all(isinstance(word, str) for word in words)
+    ):
         raise TypeError(f"sentence {number} is {words!r:.80}; expected a list of words")
     try:
         "".join(words).encode()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
-    AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -95,6 +96,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
     accepts_loss_kwargs = True  # forward takes num_items_in_batch
 
     def __init__(self, config: TokenExitConfig):
+        _check_config(config)
         super().__init__(config)
         self.num_labels = config.num_labels
         self.embeddings = ExitEmbeddings(config)
@@ -156,11 +158,27 @@ class TokenExitForTokenClassification(PreTrainedModel):
         """L classifiers, Linear(d, C); the last is that of the model converted from."""
         return self.encoder.heads
 
+    def __setattr__(self, name, value):
+        if name != "exit_heads":
+            return super().__setattr__(name, value)
+        shapes = [(head.in_features, head.out_features) for head in value]
+        expected = [(self.config.hidden_size, self.num_labels)] * self.config.num_hidden_layers
+        if shapes != expected:
+            raise ValueError(f"got exit heads of shapes {shapes}; expected {expected}")
+        self.encoder.heads = nn.ModuleList(value)
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word
 
     def set_input_embeddings(self, value: nn.Embedding):
         self.embeddings.word = value
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As in `PreTrainedModel`; new vocabulary entries start words."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        grown = embeddings.num_embeddings - len(self.token_kinds)
+        self.token_kinds = F.pad(self.token_kinds, (0, grown), value=STARTS_WORD)
+        return embeddings
 
     @classmethod
     def from_pretrained(
@@ -182,24 +200,26 @@ class TokenExitForTokenClassification(PreTrainedModel):
             ValueError: an unsupported architecture; a checkpoint that is damaged or incomplete.
             OSError: no such folder or hub name.
         """
-        from tokenexit.models.convert import FAMILIES, convert, unsupported
+        from tokenexit.models.convert import FAMILIES, convert, marks_of, unsupported
 
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-        config = kwargs.get("config") or _load(AutoConfig.from_pretrained, name, **hub)
+        config = kwargs.get("config", name)
+        if not isinstance(config, PreTrainedConfig):
+            config = _load(AutoConfig.from_pretrained, config, **hub)
         if config.model_type == TokenExitConfig.model_type:
-            wants_info = kwargs.pop("output_loading_info", False)
             # Weights come from safetensors only: no pickle is ever opened.
-            kwargs.update(output_loading_info=True, use_safetensors=True)
-            model, info = _load(super().from_pretrained, name, *args, **kwargs)
-            if missing := sorted(info["missing_keys"]):
-                raise ValueError(
-                    f"the checkpoint {name} lacks {len(missing)} weights: {missing[:3]}"
-                )
-            return (model, info) if wants_info else model
-        if config.model_type not in FAMILIES:
+            kwargs["use_safetensors"] = True
+            model, info = _load_whole(super().from_pretrained, name, (), *args, **kwargs)
+        elif config.model_type in FAMILIES:
+            new = ("classifier.weight", "classifier.bias")  # of an encoder without a classifier
+            load = AutoModelForTokenClassification.from_pretrained
+            model, info = _load_whole(load, name, new, *args, **kwargs)
+            model = convert(model, tokenizer)
+            if tokenizer is None:
+                model.token_kinds.copy_(marks_of(name, model.config.vocab_size, **hub))
+        else:
             raise unsupported(config.model_type)
-        model = _load(AutoModelForTokenClassification.from_pretrained, name, *args, **kwargs)
-        return convert(model, tokenizer or AutoTokenizer.from_pretrained(name, **hub))
+        return (model, info) if kwargs.get("output_loading_info") else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Save weights (safetensors), configuration and policy; see `PreTrainedModel`.
@@ -207,6 +227,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         Files are written aside and then renamed, the weights before the configuration: a
         failure leaves no half-written file.
         """
+        self.config.exit_policy = self.policy.to_dict()
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with write_folder_aside(save_directory) as aside:
@@ -256,14 +277,19 @@ class TokenExitForTokenClassification(PreTrainedModel):
         packed = pack(attention_mask, word_ids)
         trace = self._run(input_ids, token_type_ids, position_ids, packed, policy, exit_layers)
         logits, layers = last_of(trace, len(packed.slots))
-        if not self.training and logits.isnan().any():
-            raise ValueError(self._explain_nan(logits, packed))
+        if not self.training and any(values.isnan().any() for _, values in trace):
+            raise ValueError(self._explain_nan(trace, packed))
 
         loss = None
         if labels is not None:
-            wanted = packed.pack(labels)
+            wanted = packed.pack(labels).long()
             if self.training:
                 floor = None if loss_floor is None else packed.pack(loss_floor)
+                if floor is not None and floor.shape[1:] != (len(self.encoder.layers),):
+                    raise ValueError(
+                        f"loss_floor has shape {tuple(loss_floor.shape)}; expected "
+                        f"{(*packed.shape, len(self.encoder.layers))}"
+                    )
                 loss = exit_loss(trace, wanted, len(self.encoder.layers), num_items_in_batch, floor)
             else:
                 loss = F.cross_entropy(_precise(logits), wanted, reduction="sum")
@@ -281,7 +307,9 @@ class TokenExitForTokenClassification(PreTrainedModel):
             exit_layers=packed.unpack(layers),
             layer_logits=layer_logits,
         )
-        return output.to_tuple() if return_dict is False else output
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
 
     def _run(self, input_ids, token_type_ids, position_ids, packed, policy, exit_layers) -> Trace:
         ids = packed.pack(input_ids)
@@ -306,7 +334,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
         if self.relative_bias is not None:
             bias = self.relative_bias(_relative_buckets(h.device)).T
         if exit_layers is not None:
-            exit_layers = packed.pack(exit_layers)[packed.first_token]
+            exit_layers = packed.pack(exit_layers)[packed.first_token].long()
+            _check_range("exit_layers", exit_layers, 1, self.config.num_hidden_layers)
         if self._backend == "reference":
             if self.training and max(
                 self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob
@@ -324,11 +353,6 @@ class TokenExitForTokenClassification(PreTrainedModel):
         self, input_ids, attention_mask, word_ids, token_type_ids, position_ids, labels, exit_layers
     ):
         """Reject what cannot be tagged; fill in the mask and the words."""
-        if input_ids.dim() != 2 or not input_ids.numel():
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; expected [B, N] with at least one "
-                "sentence and one token"
-            )
         others = {
             "attention_mask": attention_mask,
             "word_ids": word_ids,
@@ -337,6 +361,16 @@ class TokenExitForTokenClassification(PreTrainedModel):
             "labels": labels,
             "exit_layers": exit_layers,
         }
+        for name, value in {"input_ids": input_ids, **others}.items():
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
+            if value is not None and value.is_floating_point() and name != "attention_mask":
+                raise TypeError(f"{name} is of {value.dtype}; expected integers")
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; expected [B, N] with at least one "
+                "sentence and one token"
+            )
         for name, value in others.items():
             if value is not None and value.shape != input_ids.shape:
                 raise ValueError(
@@ -360,23 +394,29 @@ class TokenExitForTokenClassification(PreTrainedModel):
             if (used & ~real).any():
                 raise ValueError("labels has a label at padding; expected -100 there")
             _check_range("labels", labels[used], 0, self.config.num_labels - 1)
-        if exit_layers is not None:
-            _check_range("exit_layers", exit_layers[real], 1, self.config.num_hidden_layers)
+        if token_type_ids is not None and self.config.type_vocab_size:
+            _check_range("token_type_ids", token_type_ids[real], 0, self.config.type_vocab_size - 1)
+        if position_ids is not None:
+            last = self.config.max_position_embeddings - 1
+            _check_range("position_ids", position_ids[real], 0, last)
         if word_ids is None:
             ids = input_ids.masked_fill(~real, 0)
             word_ids = word_ids_from_kinds(self.token_kinds[ids], attention_mask)
         return attention_mask, word_ids
 
-    def _explain_nan(self, logits, packed) -> str:
-        bad = logits.isnan().any(-1)
-        sentence = int(packed.sentence_of_token[bad.nonzero()[0, 0]])
+    def _explain_nan(self, trace, packed) -> str:
+        layer, (active, values) = next(
+            (number, step) for number, step in enumerate(trace, 1) if step[1].isnan().any()
+        )
+        bad = values.isnan().any(-1)
+        sentence = int(packed.sentence_of_token[active[bad][0]])
         weights = [name for name, p in self.named_parameters() if p.isnan().any()]
         cause = (
             f"NaN in the weights {weights[:3]}" if weights else "no weight is NaN (an overflow?)"
         )
         return (
-            f"{int(bad.sum())} of {len(bad)} tokens have NaN logits, first in sentence {sentence}; "
-            f"expected finite logits; {cause}"
+            f"{int(bad.sum())} of {len(bad)} tokens have NaN logits at layer {layer}, first in "
+            f"sentence {sentence}; expected finite logits; {cause}"
         )
 
 
@@ -384,8 +424,28 @@ def _load(loader, name, *args, **kwargs):
     """Call a Hugging Face loader; a damaged file becomes one clear ValueError."""
     try:
         return loader(name, *args, **kwargs)
-    except (SafetensorError, UnicodeDecodeError) as error:
+    except (SafetensorError, UnpicklingError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"the checkpoint {name} is damaged: {error}") from error
+
+
+def _load_whole(loader, name, may_be_new, *args, **kwargs):
+    """A model and its loading info; ValueError if weights lack, are left over or do not fit."""
+    lenient = kwargs.get("ignore_mismatched_sizes", False)
+    kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
+    model, info = _load(loader, name, *args, **kwargs)
+    if info["mismatched_keys"] and not lenient:
+        weight, got, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"the checkpoint {name} has {weight} of shape {tuple(got)}; its configuration expects "
+            f"{tuple(expected)}"
+        )
+    missing = sorted(set(info["missing_keys"]) - set(may_be_new))
+    if missing:
+        raise ValueError(f"the checkpoint {name} lacks {len(missing)} weights: {missing[:3]}")
+    if isinstance(model, TokenExitForTokenClassification) and info["unexpected_keys"]:
+        extra = sorted(info["unexpected_keys"])
+        raise ValueError(f"the checkpoint {name} has {len(extra)} unknown weights: {extra[:3]}")
+    return model, info
 
 
 def exit_loss(
@@ -419,6 +479,15 @@ def exit_loss(
             losses = torch.where(known, (losses - floor[active, number - 1]).abs(), 0)
         total = total + number * losses.sum()
     return total / (num_layers * (num_layers + 1) / 2) / _count(labels, num_items)
+
+
+def _check_config(config):
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"config.{name} is {value!r}; expected an int of 1 or more")
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"config.hidden_act is {config.hidden_act!r}; expected one of {[*ACT2FN]}")
 
 
 def _precise(logits):

@@ -107,7 +107,7 @@ class Tagger:
     def run(
         self, windows: Sequence[Window], policy: ExitPolicy | None = None, **kwargs
     ) -> Iterator[tuple[list[int], object, list[torch.Tensor]]]:
-        """Run the model over windows, sorted by length, in batches.
+        """Run the model over windows, sorted by length, in batches, in evaluation mode.
 
         Args:
             kwargs: of the model's forward.
@@ -124,4 +124,9 @@ class Tagger:
             batch = collate(chosen, self.tokenizer)
             firsts = [torch.tensor(w.first_pieces(), dtype=torch.int64) for w in chosen]
             batch = {name: value.to(device) for name, value in batch.items()}
-            yield indices, self.model(**batch, policy=policy, **kwargs), firsts
+            training = self.model.training
+            try:
+                output = self.model.eval()(**batch, policy=policy, **kwargs)
+            finally:
+                self.model.train(training)
+            yield indices, output, firsts

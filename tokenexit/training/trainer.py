@@ -68,6 +68,11 @@ class ExitTrainer(Trainer):
     ):
         for data in filter(None, (train_data, dev_data)):
             check_labels(data, list(model.config.label2id))
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}; expected 0: the Trainer "
+                "would smooth the last layer's loss only and not train the other heads"
+            )
         self.sampling = sampling
         self.head_learning_rate = head_learning_rate
         self.metric = metric
@@ -77,7 +82,7 @@ class ExitTrainer(Trainer):
         labels = [ids[window.sentence] for window in windows]
         remembered = [None] * len(windows)
         if sampling is not None and sampling.needs_cache:
-            remembered = remember(self.tagger_in_eval(), windows, labels, sampling.policy.criterion)
+            remembered = remember(self.tagger, windows, labels, sampling.policy.criterion)
         super().__init__(
             model,
             args,
@@ -91,11 +96,6 @@ class ExitTrainer(Trainer):
             self.remove_callback(PrinterCallback)
             self.remove_callback(ProgressCallback)
             self.add_callback(progress)
-
-    def tagger_in_eval(self) -> Tagger:
-        """The tagger of the model being trained, in evaluation mode."""
-        self.tagger.model.eval()
-        return self.tagger
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss under full depth or under drawn policies."""
@@ -129,7 +129,7 @@ class ExitTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Score the development data at full depth."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        result = evaluate(self.tagger_in_eval(), data, ExitPolicy.never(), metric=self.metric)
+        result = evaluate(self.tagger, data, ExitPolicy.never(), metric=self.metric)
         metrics = {
             f"{metric_key_prefix}_{name}": value
             for name, value in result.scores.items()
