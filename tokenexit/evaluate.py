@@ -111,7 +111,7 @@ def time_evaluations(
     full, *others = time_policies(
         tagger, windows, [ExitPolicy.never(), *(r.policy for r in results)], runs
     )
-    words = sum(results[0].exits_per_layer)
+    words = sum(map(len, data["words"]))
     return [
         replace(
             result,
