@@ -115,7 +115,7 @@ def token_kinds(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Te
     # The unknown token stands for text.
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     kinds[sorted(special)] = SPECIAL
-    if (kinds == SPECIAL).sum() == len(tokenizer):
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise ValueError(
             f"got a {type(tokenizer).__name__} of special tokens only; expected one with its "
             "vocabulary (are the tokenizer's files where it was loaded from?)"
