@@ -270,7 +270,7 @@ def plot(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), dpi=150, layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.8), dpi=150, layout="constrained")
     levels = {"token": ("#1f6f8b", "token exit"), "sentence": ("#d1495b", "sentence exit")}
     for level, (color, label) in levels.items():
         mine = [p for p in calibration.simulated if p.policy.level == level]
@@ -318,9 +318,9 @@ def plot(
     axes.set_ylim(low - 0.15 * (high - low) - 0.002, high + 0.1 * (high - low) + 0.002)
     axes.set_xlim(left=0.95)
     axes.set_xlabel("speed-up in multiply-adds over full depth")
-    axes.set_ylabel(calibration.metric.replace("_", " "))
+    axes.set_ylabel(calibration.metric.replace("_", " ").replace("f1", "F1"))
     axes.set_title(title)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="lower left")
+    figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(path)
     plt.close(figure)
