@@ -1,0 +1,60 @@
+"""ExitLayer and ExitHead: against Hugging Face's layer, and what a token that left costs."""
+
+import pytest
+import torch
+from random_models import random_batch, random_classifier, random_tagger
+from torch.utils.flop_counter import FlopCounterMode
+
+import tokenexit
+from tokenexit import flops
+from tokenexit.layers import ExitHead, ExitLayer
+
+
+def test_all_tokens_active_is_a_bert_layer():
+    theirs = random_classifier()
+    layer = tokenexit.convert(theirs).encoder.layers[0]
+    h = torch.randn(2, 9, 32)
+    with torch.no_grad():
+        expected = theirs.bert.encoder.layer[0](h)
+        expected = expected if torch.is_tensor(expected) else expected[0]
+        packed, cu = h.flatten(0, 1), torch.tensor([0, 9, 18])
+        got = layer.output_norm(layer(packed, packed, cu, cu))
+    torch.testing.assert_close(got, expected.flatten(0, 1), atol=1e-5, rtol=0)
+
+
+def test_refuses_heads_that_do_not_divide():
+    with pytest.raises(ValueError, match="hidden_size is 30; expected a multiple of num_heads, 4"):
+        ExitLayer(30, 4, 60)
+
+
+def test_head_drops_its_input_in_training_only():
+    head = ExitHead(64, 3, dropout=0.5)
+    h = torch.ones(2, 64)
+    assert not torch.equal(head(h)[0], head(h)[1])
+    assert torch.equal(head.eval()(h)[0], head(h)[1])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_operations_are_those_of_the_formula(training):
+    """Counted as they run. A token that left costs its key and value, in training too."""
+    tagger = random_tagger(dtype=torch.float32).train(training)
+    batch = random_batch([9, 30, 4], seed=3)
+    generator = torch.Generator().manual_seed(0)
+    exits = torch.randint(1, 5, batch["input_ids"].shape, generator=generator)
+    labels = torch.zeros_like(exits).masked_fill(batch["word_ids"] < 0, -100)
+    with FlopCounterMode(display=False) as counter:
+        output = tagger(**batch, labels=labels, exit_layers=exits)
+        forward = counter.get_total_flops()
+        if training:
+            output.loss.backward()
+    active = flops.active_tokens(output.exit_layers, 4)
+    tokens = batch["attention_mask"].sum(1)
+    assert flops.speedup(active, tokens, tagger.config) > 1.3
+    expected = 2 * float(flops.multiply_adds(active, tokens, tagger.config).sum())
+    # Attention's own products run in one call that is not counted on every device.
+    attention = float((2 * 2 * active * tokens[:, None] * 32).sum())
+    assert forward == pytest.approx(expected, rel=1e-6) or forward == pytest.approx(
+        expected - attention, rel=1e-6
+    )
+    if training:
+        assert counter.get_total_flops() < 3.3 * expected
