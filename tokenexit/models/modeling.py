@@ -237,10 +237,10 @@ class TokenExitForTokenClassification(PreTrainedModel):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         word_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         policy: ExitPolicy | Sequence[ExitPolicy] | None = None,
         exit_layers: torch.Tensor | None = None,
         loss_floor: torch.Tensor | None = None,
@@ -253,12 +253,12 @@ class TokenExitForTokenClassification(PreTrainedModel):
         Args:
             input_ids: `[B, N]` int.
             attention_mask: `[B, N]`, 0 at padding, on whichever side. None: no padding.
-            token_type_ids, position_ids: `[B, N]` int, or None for the family's default;
-                positions count real tokens only.
             word_ids: `[B, N]` int, the word of each token (a run of equal ids), -1 for none.
                 None: as the tokenizer's vocabulary marks them, where the model was converted
                 with its tokenizer; else each token is a word.
             labels: `[B, N]` int, -100 where there is none.
+            token_type_ids, position_ids: `[B, N]` int, or None for the family's default;
+                positions count real tokens only.
             policy: in place of the model's, or one for each row.
             exit_layers: `[B, N]` int, layers 1..L at which words leave whatever they decide;
                 read at each word's first token.

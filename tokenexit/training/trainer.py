@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 from tokenexit.training.data import check_labels
 from tokenexit.training.self_sampling import Remembered, SelfSampling, cached_exits, remember
+
+logger = logging.getLogger(__name__)
 
 
 class ExitTrainer(Trainer):
@@ -73,6 +76,12 @@ class ExitTrainer(Trainer):
                 f"label_smoothing_factor is {args.label_smoothing_factor}; expected 0: the Trainer "
                 "would smooth the last layer's loss only and not train the other heads"
             )
+        if args.n_gpu > 1:  # DataParallel, which cannot split a list of policies
+            logger.warning(
+                "training on one of %d GPUs; launch with torchrun or accelerate to use all",
+                args.n_gpu,
+            )
+            args._n_gpu = 1
         self.sampling = sampling
         self.head_learning_rate = head_learning_rate
         self.metric = metric
