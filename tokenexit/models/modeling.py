@@ -144,7 +144,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
 
     @property
     def backend(self) -> str:
-        """ "auto", or "reference": the plain-PyTorch truth."""
+        """What runs the layers: "auto", or "reference", the plain-PyTorch truth."""
         return self._backend
 
     @backend.setter
