@@ -102,7 +102,6 @@ class ExitEncoder(nn.Module):
         cu_active = cu_keys = packed.cu_tokens
         unfinished = active  # tokens of sentences with an active word: the keys
         stored = h  # what tokens that left are copied from
-        given = exit_layer
         left = torch.zeros_like(packed.first_token)
         uncertainty = schedule.threshold.new_zeros(len(left))
         trace = []
@@ -127,8 +126,8 @@ class ExitEncoder(nn.Module):
             if number == len(self.layers):
                 break
 
-            if given is not None:
-                left = torch.where(given <= number, given, 0)
+            if exit_layer is not None:
+                left = torch.where(exit_layer <= number, exit_layer, 0)
             else:
                 asked, words = logits, packed.word_at[active]
                 if schedule.recompute and len(active) < len(unfinished):
