@@ -271,44 +271,25 @@ def plot(
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 4.8), dpi=150, layout="constrained")
+    full = calibration.full_depth
+
+    def draw(points, style, color, label, **look):
+        front = pareto_front(points)
+        xs, ys = [p.speedup for p in front], [p.score for p in front]
+        axes.plot(xs, ys, style, color=color, label=label, **look)
+
     levels = {"token": ("#1f6f8b", "token exit"), "sentence": ("#d1495b", "sentence exit")}
-    for level, (color, label) in levels.items():
-        mine = [p for p in calibration.simulated if p.policy.level == level]
-        front = pareto_front([*mine, calibration.full_depth])
-        if mine:
-            axes.plot(
-                [p.speedup for p in front],
-                [p.score for p in front],
-                color=color,
-                lw=1,
-                alpha=0.45,
-                label=f"{label}, simulated (best)",
-            )
-        real = pareto_front(
-            p for p in (*calibration.verified, calibration.full_depth) if p.policy.level == level
+    for level, (color, name) in levels.items():
+        groups = (
+            (calibration.simulated, "-", "simulated (best)", {"lw": 1, "alpha": 0.45}),
+            (calibration.verified, "o", "real", {"ms": 5}),
+            (test, "^--", "test data", {"ms": 6, "lw": 0.8, "mfc": "white"}),
         )
-        if real:
-            axes.plot(
-                [p.speedup for p in real],
-                [p.score for p in real],
-                "o",
-                color=color,
-                ms=5,
-                label=f"{label}, real",
-            )
-        tested = pareto_front(p for p in test if p.policy.level == level or p.speedup == 1)
-        if tested:
-            axes.plot(
-                [p.speedup for p in tested],
-                [p.score for p in tested],
-                "^--",
-                color=color,
-                ms=6,
-                lw=0.8,
-                mfc="white",
-                label=f"{label}, test data",
-            )
-    chosen, full = calibration.chosen, calibration.full_depth
+        for points, style, what, look in groups:
+            mine = [p for p in points if p.policy.level == level or p.speedup == 1]
+            if mine:
+                draw(mine, style, color, f"{name}, {what}", **look)
+    chosen = calibration.chosen
     axes.plot(
         [chosen.speedup], [chosen.score], "*", color="#edae49", ms=16, mec="k", label="chosen"
     )

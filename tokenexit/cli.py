@@ -57,6 +57,10 @@ HeadLearningRate = Annotated[float, typer.Option(help="Learning rate of the exit
 Seed = Annotated[int, typer.Option(help="Runs with equal seeds are equal.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 Dev = Annotated[str | None, typer.Option(help="Data to score after each epoch.")]
+Copy = Annotated[str | None, typer.Option(help="post_norm or pre_norm. Default: the tagger's.")]
+Criterion = Annotated[str | None, typer.Option(help="entropy or max_prob. Default: the tagger's.")]
+Schedule = Annotated[str | None, typer.Option(help="constant or doubling. Default: the tagger's.")]
+Neighbors = Annotated[str | None, typer.Option(help="frozen or recompute. Default: the tagger's.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="NAME=VALUE, any field of transformers.TrainingArguments."),
@@ -246,18 +250,10 @@ def calibrate(
         float | None,
         typer.Option(help="At most this much below full depth; 0.005 (default) is half a point."),
     ] = None,
-    copy: Annotated[
-        str | None, typer.Option(help="post_norm or pre_norm. Default: as the tagger has it.")
-    ] = None,
-    criterion: Annotated[
-        str | None, typer.Option(help="entropy or max_prob. Default: as the tagger has it.")
-    ] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="constant or doubling. Default: as the tagger has it.")
-    ] = None,
-    neighbors: Annotated[
-        str | None, typer.Option(help="frozen or recompute. Default: as the tagger has it.")
-    ] = None,
+    copy: Copy = None,
+    criterion: Criterion = None,
+    schedule: Schedule = None,
+    neighbors: Neighbors = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for calibration.json and calibration.png.")
     ] = None,
