@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from random_models import random_classifier
@@ -133,9 +132,27 @@ def run_predict(*arguments, **kwargs):
     )  # fmt: skip
 
 
-@pytest.mark.slow
-def test_predict_as_a_stream_and_interrupted(trained, tmp_path):
+def test_interrupted_predict_leaves_no_file(trained, folder, capsys, tmp_path, monkeypatch):
+    whole = Tagger.stream
+
+    def stopped(self, *args, **kwargs):
+        for number, tagged in enumerate(whole(self, *args, **kwargs)):
+            if number == 7:
+                raise KeyboardInterrupt
+            yield tagged
+
+    monkeypatch.setattr(Tagger, "stream", stopped)
     target = tmp_path / "out.jsonl"
+    target.write_text("of an earlier run")
+    arguments = ("predict", trained, folder / "test.conll", "--format", "conll", "-o", target)
+    code, out, err = call(capsys, *arguments)
+    assert code == 130 and err.strip() == "interrupted"
+    assert target.read_text() == "of an earlier run"
+    assert [f.name for f in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.slow
+def test_predict_as_a_stream_and_interrupted(trained):
     stream = run_predict(trained, "--buffer", "1")
     stream.stdin.write("john lives\n")
     stream.stdin.flush()
@@ -144,16 +161,13 @@ def test_predict_as_a_stream_and_interrupted(trained, tmp_path):
     out, err = stream.communicate()
     assert stream.returncode == 0 and json.loads(out)["words"] == ["paris"] and not err
 
-    stopped = run_predict(trained, "-o", target, "--buffer", "1")
-    for _ in range(20):
-        stopped.stdin.write("john lives in paris\n")
+    stopped = run_predict(trained, "--buffer", "1")
+    stopped.stdin.write("paris\n")
     stopped.stdin.flush()
-    while not list(tmp_path.iterdir()) and stopped.poll() is None:
-        time.sleep(0.01)
+    stopped.stdout.readline()  # now it waits for more
     stopped.send_signal(signal.SIGINT)
     out, err = stopped.communicate()
     assert stopped.returncode == 130 and err.strip() == "interrupted"
-    assert not list(tmp_path.iterdir())
 
     closed = run_predict(trained, "--buffer", "1")
     closed.stdin.write("john\n")
