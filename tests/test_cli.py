@@ -207,7 +207,11 @@ def test_info(trained, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["predict", "{folder}/nowhere"], "nowhere"),
+        (["predict", "{folder}/nowhere"], "nowhere is neither a folder nor a name on the hub"),
+        (
+            ["train", "-m", "{folder}/no", "-d", "{folder}/dev.conll", "-o", "{folder}/x"],
+            "no is neither a folder nor",
+        ),
         (["predict", "{exits}", "{folder}/missing.txt"], "No such file.*missing.txt"),
         (["predict", "{exits}", "{folder}/test.conll", "--format", "xml"], "xml"),
         (["predict", "{exits}", "{folder}/test.conll", "--output-format", "xml"], "expected jsonl"),

@@ -90,16 +90,16 @@ def train(
 
     Example: `tokenexit train -m bert-base-cased -d train.conll --dev dev.conll -o tagger`
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     _quiet()
-    from tokenexit.models.modeling import TokenExitForTokenClassification
+    from tokenexit.models.modeling import TokenExitForTokenClassification, load_config
     from tokenexit.training.data import label_names
 
     train_data = _read(data, column, format)
     dev_data = dev and _read(dev, column, format)
     labels = {}
-    if AutoConfig.from_pretrained(model).model_type != "tokenexit":
+    if load_config(model).model_type != "tokenexit":
         names = label_names(train_data)
         labels = {
             "id2label": dict(enumerate(names)),

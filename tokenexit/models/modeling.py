@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -205,7 +206,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         config = kwargs.get("config", name)
         if not isinstance(config, PreTrainedConfig):
-            config = _load(AutoConfig.from_pretrained, config, **hub)
+            config = load_config(config, **hub)
         if config.model_type == TokenExitConfig.model_type:
             # Weights come from safetensors only: no pickle is ever opened.
             kwargs["use_safetensors"] = True
@@ -420,12 +421,21 @@ class TokenExitForTokenClassification(PreTrainedModel):
         )
 
 
+def load_config(name: str | os.PathLike, **kwargs) -> PreTrainedConfig:
+    """The configuration at a folder or hub name; errors as in `from_pretrained`."""
+    return _load(AutoConfig.from_pretrained, name, **kwargs)
+
+
 def _load(loader, name, *args, **kwargs):
     """Call a Hugging Face loader; a damaged file becomes one clear ValueError."""
     try:
         return loader(name, *args, **kwargs)
     except (SafetensorError, UnpicklingError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"the checkpoint {name} is damaged: {error}") from error
+    except OSError as error:
+        if isinstance(error.__cause__, HFValidationError):  # a path
+            raise FileNotFoundError(f"{name} is neither a folder nor a name on the hub") from None
+        raise
 
 
 def _load_whole(loader, name, may_be_new, *args, **kwargs):
