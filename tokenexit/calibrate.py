@@ -11,12 +11,11 @@ from datasets import Dataset
 
 from tokenexit import flops
 from tokenexit.encoder import Schedule, simulate_exits
-from tokenexit.evaluate import evaluate
+from tokenexit.evaluate import check_annotated, evaluate
 from tokenexit.models.encoding import Window, merge
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import uncertainty
-from tokenexit.training.data import check_labels
 from tokenexit.training.scoring import detect_metric, score
 
 THRESHOLDS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -127,9 +126,7 @@ def calibrate(
         raise ValueError(f"target_speedup is {target_speedup}; expected 1 or more")
     if max_loss is not None and max_loss < 0:
         raise ValueError(f"max_loss is {max_loss}; expected 0 or more")
-    check_labels(data, list(tagger.model.config.label2id))
-    if not len(data):
-        raise ValueError("the data has no sentences; expected at least one")
+    check_annotated(tagger, data)
     policies = policy_grid() if policies is None else list(policies)
 
     sweep = _Sweep(tagger, data, policies[0].criterion, metric)

@@ -299,7 +299,6 @@ def calibrate(
             plot(result, path)
         out.print(f"wrote {report}/calibration.json and {report}/calibration.png")
     tagger.model.policy = result.chosen.policy
-    tagger.model.config.exit_policy = result.chosen.policy.to_dict()
     _save_config(tagger.model, model)
     out.print(f"policy of {model}: {result.chosen.policy}")
 

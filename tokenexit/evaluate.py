@@ -71,9 +71,7 @@ def evaluate(
         ValueError: no sentences; no labels; a label that the model does not know.
     """
     config = tagger.model.config
-    check_labels(data, list(config.label2id))
-    if not len(data):
-        raise ValueError("the data has no sentences; expected at least one")
+    check_annotated(tagger, data)
     if metric == "auto":
         metric = detect_metric(config.label2id)
     policy = tagger.model.policy if policy is None else policy
@@ -81,10 +79,8 @@ def evaluate(
     labels, layers = [None] * len(windows), [None] * len(windows)
     active, tokens = [], []
     for indices, output, firsts in tagger.run(windows, policy):
-        best = output.logits.argmax(-1)
-        for row, index in enumerate(indices):
-            labels[index] = [config.id2label[i] for i in best[row, firsts[row]].tolist()]
-            layers[index] = output.exit_layers[row, firsts[row]].tolist()
+        for index, words in zip(indices, tagger.words(output, firsts), strict=True):
+            labels[index], layers[index] = words
         active.append(flops.active_tokens(output.exit_layers, config.num_hidden_layers).cpu())
         tokens.append((output.exit_layers > 0).sum(1).cpu())
     exits = torch.tensor([x for sentence in merge(windows, layers) for x in sentence])
@@ -98,6 +94,13 @@ def evaluate(
     if not timing_runs:
         return result
     return time_evaluations(tagger, data, [result], timing_runs)[0]
+
+
+def check_annotated(tagger: Tagger, data: Dataset):
+    """Raise ValueError unless there are sentences, with labels that the model knows."""
+    check_labels(data, list(tagger.model.config.label2id))
+    if not len(data):
+        raise ValueError("the data has no sentences; expected at least one")
 
 
 def time_evaluations(

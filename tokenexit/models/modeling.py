@@ -29,6 +29,7 @@ from tokenexit.encoder import ExitEncoder, Schedule, Trace, last_of
 from tokenexit.files import write_folder_aside
 from tokenexit.layers import ExitHead, ExitLayer
 from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.models.families import FAMILIES
 from tokenexit.packing import STARTS_WORD, pack, word_ids_from_kinds
 from tokenexit.policy import ExitPolicy
 
@@ -201,7 +202,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
             ValueError: an unsupported architecture; a checkpoint that is damaged or incomplete.
             OSError: no such folder or hub name.
         """
-        from tokenexit.models.convert import FAMILIES, convert, marks_of, unsupported
+        from tokenexit.models.convert import convert, marks_of, unsupported
 
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         config = kwargs.get("config", name)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tokenexit.files import write_folder_aside
 from tokenexit.models.convert import require_fast
 from tokenexit.models.encoding import Window, collate, encode, merge
-from tokenexit.models.modeling import TokenExitForTokenClassification
+from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
 from tokenexit.policy import ExitPolicy
 
 
@@ -84,16 +84,13 @@ class Tagger:
     ) -> Iterator[Tagged]:
         """Like `tag`, as the sentences come: `buffer` of them at a time, in constant memory."""
         sentences = iter(sentences)
-        names = self.model.config.id2label
         while chunk := list(islice(sentences, buffer)):
             windows = self.windows(chunk)
             labels = [None] * len(windows)
             layers = [None] * len(windows)
             for indices, output, firsts in self.run(windows, policy):
-                best = output.logits.argmax(-1)
-                for row, index in enumerate(indices):
-                    labels[index] = [names[i] for i in best[row, firsts[row]].tolist()]
-                    layers[index] = output.exit_layers[row, firsts[row]].tolist()
+                for index, words in zip(indices, self.words(output, firsts), strict=True):
+                    labels[index], layers[index] = words
             results = zip(chunk, merge(windows, labels), merge(windows, layers), strict=True)
             for words, its_labels, its_layers in results:
                 yield Tagged(list(words), its_labels, its_layers)
@@ -103,10 +100,20 @@ class Tagger:
         limit = min(self.model.config.max_tokens, self.tokenizer.model_max_length)
         return encode(self.tokenizer, sentences, limit, self.overlap)
 
+    def words(
+        self, output: TokenExitOutput, firsts: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[list[str], list[int]]]:
+        """Labels and exit layers of the words of each window of a batch, as `run` yields it."""
+        names = self.model.config.id2label
+        best = output.logits.argmax(-1)
+        for row, positions in enumerate(firsts):
+            labels = [names[i] for i in best[row, positions].tolist()]
+            yield labels, output.exit_layers[row, positions].tolist()
+
     @torch.inference_mode()
     def run(
         self, windows: Sequence[Window], policy: ExitPolicy | None = None, **kwargs
-    ) -> Iterator[tuple[list[int], object, list[torch.Tensor]]]:
+    ) -> Iterator[tuple[list[int], TokenExitOutput, list[torch.Tensor]]]:
         """Run the model over windows, sorted by length, in batches, in evaluation mode.
 
         Args:

@@ -125,9 +125,10 @@ class ExitTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         """The Trainer's optimizer, with a learning rate of their own for the heads."""
-        if self.optimizer is not None or self.head_learning_rate is None:
-            return super().create_optimizer(model)
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        if not is_new or self.head_learning_rate is None:
+            return optimizer
         heads = {id(p) for p in self.model.exit_heads.parameters()}
         for group in list(optimizer.param_groups):
             mine = [p for p in group["params"] if id(p) in heads]
