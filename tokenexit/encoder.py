@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tokenexit.ops.compact_active import compact_active
 from tokenexit.ops.exit_decision import exit_decision
-from tokenexit.packing import Packed
+from tokenexit.packing import Active, Packed
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import window_max
 
@@ -98,40 +97,29 @@ class ExitEncoder(nn.Module):
         exit_layer: torch.Tensor | None = None,
     ) -> Trace:
         """Arguments and result of `tokenexit.reference.exit_forward`, active tokens only."""
-        active = torch.arange(len(h), device=h.device)
-        cu_active = cu_keys = packed.cu_tokens
-        unfinished = active  # tokens of sentences with an active word: the keys
+        active = Active.all(packed)
         stored = h  # what tokens that left are copied from
         left = torch.zeros_like(packed.first_token)
         uncertainty = schedule.threshold.new_zeros(len(left))
         trace = []
         for number, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True), 1):
-            fresh = layer(
-                _rows(h, active),
-                _rows(h, unfinished),
-                cu_active,
-                cu_keys,
-                bias,
-                None if bias is None else packed.positions[active],
-            )
-            if schedule.pre_norm:
-                stored = _store(stored, active, fresh)
-                h = layer.output_norm(stored)
-                logits = head(_rows(h, active))
-            else:
-                fresh = layer.output_norm(fresh)
-                h = _store(h, active, fresh)
-                logits = head(fresh)
-            trace.append((active, logits))
+            fresh = layer(h, active, bias, schedule.pre_norm)
+            stored = _store(stored, active, fresh)
+            h = layer.output_norm(stored) if schedule.pre_norm else stored
+            logits = head(active.rows(h))
+            trace.append((active.tokens, logits))
             if number == len(self.layers):
                 break
 
             if exit_layer is not None:
                 left = torch.where(exit_layer <= number, exit_layer, 0)
             else:
-                asked, words = logits, packed.word_at[active]
-                if schedule.recompute and len(active) < len(unfinished):
-                    asked, words = head(_rows(h, unfinished)), packed.word_at[unfinished]
+                asked, words = logits, packed.word_at[active.tokens]
+                if schedule.recompute:
+                    keys, _ = active.keys
+                    asked, words = head(h), packed.word_at
+                    if keys is not None:
+                        asked, words = asked[keys], words[keys]
                 uncertainty, left = exit_decision(
                     asked.detach(),
                     words,
@@ -143,15 +131,13 @@ class ExitEncoder(nn.Module):
                     number,
                     schedule.max_prob,
                 )
-            active, cu_active = compact_active(active, cu_active, packed.word_of_token, left)
-            active = active[: cu_active[-1]]
-            if not len(active):
+            tokens, cu_tokens = compact_active(
+                active.tokens, active.cu_tokens, packed.word_of_token, left
+            )
+            tokens = tokens[: cu_tokens[-1]]
+            if not len(tokens):
                 break
-            in_use = cu_active.diff() > 0
-            kept = in_use[packed.sentence_of_token[unfinished]]
-            if not kept.all():
-                unfinished = unfinished[kept]
-                cu_keys = F.pad((packed.cu_tokens.diff() * in_use).cumsum(0), (1, 0))
+            active = Active(packed, tokens, cu_tokens)
         return trace
 
 
@@ -166,18 +152,13 @@ def last_of(trace: Trace, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return result, layers
 
 
-def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`values[index]` for ascending index, without a copy where that is all rows."""
-    return values if len(index) == len(values) else values[index]
-
-
-def _store(values: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`values` with `rows` at ascending index, without a copy where those are all rows."""
-    if len(index) == len(values):
+def _store(values: torch.Tensor, active: Active, rows: torch.Tensor) -> torch.Tensor:
+    """`values` with the active tokens' `rows`, without a copy where those are all."""
+    if len(rows) == len(values):
         return rows
     if torch.is_grad_enabled():
-        return values.index_copy(0, index, rows)
-    return values.index_copy_(0, index, rows)
+        return values.index_copy(0, active.tokens, rows)
+    return values.index_copy_(0, active.tokens, rows)
 
 
 def simulate_exits(

@@ -10,6 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """What can be made or fetched anew: `$TOKENEXIT_CACHE`, or `tokenexit` in the user's cache."""
+    if named := os.environ.get("TOKENEXIT_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tokenexit"
+
+
 @contextmanager
 def write_aside(target: str | os.PathLike) -> Iterator[Path]:
     """A path beside `target` to write to, renamed to it at the end, removed on any exception."""

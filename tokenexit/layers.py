@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenexit.costs import costs
+from tokenexit.ops.add_layer_norm import add_layer_norm
+from tokenexit.ops.bias_gelu import bias_gelu
 from tokenexit.ops.exit_attention import exit_attention
+from tokenexit.ops.exit_layer import DEVICES, exit_layer
+from tokenexit.packing import Active
 
 
 class ExitLayer(nn.Module):
@@ -37,7 +42,7 @@ class ExitLayer(nn.Module):
         hidden_size: int,
         num_heads: int,
         intermediate_size: int,
-        activation: Callable[[torch.Tensor], torch.Tensor] = nn.functional.gelu,
+        activation: Callable[[torch.Tensor], torch.Tensor] = F.gelu,
         eps: float = 1e-12,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
@@ -62,38 +67,80 @@ class ExitLayer(nn.Module):
     def forward(
         self,
         h: torch.Tensor,
-        keys: torch.Tensor,
-        cu_active: torch.Tensor,
-        cu_keys: torch.Tensor,
+        active: Active,
         bias: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
+        pre_norm: bool = False,
     ) -> torch.Tensor:
-        """The sum before `output_norm`, for active tokens; the caller normalises and stores it.
+        """New states of the active tokens; the caller stores them.
 
         Args:
-            h: `[A, d]` states of the active tokens.
-            keys: `[K, d]` states of all tokens of the sentences that have an active one.
-            cu_active, cu_keys: `[B+1]` int64, offsets of the sentences in h and in keys.
-            bias, positions: see `tokenexit.ops.exit_attention`.
+            h: `[T, d]` states of all tokens, those of active tokens from the layer before.
+            active: which they are.
+            bias: see `tokenexit.ops.exit_attention`.
+            pre_norm: leave out `output_norm`: the sum before it.
 
         Returns:
             `[A, d]`.
         """
-        q = self.query(h).unflatten(-1, (self.num_heads, -1))
-        k, v = self.key_value(keys).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        scale = (self.query.out_features // self.num_heads) ** -0.5
+        if self._compiled(h):
+            d, inner = self.down.weight.shape
+            weights = [parameter for part in self.children() for parameter in part.parameters()]
+            return exit_layer(
+                h,
+                active,
+                weights,
+                self.num_heads,
+                scale,
+                self.output_norm.eps,
+                costs(d, inner, self.num_heads),
+                pre_norm,
+                bias,
+            )
+        keys, cu_keys = active.keys
+        seen = h if keys is None else h[keys]
+        h = active.rows(h)
+        k, v = self.key_value(seen).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
         context = exit_attention(
-            q,
+            self.query(h).unflatten(-1, (self.num_heads, -1)),
             k,
             v,
-            cu_active,
+            active.cu_tokens,
             cu_keys,
-            q.shape[-1] ** -0.5,
+            scale,
             bias,
-            positions,
-            self.attention_dropout if self.training else 0.0,
+            None if bias is None else active.positions,
+            **self._attention_dropout(),
+            max_length=active.packed.shape[1],
         )
-        h = self.attention_norm(h + self.dropout(self.attention_output(context.flatten(1))))
-        return h + self.dropout(self.down(self.activation(self.up(h))))
+        norm = self.attention_norm
+        attended = self.dropout(self.attention_output(context.flatten(1)))
+        h = add_layer_norm(attended, h, norm.weight, norm.bias, norm.eps)
+        if self.activation is F.gelu:
+            inner = bias_gelu(F.linear(h, self.up.weight), self.up.bias)
+        else:
+            inner = self.activation(self.up(h))
+        update = self.dropout(self.down(inner))
+        if pre_norm:
+            return update + h
+        norm = self.output_norm
+        return add_layer_norm(update, h, norm.weight, norm.bias, norm.eps)
+
+    def _compiled(self, h):
+        """Whether the compiled layer can run: no gradient, no dropout, its kind of layer."""
+        drops = self.training and (self.dropout.p or self.attention_dropout)
+        return (
+            h.device.type in DEVICES
+            and h.dtype == self.query.weight.dtype == torch.float32
+            and not torch.is_grad_enabled()
+            and self.activation is F.gelu
+            and not drops
+        )
+
+    def _attention_dropout(self):
+        if not self.training or not self.attention_dropout:
+            return {}
+        return {"dropout_p": self.attention_dropout, "seed": int(torch.randint(2**31, ()))}
 
 
 class ExitHead(nn.Linear):

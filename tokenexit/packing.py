@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,45 @@ class Packed:
         """`[T, ...] -> [B, N, ...]`, zero at padding."""
         padded = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
         return padded.index_copy(0, self.slots, values).unflatten(0, self.shape)
+
+
+@dataclass(frozen=True)
+class Active:
+    """The tokens of a packed batch that a layer computes.
+
+    Attributes:
+        packed: the layout of the batch.
+        tokens: `[A]` int64, their packed indices, ascending.
+        cu_tokens: `[B+1]` int64, offsets of each sentence's in tokens; a finished one has none.
+    """
+
+    packed: Packed
+    tokens: torch.Tensor
+    cu_tokens: torch.Tensor
+
+    @classmethod
+    def all(cls, packed: Packed) -> Active:
+        """Before the first layer."""
+        tokens = torch.arange(len(packed.slots), device=packed.slots.device)
+        return cls(packed, tokens, packed.cu_tokens)
+
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """`values[tokens]` of `[T, ...]`, without a copy where that is all rows."""
+        return values if len(self.tokens) == len(values) else values[self.tokens]
+
+    @cached_property
+    def keys(self) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """All tokens of the sentences that are not finished: indices (None: all), offsets."""
+        in_use = self.cu_tokens.diff() > 0
+        if in_use.all():
+            return None, self.packed.cu_tokens
+        index = in_use[self.packed.sentence_of_token].nonzero().squeeze(1)
+        return index, F.pad((self.packed.cu_tokens.diff() * in_use).cumsum(0), (1, 0))
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """`[A]`, the tokens' positions in their sentences."""
+        return self.rows(self.packed.positions)
 
 
 def pack(attention_mask: torch.Tensor, word_ids: torch.Tensor) -> Packed:

@@ -75,7 +75,7 @@ def compact_active(active, cu_active, word_of_token, exit_layer):
     return F.pad(kept, (0, len(active) - len(kept))), F.pad(counts.cumsum(0), (1, 0))
 
 
-def exit_attention(q, k, v, cu_q, cu_k, scale, bias=None, positions=None):
+def exit_attention(q, k, v, cu_q, cu_k, scale, bias=None, positions=None, dropout_p=0.0, seed=0):
     """Active queries over all keys; see `tokenexit.ops.exit_attention`."""
     out = torch.zeros_like(q)
     for b in range(len(cu_q) - 1):
@@ -83,8 +83,40 @@ def exit_attention(q, k, v, cu_q, cu_k, scale, bias=None, positions=None):
         scores = torch.einsum("ahd,khd->hak", q[mine], k[seen]) * scale
         if bias is not None:
             scores = scores + relative_bias(bias, positions[mine], scores.shape[-1])
-        out[mine] = torch.einsum("hak,khd->ahd", scores.softmax(-1), v[seen])
+        weights = scores.softmax(-1)
+        if dropout_p:
+            rows = torch.arange(len(q), device=q.device)[mine]
+            keep = dropout_keep(seed, rows, q.shape[1], cu_k[b], scores.shape[-1], dropout_p)
+            weights = weights * keep / (1 - dropout_p)
+        out[mine] = torch.einsum("hak,khd->ahd", weights, v[seen])
     return out
+
+
+def absorbed_attention(q, h, cu_q, cu_k, scale, bias=None, positions=None):
+    """Active queries over hidden states; see `tokenexit.ops.absorbed_attention`."""
+    shared = h[:, None].expand(-1, q.shape[1], -1)
+    return exit_attention(q, shared, shared, cu_q, cu_k, scale, bias, positions)
+
+
+def dropout_keep(seed, rows, num_heads, first_key, num_keys, dropout_p):
+    """Which attention weights dropout keeps: `[H, A, keys]`, a function of its arguments alone.
+
+    Each weight draws 32 bits from a hash of the seed, its query's row in q, its head and its key's
+    row in k, so that every backend keeps the same.
+    """
+    heads = torch.arange(num_heads, device=rows.device)[:, None, None]
+    keys = first_key + torch.arange(num_keys, device=rows.device)
+    drawn = _mix(_mix(_mix((seed ^ rows) & 0xFFFFFFFF)[:, None] ^ heads) ^ keys)
+    return drawn >= math.floor(dropout_p * 2**32)
+
+
+def _mix(x):
+    """A hash of 32 bits (Wellons' lowbias32), in int64."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def relative_bias(bias, positions, num_keys):

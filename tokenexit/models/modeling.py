@@ -107,7 +107,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 config.hidden_size,
                 config.num_attention_heads,
                 config.intermediate_size,
-                ACT2FN[config.hidden_act],
+                F.gelu if config.hidden_act == "gelu" else ACT2FN[config.hidden_act],
                 config.layer_norm_eps,
                 config.hidden_dropout_prob,
                 config.attention_probs_dropout_prob,

@@ -63,3 +63,18 @@ def check_vector(
         raise ValueError(f"got {name} {list(tensor.shape)}; expected [{size}]")
     if tensor.device != device:
         raise ValueError(f"got {name} on {tensor.device}; expected {device}")
+
+
+def check_bias(bias: torch.Tensor | None, positions: torch.Tensor | None, q: torch.Tensor) -> None:
+    """Hold a relative-position bias against queries `[A, H, ...]`.
+
+    Raises:
+        ValueError: not `[H, 2R+1]`; no positions, or not one a query.
+    """
+    if bias is None:
+        return
+    if positions is None or positions.shape != q.shape[:1]:
+        got = None if positions is None else tuple(positions.shape)
+        raise ValueError(f"got positions {got} with a bias; expected [{len(q)}]")
+    if bias.dim() != 2 or len(bias) != q.shape[1] or bias.shape[1] % 2 == 0:
+        raise ValueError(f"got bias {tuple(bias.shape)}; expected [{q.shape[1]}, 2R+1]")

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from tokenexit import reference
+from tokenexit.ops import check_bias, compiled_devices, use_compiled
+
+_DEVICES = compiled_devices("exit_attention")
 
 
 def exit_attention(
@@ -18,6 +21,9 @@ def exit_attention(
     bias: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    seed: int = 0,
+    max_length: int = 0,
+    *,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention within each packed sentence, with fewer queries than keys.
@@ -36,14 +42,17 @@ def exit_attention(
             tokens after the query, distances beyond R counting as R. None: nothing is added.
         positions: `[A]` int64, each query's position in its sentence; needed with `bias`.
         dropout_p: probability that an attention weight is zeroed (the others are scaled up).
-        backend: "auto" or "reference".
+        seed: what dropout draws from; the same weights go on every backend.
+        max_length: no sentence has more queries; 0 if unknown. A GPU sizes its grid by it.
+        backend: "auto", or "reference" for plain PyTorch.
 
     Returns:
         `[A, H, D]`, in the dtype of q.
 
     Raises:
-        ValueError: shapes that do not fit each other; a bias without positions; dropout on the
-            reference, which has none.
+        ValueError: shapes that do not fit each other; a bias without positions; a probability
+            outside [0, 1); an unknown backend.
+        RuntimeError: offsets out of range. Only the compiled CPU op looks at values.
 
     Source: Li et al. 2021 (arXiv 2105.13878), section 3.3: tokens that left are keys and values.
     """
@@ -56,17 +65,19 @@ def exit_attention(
         raise ValueError(
             f"got {len(cu_q)} offsets of queries and {len(cu_k)} of keys; expected B + 1 of both"
         )
-    if bias is not None:
-        if positions is None or positions.shape != q.shape[:1]:
-            got = None if positions is None else tuple(positions.shape)
-            raise ValueError(f"got positions {got} with a bias; expected [{len(q)}]")
-        if bias.dim() != 2 or len(bias) != q.shape[1] or bias.shape[1] % 2 == 0:
-            raise ValueError(f"got bias {tuple(bias.shape)}; expected [{q.shape[1]}, 2R+1]")
-    if backend == "reference":
-        if dropout_p:
-            raise ValueError(f"got dropout_p={dropout_p} on the reference backend; expected 0")
-        return reference.exit_attention(q, k, v, cu_q, cu_k, scale, bias, positions)
+    check_bias(bias, positions, q)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"got dropout_p={dropout_p}; expected a probability below 1")
+    arguments = (q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed)
+    if use_compiled(backend, q.device, _DEVICES) and q.dtype == torch.float32:
+        return torch.ops.tokenexit.exit_attention(*arguments, max_length)[0]
+    if backend == "reference" or dropout_p:
+        return reference.exit_attention(*arguments)
+    return _by_sentence(q, k, v, cu_q, cu_k, scale, bias, positions)
 
+
+def _by_sentence(q, k, v, cu_q, cu_k, scale, bias, positions):
+    """A call of PyTorch's attention for each sentence."""
     num_q, num_k = cu_q.diff().tolist(), cu_k.diff().tolist()
     parts = []
     start = 0
@@ -74,15 +85,35 @@ def exit_attention(
         if len(q_b):
             where = None if positions is None else positions[start : start + len(q_b)]
             mask = None if bias is None else reference.relative_bias(bias, where, len(k_b))
-            parts.append(
-                F.scaled_dot_product_attention(
-                    q_b.transpose(0, 1)[None],
-                    k_b.transpose(0, 1)[None],
-                    v_b.transpose(0, 1)[None],
-                    attn_mask=mask,
-                    dropout_p=dropout_p,
-                    scale=scale,
-                )[0].transpose(0, 1)
-            )
+            rows = (x.transpose(0, 1)[None] for x in (q_b, k_b, v_b))
+            out = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale)
+            parts.append(out[0].transpose(0, 1))
         start += len(q_b)
     return torch.cat(parts) if parts else torch.empty_like(q)
+
+
+if _DEVICES:
+
+    @torch.library.register_fake("tokenexit::exit_attention")
+    def _(q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed, max_length):
+        return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+    @torch.library.register_fake("tokenexit::exit_attention_backward")
+    def _(grad, q, k, v, out, lse, cu_q, cu_k, scale, bias, positions, dropout_p, seed, max_length):
+        table = (0, 0) if bias is None else bias.shape
+        return (*(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(table, dtype=torch.float32))
+
+    def _setup(ctx, inputs, output):
+        q, k, v, cu_q, cu_k, scale, bias, positions, *rest = inputs
+        ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, bias, positions)
+        ctx.scale, ctx.rest = scale, rest
+
+    def _backward(ctx, grad, _):
+        *rows, bias, positions = ctx.saved_tensors
+        dq, dk, dv, dbias = torch.ops.tokenexit.exit_attention_backward(
+            grad, *rows, ctx.scale, bias, positions, *ctx.rest
+        )
+        dbias = None if bias is None else dbias.to(bias.dtype)
+        return dq, dk, dv, None, None, None, dbias, None, None, None, None
+
+    torch.library.register_autograd("tokenexit::exit_attention", _backward, setup_context=_setup)

@@ -1,0 +1,103 @@
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+
+#include "../checks.h"
+#include "attention.h"
+
+namespace tokenexit {
+namespace {
+
+struct Problem {
+  const float *q, *h, *bias = nullptr;
+  float* out;
+  const int64_t *cu_q, *cu_k, *positions = nullptr;
+  int64_t heads, dim, reach = 0;
+  float scale;
+};
+
+// Up to 16 pairs of a query and a head of sentence b.
+struct Block {
+  template <class S>
+  static INLINE void run(const Problem* p, int64_t b, int64_t block) {
+    static thread_local Scratch scratch;
+    const int64_t keys = p->cu_k[b + 1] - p->cu_k[b];
+    const int64_t first = p->cu_q[b] * p->heads + block * LANES;
+    const int64_t lanes = std::min(LANES, p->cu_q[b + 1] * p->heads - first);
+    float* q = scratch.get((2 * p->dim + keys) * LANES);
+    for (int64_t i = 0; i < lanes * p->dim; ++i) q[i] = p->q[first * p->dim + i] * p->scale;
+    RelativeBias bias;
+    if (p->bias) {
+      bias.reach = p->reach;
+      for (int64_t i = 0; i < lanes; ++i) {
+        bias.table[i] = p->bias + (first + i) % p->heads * (2 * p->reach + 1);
+        bias.position[i] = p->positions[(first + i) / p->heads];
+      }
+    }
+    attend_absorbed<S>(q, p->dim, p->h + p->cu_k[b] * p->dim, keys, p->dim, lanes, bias,
+                       p->out + first * p->dim, q + p->dim * LANES);
+  }
+};
+
+Tensor absorbed_attention(
+    const Tensor& q_, const Tensor& h_, const Tensor& cu_q_, const Tensor& cu_k_, double scale,
+    const std::optional<Tensor>& bias_, const std::optional<Tensor>& positions_,
+    int64_t max_length) {
+  STD_TORCH_CHECK(
+      q_.dim() == 3 && h_.dim() == 2 && q_.size(2) == h_.size(1) && cu_q_.numel() > 0 &&
+          q_.scalar_type() == ScalarType::Float && h_.scalar_type() == ScalarType::Float,
+      "got q of ", q_.dim(), " and h of ", h_.dim(),
+      " dimensions; expected [A, H, d] and [K, d] of Float, and offsets");
+  const Tensor q = torch::stable::contiguous(q_), h = torch::stable::contiguous(h_);
+  const int64_t num_sentences = cu_q_.numel() - 1;
+  const Tensor cu_q = checked_vector(cu_q_, "cu_q", num_sentences + 1);
+  const Tensor cu_k = checked_vector(cu_k_, "cu_k", num_sentences + 1);
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Problem p = {q.const_data_ptr<float>(), h.const_data_ptr<float>()};
+  p.out = out.mutable_data_ptr<float>();
+  p.cu_q = cu_q.const_data_ptr<int64_t>();
+  p.cu_k = cu_k.const_data_ptr<int64_t>();
+  p.heads = q.size(1);
+  p.dim = q.size(2);
+  p.scale = static_cast<float>(scale);
+  check_offsets(p.cu_q, num_sentences, "cu_q");
+  check_offsets(p.cu_k, num_sentences, "cu_k");
+  STD_TORCH_CHECK(
+      p.cu_q[num_sentences] <= q.size(0) && p.cu_k[num_sentences] <= h.size(0),
+      "got offsets up to ", p.cu_q[num_sentences], " and ", p.cu_k[num_sentences], " of ",
+      q.size(0), " queries and ", h.size(0), " states");
+  Tensor bias, positions;
+  if (bias_) {
+    STD_TORCH_CHECK(
+        bias_->dim() == 2 && bias_->size(0) == p.heads && bias_->size(1) % 2 == 1 &&
+            bias_->scalar_type() == ScalarType::Float && positions_,
+        "got a bias of ", bias_->dim(), " dimensions; expected [", p.heads,
+        ", 2R+1] of Float, with positions");
+    bias = torch::stable::contiguous(*bias_);
+    positions = checked_vector(*positions_, "positions", q.size(0));
+    p.bias = bias.const_data_ptr<float>();
+    p.reach = bias.size(1) / 2;
+    p.positions = positions.const_data_ptr<int64_t>();
+  }
+
+  std::vector<int64_t> start = {0};
+  std::vector<std::pair<int64_t, int64_t>> blocks;
+  for (int64_t b = 0; b < num_sentences; ++b) {
+    for (int64_t i = 0; i < panels_of((p.cu_q[b + 1] - p.cu_q[b]) * p.heads); ++i) {
+      blocks.emplace_back(b, i);
+      start.push_back(start.back() + (p.cu_k[b + 1] - p.cu_k[b] + 1) * p.dim);
+    }
+  }
+  parallel_items(start, 4096, [&p, &blocks](int64_t i) {
+    dispatch<Block>(static_cast<const Problem*>(&p), blocks[i].first, blocks[i].second);
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tokenexit, CPU, m) {
+  m.impl("absorbed_attention", TORCH_BOX(&absorbed_attention));
+}
+
+}  // namespace tokenexit

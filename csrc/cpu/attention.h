@@ -1,0 +1,91 @@
+#pragma once
+// Attention of up to 16 queries, the lanes of a panel, over the keys of their sentence.
+#include <cmath>
+#include <limits>
+
+#include "panels.h"
+
+namespace tokenexit {
+
+// What is added to the scores: table[clamp(j - position, -reach, reach) + reach] for key j.
+struct RelativeBias {
+  int64_t reach = 0;
+  const float* table[LANES] = {};  // of each lane's head, [2 reach + 1]; null for none
+  int64_t position[LANES] = {};
+
+  INLINE int64_t entry(int64_t key, int64_t lane) const {
+    return std::clamp(key - position[lane], -reach, reach) + reach;
+  }
+  INLINE void add(float* scores, int64_t keys) const {
+    for (int64_t i = 0; i < LANES && table[i]; ++i) {
+      for (int64_t j = 0; j < keys; ++j) scores[j * LANES + i] += table[i][entry(j, i)];
+    }
+  }
+};
+
+// Each lane's softmax over scores [keys][16], in place, and the logarithm of its sum.
+template <class S>
+INLINE void softmax(float* scores, int64_t keys, float* lse) {
+  using V = typename S::Vec;
+  for (int64_t at = 0; at < LANES; at += S::WIDTH) {
+    V top = S::splat(-std::numeric_limits<float>::infinity());
+    for (int64_t j = 0; j < keys; ++j) {
+      const V x = S::load(scores + j * LANES + at);
+      top = x > top ? x : top;
+    }
+    V sum = {};
+    for (int64_t j = 0; j < keys; ++j) {
+      const V e = exp<S>(S::load(scores + j * LANES + at) - top);
+      S::store(scores + j * LANES + at, e);
+      sum += e;
+    }
+    const V inverse = 1.0f / sum;
+    for (int64_t j = 0; j < keys; ++j) {
+      S::store(scores + j * LANES + at, S::load(scores + j * LANES + at) * inverse);
+    }
+    if (lse) {
+      for (int64_t i = 0; i < S::WIDTH; ++i) lse[at + i] = top[i] + std::log(sum[i]);
+    }
+  }
+}
+
+// Attention weights [keys][16] of the queries in panel q [dim][16], scaled already.
+template <class S>
+INLINE void weights(
+    const float* q, Strided k, int64_t keys, int64_t dim, const RelativeBias& bias, float* out,
+    float* lse = nullptr) {
+  multiply<S>(k, q, LANES, out, LANES, keys, dim);
+  bias.add(out, keys);
+  softmax<S>(out, keys, lse);
+}
+
+// Context [dim][16] of weights [keys][16]; value j's feature c is at v.data[c * v.row + j * v.col].
+template <class S>
+INLINE void context(const float* weights, Strided v, int64_t keys, int64_t dim, float* out) {
+  multiply<S>(v, weights, LANES, out, LANES, dim, keys);
+}
+
+// Up to 16 pairs of a query and a head attend over hidden states [keys][dim], which are keys and
+// values at once. Pair i is at q + i * ldq, scaled already; its result goes to out + i * dim.
+// `space` is [(dim + keys)][16].
+template <class S>
+INLINE void attend_absorbed(
+    const float* q, int64_t ldq, const float* states, int64_t keys, int64_t dim, int64_t lanes,
+    const RelativeBias& bias, float* out, float* space) {
+  float* scores = space + dim * LANES;
+  pack_panel([&](int64_t i) { return q + i * ldq; }, lanes, dim, space);
+  weights<S>(space, {states, dim, 1}, keys, dim, bias, scores);
+  int64_t c = 0;
+  for (; c + LANES <= dim; c += LANES) {
+    multiply<S>({scores, 1, LANES}, states + c, dim, out + c, dim, lanes, keys);
+  }
+  for (; c < dim; ++c) {  // what is left of a width that is no multiple of 16
+    for (int64_t i = 0; i < lanes; ++i) {
+      float sum = 0;
+      for (int64_t j = 0; j < keys; ++j) sum += scores[j * LANES + i] * states[j * dim + c];
+      out[i * dim + c] = sum;
+    }
+  }
+}
+
+}  // namespace tokenexit

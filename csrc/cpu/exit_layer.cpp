@@ -1,0 +1,473 @@
+// A whole layer of inference, for the active tokens of a packed batch, panel by panel: what a product
+// leaves is what the next one reads. See tokenexit/ops/exit_layer.py.
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+
+#include "../checks.h"
+#include "attention.h"
+
+namespace tokenexit {
+namespace {
+
+// Computed beside each other, of a batch of any size: what keeps the workspace small.
+constexpr int64_t MOST_ROWS = 512, MOST_TOKENS = 2048;
+constexpr int64_t UNIT = 12;        // features a thread takes at least: whole tiles of any Isa
+
+// Weights as torch.nn.Linear and LayerNorm hold them, in the order of the op's list.
+enum Weight {
+  QUERY, QUERY_BIAS, KEY_VALUE, KEY_VALUE_BIAS, OUTPUT, OUTPUT_BIAS, NORM, NORM_BIAS, UP, UP_BIAS, DOWN,
+  DOWN_BIAS, LAST_NORM, LAST_NORM_BIAS, NUM_WEIGHTS
+};
+
+// Times that the choice between projected and absorbed attention weighs, in one unit.
+enum Cost { KEY_ROW, PROJECTED_BLOCK, PROJECTED, ACTIVE_ROW, ABSORBED_BLOCK, ABSORBED, NUM_COSTS };
+
+struct Sentence {
+  int64_t first_active, active;  // rows of this group
+  const float* states;           // of its tokens
+  int64_t tokens;
+  int64_t first;  // row of its keys if projected, of its queries among the absorbed if not
+};
+
+struct Work {
+  const float* w[NUM_WEIGHTS];
+  const float* h;
+  const int64_t *active, *positions = nullptr;  // of this group
+  const float* bias = nullptr;
+  float* out;
+  int64_t d, heads, dim, inner, reach = 0;
+  float eps, scale;
+  bool pre_norm;
+
+  std::vector<Sentence> projected, absorbed;
+  std::vector<const float*> keys;  // projected rows
+  std::vector<int64_t> lanes;      // group row of each absorbed query
+  int64_t rows;                    // active ones
+
+  float *x, *xk, *q, *kv_panels, *kv, *ctx, *y, *u;  // [panels][features][16]; kv [rows][2d]
+  // Absorbed rows: [rows][d], [rows][heads][wide], [rows][heads][d].
+  float *q_rows, *carried, *mixed;
+  int64_t wide;  // d, rounded up to whole lanes
+
+  int64_t panels() const { return panels_of(rows); }
+
+  INLINE void relate(RelativeBias& to, int64_t lane, int64_t head, int64_t row) const {
+    if (!bias) return;
+    to.reach = reach;
+    to.table[lane] = bias + head * (2 * reach + 1);
+    to.position[lane] = positions[row];
+  }
+};
+
+// Each phase of the layer runs over a range of its items: panels, units of features, heads, ...
+
+struct PackActive {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      pack_panel([&](int64_t i) { return w->h + w->active[p * LANES + i] * w->d; },
+                 std::min(LANES, w->rows - p * LANES), w->d, w->x + p * w->d * LANES);
+    }
+  }
+};
+
+struct PackKeys {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    const int64_t rows = w->keys.size();
+    for (int64_t p = begin; p < end; ++p) {
+      pack_panel([&](int64_t i) { return w->keys[p * LANES + i]; },
+                 std::min(LANES, rows - p * LANES), w->d, w->xk + p * w->d * LANES);
+    }
+  }
+};
+
+// Units of the query's features, then of the keys' and values'.
+struct Project {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    const int64_t d = w->d, units = (d + UNIT - 1) / UNIT;
+    if (begin < units) {
+      product<S>(w->w[QUERY], d, w->x, w->rows, w->q, d, begin * UNIT,
+                 std::min(d, end * UNIT), {w->w[QUERY_BIAS]});
+    }
+    if (end > units) {
+      product<S>(w->w[KEY_VALUE], d, w->xk, w->keys.size(), w->kv_panels, 2 * d,
+                 (std::max(begin, units) - units) * UNIT,
+                 std::min(2 * d, (end - units) * UNIT), {w->w[KEY_VALUE_BIAS]});
+    }
+  }
+};
+
+struct UnpackKeys {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    const int64_t rows = w->keys.size(), width = 2 * w->d;
+    for (int64_t p = begin; p < end; ++p) {
+      unpack_panel(w->kv_panels + p * width * LANES, width,
+                   [&](int64_t i) { return w->kv + (p * LANES + i) * width; }, 0,
+                   std::min(LANES, rows - p * LANES));
+    }
+  }
+};
+
+// One head of one sentence: its part of each panel that it has queries in.
+struct AttendProjected {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t item) {
+    static thread_local Scratch scratch;
+    const Sentence& s = w->projected[item / w->heads];
+    const int64_t head = item % w->heads, dim = w->dim;
+    float* q = scratch.get((2 * dim + s.tokens) * LANES);
+    float *out = q + dim * LANES, *scores = out + dim * LANES;
+    const float* k = w->kv + s.first * 2 * w->d + head * dim;
+    const int64_t end = s.first_active + s.active;
+    for (int64_t p = s.first_active / LANES; p * LANES < end; ++p) {
+      const int64_t at = (p * w->d + head * dim) * LANES;
+      const int64_t from = std::max<int64_t>(0, s.first_active - p * LANES);
+      const int64_t to = std::min(LANES, end - p * LANES);
+      for (int64_t i = 0; i < dim * LANES; ++i) q[i] = w->q[at + i] * w->scale;
+      RelativeBias bias;
+      for (int64_t i = 0; i < LANES; ++i) {
+        w->relate(bias, i, head, std::clamp(p * LANES + i, s.first_active, end - 1));
+      }
+      weights<S>(q, {k, 2 * w->d, 1}, s.tokens, dim, bias, scores);
+      const bool whole = to - from == LANES;
+      context<S>(scores, {k + w->d, 1, 2 * w->d}, s.tokens, dim, whole ? w->ctx + at : out);
+      if (whole) continue;
+      for (int64_t c = 0; c < dim; ++c) {
+        for (int64_t i = from; i < to; ++i) w->ctx[at + c * LANES + i] = out[c * LANES + i];
+      }
+    }
+  }
+};
+
+// Queries of one head into the hidden space: W_K^T q, for all absorbed rows.
+struct CarryQueries {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    constexpr int64_t STRIP = 64;
+    const int64_t d = w->d, dim = w->dim, strips = (d + STRIP - 1) / STRIP;
+    static thread_local Scratch scratch;
+    float* strip = scratch.get(dim * STRIP);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / strips, first = item % strips * STRIP;
+      const int64_t width = std::min(STRIP, d - first);
+      const float* from = w->w[KEY_VALUE] + head * dim * d + first;
+      for (int64_t c = 0; c < dim; ++c) {
+        for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(from + c * d + STRIP + i);
+        std::memcpy(strip + c * STRIP, from + c * d, width * sizeof(float));
+        std::fill(strip + c * STRIP + width, strip + (c + 1) * STRIP, 0.0f);
+      }
+      for (int64_t i = 0; i < width; i += LANES) {
+        multiply<S>({w->q_rows + head * dim, d, 1}, strip + i, STRIP,
+                    w->carried + head * w->wide + first + i, w->heads * w->wide, w->lanes.size(), dim);
+      }
+    }
+  }
+};
+
+// Up to 16 pairs of a query and a head of one sentence attend over its hidden states.
+struct AttendAbsorbed {
+  template <class S>
+  static INLINE void run(const Work* w, const Sentence* s, int64_t block) {
+    static thread_local Scratch scratch;
+    const int64_t d = w->d, first = block * LANES;
+    const int64_t lanes = std::min(LANES, s->active * w->heads - first);
+    const int64_t row = (s->first * w->heads + first) * d;
+    RelativeBias bias;
+    for (int64_t i = 0; i < lanes; ++i) {
+      w->relate(bias, i, (first + i) % w->heads, s->first_active + (first + i) / w->heads);
+    }
+    attend_absorbed<S>(w->carried + (s->first * w->heads + first) * w->wide, w->wide, s->states, s->tokens, d, lanes, bias, w->mixed + row,
+                       scratch.get((d + s->tokens) * LANES));
+  }
+};
+
+// Back from the hidden space: W_V c + b_V, for all absorbed rows of one head.
+struct BringBack {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    const int64_t d = w->d, dim = w->dim, rows = w->lanes.size(), panels = panels_of(rows);
+    float* x = scratch.get(panels * (d + dim) * LANES);
+    float* y = x + panels * d * LANES;
+    for (int64_t head = begin; head < end; ++head) {
+      for (int64_t p = 0; p < panels; ++p) {
+        pack_panel(
+            [&](int64_t i) { return w->mixed + ((p * LANES + i) * w->heads + head) * d; },
+            std::min(LANES, rows - p * LANES), d, x + p * d * LANES);
+      }
+      const int64_t feature = d + head * dim;
+      product<S>(w->w[KEY_VALUE] + feature * d, d, x, rows, y, dim, 0, dim,
+                 {w->w[KEY_VALUE_BIAS] + feature});
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* from = y + r / LANES * dim * LANES + r % LANES;
+        const int64_t lane = w->lanes[r];
+        float* to = w->ctx + (lane / LANES * d + head * dim) * LANES + lane % LANES;
+        for (int64_t c = 0; c < dim; ++c) to[c * LANES] = from[c * LANES];
+      }
+    }
+  }
+};
+
+struct Output {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    product<S>(w->w[OUTPUT], w->d, w->ctx, w->rows, w->y, w->d, begin * UNIT,
+               std::min(w->d, end * UNIT), {w->w[OUTPUT_BIAS], w->x});
+  }
+};
+
+struct Normalize {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      normalize<S>(w->y + p * w->d * LANES, w->d, w->w[NORM], w->w[NORM_BIAS], w->eps);
+    }
+  }
+};
+
+struct Up {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    product<S>(w->w[UP], w->d, w->y, w->rows, w->u, w->inner, begin * UNIT,
+               std::min(w->inner, end * UNIT), {w->w[UP_BIAS], nullptr, true});
+  }
+};
+
+struct Down {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    product<S>(w->w[DOWN], w->inner, w->u, w->rows, w->x, w->d, begin * UNIT,
+               std::min(w->d, end * UNIT), {w->w[DOWN_BIAS], w->y});
+  }
+};
+
+struct Finish {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      float* panel = w->x + p * w->d * LANES;
+      if (!w->pre_norm) normalize<S>(panel, w->d, w->w[LAST_NORM], w->w[LAST_NORM_BIAS], w->eps);
+      unpack_panel(panel, w->d, [&](int64_t i) { return w->out + (p * LANES + i) * w->d; }, 0,
+                   std::min(LANES, w->rows - p * LANES));
+    }
+  }
+};
+
+template <class Body>
+void parallel(const Work& work, int64_t items, int64_t grain = 1) {
+  const Work* w = &work;
+  torch::stable::parallel_for(0, items, grain, [w](int64_t begin, int64_t end) {
+    dispatch<Body>(w, begin, end);
+  });
+}
+
+// Units of features; a thread takes some hundred thousand multiply-adds at least.
+template <class Body>
+void parallel_units(const Work& work, int64_t features, int64_t depth, int64_t panels) {
+  const int64_t cost = UNIT * depth * panels * LANES;
+  parallel<Body>(work, (features + UNIT - 1) / UNIT, std::max<int64_t>(1, 500000 / cost));
+}
+
+// The sentences of a group, those whose attention is cheaper absorbed apart from the others.
+void choose(
+    Work& w, const std::vector<Sentence>& sentences, const std::vector<double>& cost) {
+  double all_projected = 0, all_absorbed = 0, mixed = 0;
+  std::vector<bool> cheaper;
+  for (const Sentence& s : sentences) {
+    const double projected =
+        s.tokens * cost[KEY_ROW] + panels_of(s.active) * s.tokens * cost[PROJECTED_BLOCK];
+    const double absorbed = s.active * cost[ACTIVE_ROW] +
+        panels_of(s.active * w.heads) * s.tokens * cost[ABSORBED_BLOCK];
+    cheaper.push_back(absorbed < projected);
+    all_projected += projected;
+    all_absorbed += absorbed;
+    mixed += std::min(absorbed, projected);
+  }
+  // What either way costs however few rows there are: its weights come from memory.
+  all_projected += cost[PROJECTED];
+  all_absorbed += cost[ABSORBED];
+  mixed += cost[PROJECTED] + cost[ABSORBED];
+  const bool mix = mixed < std::min(all_projected, all_absorbed);
+  const bool absorb = all_absorbed < all_projected;
+
+  w.projected.clear();
+  w.absorbed.clear();
+  w.keys.clear();
+  w.lanes.clear();
+  for (size_t i = 0; i < sentences.size(); ++i) {
+    Sentence s = sentences[i];
+    if (mix ? cheaper[i] : absorb) {
+      s.first = w.lanes.size();
+      for (int64_t r = 0; r < s.active; ++r) w.lanes.push_back(s.first_active + r);
+      w.absorbed.push_back(s);
+    } else {
+      s.first = w.keys.size();
+      for (int64_t j = 0; j < s.tokens; ++j) w.keys.push_back(s.states + j * w.d);
+      w.projected.push_back(s);
+    }
+  }
+}
+
+void run_group(Work& w, bool all_active) {
+  static thread_local Scratch scratch;
+  const int64_t d = w.d, row = d * LANES, panels = w.panels();
+  const int64_t keys = w.keys.size(), key_panels = panels_of(keys);
+  const int64_t absorbed = w.lanes.size();
+  const bool shared = all_active && !absorbed;  // every key is a query: one packing does
+  float* at = scratch.get(
+      panels * LANES * (4 * d + w.inner) + key_panels * row * (shared ? 2 : 3) + keys * 2 * d +
+      absorbed * (d + w.heads * (w.wide + d)));
+  const auto take = [&](int64_t size) { return std::exchange(at, at + size); };
+  w.x = take(panels * row);
+  w.q = take(panels * row);
+  w.ctx = take(panels * row);
+  w.y = take(panels * row);
+  w.u = take(panels * LANES * w.inner);
+  w.kv_panels = take(key_panels * 2 * row);
+  w.xk = shared ? w.x : take(key_panels * row);
+  w.kv = take(keys * 2 * d);
+  w.q_rows = take(absorbed * d);
+  w.carried = take(absorbed * w.heads * w.wide);
+  w.mixed = take(absorbed * w.heads * d);
+
+  parallel<PackActive>(w, panels);
+  if (!shared && keys) parallel<PackKeys>(w, key_panels);
+  parallel_units<Project>(w, keys ? (d + UNIT - 1) / UNIT * UNIT + 2 * d : d, d,
+                          std::max(panels, key_panels));
+  if (keys) {
+    parallel<UnpackKeys>(w, key_panels);
+    std::vector<int64_t> start = {0};
+    for (const Sentence& s : w.projected) {
+      for (int64_t i = 0; i < w.heads; ++i) {
+        start.push_back(start.back() + (panels_of(s.active) + 1) * s.tokens * w.dim);
+      }
+    }
+    const Work* work = &w;
+    parallel_items(start, 4096, [work](int64_t i) { dispatch<AttendProjected>(work, i); });
+  }
+  if (absorbed) {
+    for (int64_t r = 0; r < absorbed; ++r) {
+      const float* from = w.q + w.lanes[r] / LANES * row + w.lanes[r] % LANES;
+      for (int64_t c = 0; c < d; ++c) w.q_rows[r * d + c] = from[c * LANES] * w.scale;
+    }
+    parallel<CarryQueries>(w, w.heads * ((d + 63) / 64));
+    std::vector<int64_t> start = {0};
+    std::vector<std::pair<const Sentence*, int64_t>> blocks;
+    for (const Sentence& s : w.absorbed) {
+      for (int64_t i = 0; i < panels_of(s.active * w.heads); ++i) {
+        blocks.emplace_back(&s, i);
+        start.push_back(start.back() + (s.tokens + 1) * d);
+      }
+    }
+    const Work* work = &w;
+    const auto* block = blocks.data();
+    parallel_items(start, 4096, [work, block](int64_t i) {
+      dispatch<AttendAbsorbed>(work, block[i].first, block[i].second);
+    });
+    parallel<BringBack>(w, w.heads);
+  }
+  parallel_units<Output>(w, d, d, panels);
+  parallel<Normalize>(w, panels);
+  parallel_units<Up>(w, w.inner, d, panels);
+  parallel_units<Down>(w, d, w.inner, panels);
+  parallel<Finish>(w, panels);
+}
+
+Tensor exit_layer(
+    const Tensor& h_, const Tensor& active_, const Tensor& cu_active_, const Tensor& cu_tokens_,
+    std::vector<Tensor> weights, std::vector<double> costs, int64_t heads, double scale, double eps,
+    bool pre_norm, const std::optional<Tensor>& bias_, const std::optional<Tensor>& positions_) {
+  STD_TORCH_CHECK(
+      h_.dim() == 2 && h_.scalar_type() == ScalarType::Float && cu_active_.numel() > 0 && heads > 0,
+      "got h of ", h_.dim(), " dimensions; expected [T, d] of Float, offsets and heads");
+  STD_TORCH_CHECK(
+      weights.size() == NUM_WEIGHTS && costs.size() == NUM_COSTS, "got ", weights.size(),
+      " weights and ", costs.size(), " costs; expected ", static_cast<int>(NUM_WEIGHTS), " and ",
+      static_cast<int>(NUM_COSTS));
+  const int64_t num_sentences = cu_active_.numel() - 1;
+  const Tensor h = torch::stable::contiguous(h_);
+  const Tensor active = checked_vector(active_, "active", active_.numel());
+  const Tensor cu_active = checked_vector(cu_active_, "cu_active", num_sentences + 1);
+  const Tensor cu_tokens = checked_vector(cu_tokens_, "cu_tokens", num_sentences + 1);
+  Work w;
+  w.d = h.size(1);
+  w.heads = heads;
+  w.dim = w.d / heads;
+  w.wide = panels_of(w.d) * LANES;
+  w.inner = weights[UP].numel() / w.d;
+  const int64_t d = w.d, wide = w.inner * d;
+  const int64_t sizes[] = {d * d, d, 2 * d * d, 2 * d, d * d, d, d, d, wide, w.inner, wide, d, d, d};
+  STD_TORCH_CHECK(d == w.dim * heads, "got width ", d, " and ", heads, " heads");
+  for (int i = 0; i < NUM_WEIGHTS; ++i) {
+    STD_TORCH_CHECK(
+        weights[i].scalar_type() == ScalarType::Float && weights[i].is_contiguous() &&
+            weights[i].numel() == sizes[i],
+        "got weight ", i, " of ", weights[i].numel(), " elements; expected ", sizes[i],
+        ", contiguous, of Float");
+    w.w[i] = weights[i].const_data_ptr<float>();
+  }
+  w.h = h.const_data_ptr<float>();
+  w.scale = static_cast<float>(scale);
+  w.eps = static_cast<float>(eps);
+  w.pre_norm = pre_norm;
+  const auto* first = cu_active.const_data_ptr<int64_t>();
+  const auto* start = cu_tokens.const_data_ptr<int64_t>();
+  const auto* token = active.const_data_ptr<int64_t>();
+  check_offsets(first, num_sentences, "cu_active");
+  check_offsets(start, num_sentences, "cu_tokens");
+  STD_TORCH_CHECK(
+      first[num_sentences] == active.numel() && start[num_sentences] == h.size(0),
+      "got offsets up to ", first[num_sentences], " and ", start[num_sentences], "; expected ",
+      active.numel(), " active of ", h.size(0), " tokens");
+  for (int64_t i = 0; i < active.numel(); ++i) {
+    STD_TORCH_CHECK(
+        0 <= token[i] && token[i] < h.size(0), "got token ", token[i], " of ", h.size(0));
+  }
+  Tensor bias, positions;
+  if (bias_) {
+    bias = torch::stable::contiguous(*bias_);
+    STD_TORCH_CHECK(
+        bias.dim() == 2 && bias.size(0) == heads && bias.size(1) % 2 == 1 && positions_ &&
+            bias.scalar_type() == ScalarType::Float,
+        "got a bias of ", bias.dim(), " dimensions; expected [", heads,
+        ", 2R+1] of Float, with positions");
+    positions = checked_vector(*positions_, "positions", active.numel());
+    w.bias = bias.const_data_ptr<float>();
+    w.reach = bias.size(1) / 2;
+  }
+  Tensor out = torch::stable::new_empty(h, {active.numel(), d});
+
+  std::vector<Sentence> group;
+  int64_t from = 0, tokens = 0;  // of the group: its first active row, all its tokens
+  const auto flush = [&] {
+    if (group.empty()) return;
+    w.active = token + from;
+    w.positions = w.bias ? positions.const_data_ptr<int64_t>() + from : nullptr;
+    w.out = out.mutable_data_ptr<float>() + from * d;
+    w.rows = group.back().first_active + group.back().active;
+    choose(w, group, costs);
+    run_group(w, w.rows == tokens);
+    from += w.rows;
+    tokens = 0;
+    group.clear();
+  };
+  for (int64_t b = 0; b < num_sentences; ++b) {
+    const int64_t count = first[b + 1] - first[b], length = start[b + 1] - start[b];
+    if (!count) continue;
+    if (first[b + 1] - from > MOST_ROWS || tokens + length > MOST_TOKENS) flush();
+    group.push_back({first[b] - from, count, w.h + start[b] * d, length, 0});
+    tokens += length;
+  }
+  flush();
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tokenexit, CPU, m) { m.impl("exit_layer", TORCH_BOX(&exit_layer)); }
+
+}  // namespace tokenexit

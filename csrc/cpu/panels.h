@@ -1,0 +1,315 @@
+#pragma once
+// Products over panels of 16 rows, see LANES.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "simd.h"
+
+namespace tokenexit {
+
+constexpr int64_t panels_of(int64_t rows) { return (rows + LANES - 1) / LANES; }
+
+// A float array that only grows, kept from call to call; its content is not.
+class Scratch {
+ public:
+  float* get(int64_t size) {
+    if (static_cast<int64_t>(data_.size()) < size) {
+      data_.clear();
+      data_.resize(size);
+    }
+    return data_.data();
+  }
+
+ private:
+  std::vector<float> data_;
+};
+
+// The left operand of a product: element (r, k) is at data[r * row + k * col].
+struct Strided {
+  const float* data;
+  int64_t row, col;
+};
+
+// sums[r][v] += sum over k of a(r, k) * b[k * ldb + v-th vector]; a few rows against up to 16 lanes.
+// `next` is what the following tile reads, `next_row` apart: it is asked for from memory meanwhile.
+template <class S, int R, int VECS, bool PREFETCH = false>
+INLINE void tile(
+    typename S::Vec (&sums)[R][VECS], Strided a, const float* b, int64_t ldb, int64_t depth,
+    const float* next = nullptr, int64_t next_row = 0) {
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
+    typename S::Vec lanes[VECS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) lanes[v] = S::load(b + k * ldb + v * S::WIDTH);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const typename S::Vec x = a.data[r * a.row + k * a.col] - typename S::Vec{};
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) sums[r][v] += x * lanes[v];
+    }
+  };
+  int64_t k = 0;
+  for (; k + 16 <= depth; k += 16) {  // 16 floats are a line of memory
+    if (PREFETCH) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * next_row + k);
+    }
+#pragma GCC unroll 4
+    for (int64_t j = k; j < k + 16; ++j) step(j);
+  }
+  for (; k < depth; ++k) step(k);
+}
+
+// c[r * ldc + lane] (+)= sum over k of a(r, k) * b[k * ldb + lane], for `rows` rows and 16 lanes.
+template <class S, int R = S::ROWS>
+INLINE void multiply(
+    Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth,
+    bool add = false) {
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) {
+    typename S::Vec sums[R][S::VECS];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < S::VECS; ++v) {
+        sums[i][v] = add ? S::load(c + (r + i) * ldc + v * S::WIDTH) : typename S::Vec{};
+      }
+    }
+    tile<S, R, S::VECS>(sums, {a.data + r * a.row, a.row, a.col}, b, ldb, depth);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < S::VECS; ++v) S::store(c + (r + i) * ldc + v * S::WIDTH, sums[i][v]);
+    }
+  }
+  if constexpr (R > 1) {
+    if (r < rows) {
+      multiply<S, R / 2>(
+          {a.data + r * a.row, a.row, a.col}, b, ldb, c + r * ldc, ldc, rows - r, depth, add);
+    }
+  }
+}
+
+typedef float Four __attribute__((vector_size(16), aligned(4)));
+
+// Rows of four floats become columns.
+INLINE void transpose4(const float* const (&from)[4], float* const (&to)[4]) {
+  Four x[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const Four*>(from[i]);
+  const Four a = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
+  const Four b = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
+  const Four c = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+  const Four d = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+  *reinterpret_cast<Four*>(to[0]) = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  *reinterpret_cast<Four*>(to[1]) = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  *reinterpret_cast<Four*>(to[2]) = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  *reinterpret_cast<Four*>(to[3]) = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+// 16 rows of `width` features to a panel; lanes beyond `lanes` become 0. Lane i is at row(i).
+template <class Row>
+INLINE void pack_panel(const Row& row, int64_t lanes, int64_t width, float* panel) {
+  for (int64_t i = 0; i < LANES; i += 4) {
+    const float* x[4];
+    for (int64_t j = 0; j < 4; ++j) x[j] = row(std::min(i + j, lanes - 1));
+    int64_t k = 0;
+    for (; k + 4 <= width; k += 4) {
+      float* to = panel + k * LANES + i;
+      transpose4({x[0] + k, x[1] + k, x[2] + k, x[3] + k},
+                 {to, to + LANES, to + 2 * LANES, to + 3 * LANES});
+    }
+    for (; k < width; ++k) {
+      for (int64_t j = 0; j < 4; ++j) panel[k * LANES + i + j] = x[j][k];
+    }
+  }
+  if (lanes == LANES) return;
+  for (int64_t k = 0; k < width; ++k) {
+    std::fill(panel + k * LANES + lanes, panel + (k + 1) * LANES, 0.0f);
+  }
+}
+
+// The reverse, for lanes first .. last - 1.
+template <class Row>
+INLINE void unpack_panel(
+    const float* panel, int64_t width, const Row& row, int64_t first, int64_t last) {
+  int64_t i = first;
+  for (; i + 4 <= last; i += 4) {
+    float* const y[4] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
+    int64_t k = 0;
+    for (; k + 4 <= width; k += 4) {
+      const float* from = panel + k * LANES + i;
+      transpose4({from, from + LANES, from + 2 * LANES, from + 3 * LANES},
+                 {y[0] + k, y[1] + k, y[2] + k, y[3] + k});
+    }
+    for (; k < width; ++k) {
+      for (int64_t j = 0; j < 4; ++j) y[j][k] = panel[k * LANES + i + j];
+    }
+  }
+  for (; i < last; ++i) {
+    float* y = row(i);
+    for (int64_t k = 0; k < width; ++k) y[k] = panel[k * LANES + i];
+  }
+}
+
+// What is done to a product's sums: + bias, + residual (a panel), then GELU.
+struct Epilogue {
+  const float* bias = nullptr;
+  const float* residual = nullptr;
+  bool gelu = false;
+};
+
+// A product's operands, and the part of its depth that is being summed.
+struct Factors {
+  const float* weight;  // [out][depth]
+  const float* x;       // [panels][depth][16]
+  float* y;             // [panels][out][16]
+  int64_t depth, out, from, to;
+  Epilogue epilogue;
+};
+
+// R output features from n against the first VECS vectors of a panel. `rows` has their weights.
+template <class S, int R, int VECS, bool PREFETCH = false>
+INLINE void product_tile(
+    const Factors& f, Strided rows, int64_t n, int64_t panel, const float* next = nullptr) {
+  const int64_t at = (panel * f.out + n) * LANES;
+  typename S::Vec sums[R][VECS];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) {
+      const float* partial = f.y + at + r * LANES + v * S::WIDTH;
+      sums[r][v] = f.from ? S::load(partial) : typename S::Vec{};
+    }
+  }
+  const float* x = f.x + (panel * f.depth + f.from) * LANES;
+  tile<S, R, VECS, PREFETCH>(sums, rows, x, LANES, f.to - f.from, next, f.depth);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) {
+      const int64_t lane = at + r * LANES + v * S::WIDTH;
+      typename S::Vec sum = sums[r][v];
+      if (f.to == f.depth) {
+        if (f.epilogue.bias) sum += f.epilogue.bias[n + r];
+        if (f.epilogue.residual) sum += S::load(f.epilogue.residual + lane);
+        if (f.epilogue.gelu) sum = gelu<S>(sum);
+      }
+      S::store(f.y + lane, sum);
+    }
+  }
+}
+
+// Output features n0 .. n1 - 1 of `weight` [*, depth] times `rows` rows, x [panels][depth][16], into
+// y [panels][out][16]. Weights are read once and as they lie, a few features against all panels,
+// while the next few come from memory. A last panel of at most 8 rows costs half of one.
+template <class S, int R = S::ROWS>
+INLINE void product(
+    const float* weight, int64_t depth, const float* x, int64_t rows, float* y, int64_t out,
+    int64_t n0, int64_t n1, const Epilogue& epilogue) {
+  constexpr int HALF = R == S::ROWS ? S::VECS / 2 : 0;
+  const int64_t rest = rows % LANES;
+  const bool half = HALF && 0 < rest && rest <= LANES / 2;
+  const int64_t panels = half ? rows / LANES : panels_of(rows);
+  // A part of a panel's depth stays in the second-level cache.
+  constexpr int64_t MOST = 768;
+  const int64_t parts = (depth + MOST - 1) / MOST;
+  const int64_t part = ((depth + parts - 1) / parts + 15) / 16 * 16;
+  Factors f = {weight, x, y, depth, out, 0, 0, epilogue};
+  int64_t n = n0;
+  for (f.from = 0; f.from < depth; f.from = f.to) {
+    f.to = std::min(depth, f.from + part);
+    for (n = n0; n + R <= n1; n += R) {
+      const float* at = weight + n * depth + f.from;
+      const float* next = n + 2 * R <= n1 ? at + R * depth
+          : f.to == depth                 ? at
+                                          : weight + n0 * depth + f.to;
+      for (int64_t p = 0; p < panels; ++p) {
+        if (p == 0) {
+          product_tile<S, R, S::VECS, true>(f, {at, depth, 1}, n, p, next);
+        } else {
+          product_tile<S, R, S::VECS>(f, {at, depth, 1}, n, p);
+        }
+      }
+      if constexpr (HALF > 0) {
+        // Half as wide, so twice as many features fill the registers.
+        const int64_t done = n + R - n0;
+        if (!half) continue;
+        if (done % (2 * R) == 0) {
+          const float* both = at - R * depth;
+          alignas(64) float copy[2 * R * (MOST + 16)];
+          int64_t row = depth;
+          if (depth % 512 == 0) {
+            // Rows a multiple of 2 KiB apart fall on the same few lines of the cache: read a copy
+            // with another distance.
+            row = MOST + 16;
+            for (int64_t r = 0; r < 2 * R; ++r) {
+              std::memcpy(copy + r * row, both + r * depth, (f.to - f.from) * sizeof(float));
+            }
+            both = copy;
+          }
+          if (panels) {
+            product_tile<S, 2 * R, HALF>(f, {both, row, 1}, n - R, panels);
+          } else {
+            product_tile<S, 2 * R, HALF, true>(f, {both, row, 1}, n - R, panels, next);
+          }
+        } else if (n + 2 * R > n1) {
+          product_tile<S, R, HALF>(f, {at, depth, 1}, n, panels);
+        }
+      }
+    }
+  }
+  if constexpr (R > 1) {
+    if (n < n1) product<S, R / 2>(weight, depth, x, rows, y, out, n, n1, epilogue);
+  }
+}
+
+// LayerNorm of each lane of a panel [width][16], in place.
+template <class S>
+INLINE void normalize(
+    float* panel, int64_t width, const float* weight, const float* bias, float eps) {
+  using V = typename S::Vec;
+  for (int64_t at = 0; at < LANES; at += S::WIDTH) {
+    float* x = panel + at;
+    // Four sums, so that an addition need not wait for the one before.
+    V sums[4] = {};
+    int64_t k = 0;
+    for (; k + 4 <= width; k += 4) {
+      for (int64_t j = 0; j < 4; ++j) sums[j] += S::load(x + (k + j) * LANES);
+    }
+    for (; k < width; ++k) sums[0] += S::load(x + k * LANES);
+    const V mean = (sums[0] + sums[1] + (sums[2] + sums[3])) * (1.0f / width);
+    V squares[4] = {};
+    for (k = 0; k + 4 <= width; k += 4) {
+      for (int64_t j = 0; j < 4; ++j) {
+        const V d = S::load(x + (k + j) * LANES) - mean;
+        squares[j] += d * d;
+      }
+    }
+    for (; k < width; ++k) {
+      const V d = S::load(x + k * LANES) - mean;
+      squares[0] += d * d;
+    }
+    const V variance = (squares[0] + squares[1] + (squares[2] + squares[3])) * (1.0f / width);
+    V scale = {};
+    for (int64_t i = 0; i < S::WIDTH; ++i) scale[i] = 1 / std::sqrt(variance[i] + eps);
+    for (k = 0; k < width; ++k) {
+      S::store(x + k * LANES, (S::load(x + k * LANES) - mean) * scale * weight[k] + bias[k]);
+    }
+  }
+}
+
+// f(i) for each item, `start` being the running sum of their costs ([items + 1]): threads get runs
+// of neighboring items of about equal cost. A run costs at least `grain`.
+template <class F>
+void parallel_items(const std::vector<int64_t>& start, int64_t grain, const F& f) {
+  const int64_t items = static_cast<int64_t>(start.size()) - 1;
+  torch::stable::parallel_for(0, start.back(), grain, [&](int64_t begin, int64_t end) {
+    int64_t i = std::lower_bound(start.begin(), start.end() - 1, begin) - start.begin();
+    for (; i < items && start[i] < end; ++i) f(i);
+  });
+}
+
+}  // namespace tokenexit

@@ -1,0 +1,51 @@
+"""GELU of a sum with a bias."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tokenexit.ops import compiled_devices, use_compiled
+
+_DEVICES = compiled_devices("bias_gelu")
+
+
+def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """`F.gelu(x + bias)`, by the error function. Differentiable.
+
+    Args:
+        x: `[A, f]`.
+        bias: `[f]`.
+        backend: "auto", or "reference" for plain PyTorch.
+
+    Returns:
+        `[A, f]`, in the dtype of x.
+
+    Raises:
+        ValueError: shapes that do not fit each other; an unknown backend.
+
+    Source: Hendrycks and Gimpel 2016 (arXiv 1606.08415).
+    """
+    if x.dim() != 2 or bias.shape != x.shape[1:]:
+        raise ValueError(f"got x {tuple(x.shape)}, bias {tuple(bias.shape)}; expected [A, f], [f]")
+    fits = x.dtype == bias.dtype == torch.float32
+    if use_compiled(backend, x.device, _DEVICES) and fits:
+        return torch.ops.tokenexit.bias_gelu(x, bias)
+    return F.gelu(x + bias)
+
+
+if _DEVICES:
+
+    @torch.library.register_fake("tokenexit::bias_gelu")
+    def _(x, bias):
+        return x.new_empty(x.shape)
+
+    def _setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def _backward(ctx, grad):
+        x, bias = ctx.saved_tensors
+        dx = torch.ops.aten.gelu_backward(grad, x + bias)
+        return dx, dx.sum(0)
+
+    torch.library.register_autograd("tokenexit::bias_gelu", _backward, setup_context=_setup)

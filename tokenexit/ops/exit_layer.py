@@ -1,0 +1,86 @@
+"""A whole layer of inference on the CPU, in one op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tokenexit.ops import check_bias, check_vector, compiled_devices
+from tokenexit.packing import Active
+
+DEVICES = compiled_devices("exit_layer")
+
+
+def exit_layer(
+    h: torch.Tensor,
+    active: Active,
+    weights: Sequence[torch.Tensor],
+    num_heads: int,
+    scale: float,
+    eps: float,
+    costs: Sequence[float],
+    pre_norm: bool = False,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """New states of the active tokens: `tokenexit.layers.ExitLayer` without gradient or dropout.
+
+    For each sentence with n tokens, a of them active, keys and values are either projected for all
+    n, or the a queries are carried into the hidden space (`tokenexit.ops.absorbed_attention`),
+    whichever `costs` says is cheaper; results are equal but for rounding. Products are computed
+    here too, 16 rows beside each other: results of a sentence do not depend on its batch beyond
+    that choice, nor on the number of threads.
+
+    Args:
+        h: `[T, d]` fp32 states of all tokens.
+        active: the tokens to compute.
+        weights: contiguous, fp32, weight and bias of each: query `[d, d]`, keys and values
+            `[2d, d]`, attention output `[d, d]`, its LayerNorm `[d]`, up `[f, d]`, down `[d, f]`
+            (with GELU between them), the last LayerNorm `[d]`.
+        num_heads: H.
+        scale: of the attention scores.
+        eps: of both LayerNorms.
+        costs: times in any one unit: of a key's and value's projection; of a key for 16 queries,
+            all heads; of projecting at all; of carrying an active token; of a key for 16 pairs of
+            carried query and head; of carrying at all. See `tokenexit.costs`.
+        pre_norm: leave out the last LayerNorm.
+        bias: `[H, 2R+1]`, see `tokenexit.ops.exit_attention`.
+
+    Returns:
+        `[A, d]`.
+
+    Raises:
+        TypeError: indices that are not int64.
+        ValueError: shapes that do not fit each other.
+        RuntimeError: indices or offsets out of range; weights of another shape, dtype or layout.
+
+    Source: Li et al. 2021 (arXiv 2105.13878), section 3.3.
+    """
+    if h.dim() != 2 or num_heads < 1 or h.shape[1] % num_heads:
+        raise ValueError(f"got h {tuple(h.shape)} and {num_heads} heads; expected [T, d], H | d")
+    sentences = active.packed.num_sentences
+    check_vector("active.tokens", active.tokens, len(active.tokens), h.device)
+    check_vector("active.cu_tokens", active.cu_tokens, sentences + 1, h.device)
+    positions = None if bias is None else active.positions
+    check_bias(bias, positions, h.new_empty(len(active.tokens), num_heads, 0))
+    return torch.ops.tokenexit.exit_layer(
+        h,
+        active.tokens,
+        active.cu_tokens,
+        active.packed.cu_tokens,
+        weights,
+        costs,
+        num_heads,
+        scale,
+        eps,
+        pre_norm,
+        bias,
+        positions,
+    )
+
+
+if DEVICES:
+
+    @torch.library.register_fake("tokenexit::exit_layer")
+    def _(h, active, *_):
+        return h.new_empty(active.shape[0], h.shape[1])
