@@ -40,12 +40,12 @@ def compiled_ops():
     cuda = bool(toolkit and torch.version.cuda)
     if cuda and not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # else that of the GPU here
-    flags = ["-O3", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # runs on any torch >= 2.10
+    flags = ["-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # runs on any torch >= 2.10
     extension = (build.CUDAExtension if cuda else build.CppExtension)(
         "tokenexit._C",
         sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + cuda * glob("csrc/cuda/*.cu")),
-        depends=glob("csrc/*.h"),
-        extra_compile_args={"cxx": [*flags, "-g0"], "nvcc": [*flags, "-DUSE_CUDA"]},
+        depends=glob("csrc/**/*.h", recursive=True),
+        extra_compile_args={"cxx": [*flags, "-g0", "-Wno-psabi"], "nvcc": [*flags, "-DUSE_CUDA"]},
         py_limited_api=True,
     )
 

@@ -6,7 +6,8 @@
 STABLE_TORCH_LIBRARY(tokenexit, m) {
   m.def(
       "exit_decision(Tensor logits, Tensor words, Tensor uncertainty, Tensor exit_layer, "
-      "Tensor cu_words, Tensor window, Tensor threshold, int layer, bool max_prob) "
+      "Tensor cu_words, Tensor window, Tensor threshold, int layer, bool max_prob, "
+      "Tensor? min_active) "
       "-> (Tensor, Tensor)");
   m.def(
       "compact_active(Tensor active, Tensor cu_active, Tensor word_of_token, Tensor exit_layer) "
@@ -28,7 +29,7 @@ STABLE_TORCH_LIBRARY(tokenexit, m) {
   m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
   m.def(
       "exit_layer(Tensor h, Tensor active, Tensor cu_active, Tensor cu_tokens, Tensor[] weights, "
-      "float[] costs, int heads, float scale, float eps, bool pre_norm, Tensor? bias, "
+      "Tensor[] scales, float[] costs, int heads, float scale, float eps, bool pre_norm, Tensor? bias, "
       "Tensor? positions) -> Tensor");
 }
 

@@ -117,4 +117,7 @@ def loop_forward(states, layers, heads, word_of, policy, bias=None):
             if largest < threshold:
                 leaving.append(w)
         left_at.update({w: number for w in leaving})
+        rest = [w for w in words if w not in left_at]
+        if left_at and len(rest) < policy.min_active:
+            left_at.update({w: number for w in rest})
     return logits, exits, margin

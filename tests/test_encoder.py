@@ -32,6 +32,18 @@ def test_equals_the_reference(family, policy):
     torch.testing.assert_close(ours.logits, truth.logits)
 
 
+@pytest.mark.parametrize("policy", POLICIES[::3] + POLICIES[-2:], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_compiled_layers_equal_the_reference(family, policy):
+    """In fp32 without gradients, where whole layers are compiled."""
+    ours, truth = both(
+        random_tagger(family, dtype=torch.float32), random_batch(LENGTHS), policy=policy
+    )
+    assert torch.equal(ours.exit_layers, truth.exit_layers)
+    torch.testing.assert_close(ours.logits, truth.logits, atol=1e-4, rtol=1e-4)
+
+
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=24),
@@ -184,3 +196,10 @@ def test_simulated_exits(neighbors, expected):
     policy = ExitPolicy(threshold=0.2, window=1, neighbors=neighbors)
     left = simulate_exits(u, torch.tensor([0, 3, 4]), Schedule.of(policy, 3, 2, u))
     assert left.tolist() == expected
+
+
+def test_simulated_exits_of_too_few():
+    u = torch.tensor([[0.1, 0.9, 0.9, 0.1], [0.9, 0.9, 0.9, 0.9]])
+    for least, expected in ((2, [1, 2, 2, 1]), (3, [1, 1, 1, 1])):
+        schedule = Schedule.of(ExitPolicy(threshold=0.2, window=0, min_active=least), 2, 2, u)
+        assert simulate_exits(u, torch.tensor([0, 3, 4]), schedule).tolist() == expected

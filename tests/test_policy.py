@@ -50,6 +50,8 @@ def test_list_of_thresholds():
         ({"window": -1}, ValueError, "-1; expected 0 or more"),
         ({"window": 1.0}, TypeError, "1.0; expected an int"),
         ({"window": True}, TypeError, "True; expected an int"),
+        ({"min_active": 0}, ValueError, "0; expected 1 or more"),
+        ({"min_active": 2.5}, TypeError, "2.5; expected an int"),
         ({"level": "document"}, ValueError, "'document'; expected one of"),
         ({"criterion": "margin"}, ValueError, "'margin'"),
         ({"schedule": "linear"}, ValueError, "'linear'"),

@@ -20,6 +20,9 @@ POLICIES = [
         ("max_prob", (0.2, 0.5, 0.4, 0.1), "constant"),
     )
     for copy, neighbors in itertools.product(("post_norm", "pre_norm"), ("frozen", "recompute"))
+] + [
+    ExitPolicy(window=0, threshold=0.35, min_active=2),
+    ExitPolicy(window=1, threshold=0.35, neighbors="recompute", min_active=4),
 ]
 
 

@@ -1,6 +1,7 @@
 """Token-level early exit for BERT-family taggers."""
 
 from tokenexit import reference
+from tokenexit.int8 import quantize
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.convert import convert
 from tokenexit.models.modeling import TokenExitForTokenClassification
@@ -15,5 +16,6 @@ __all__ = [
     "TokenExitConfig",
     "TokenExitForTokenClassification",
     "convert",
+    "quantize",
     "reference",
 ]

@@ -10,12 +10,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tokenexit.files import cache_folder, write_aside
+from tokenexit.int8 import Int8Linear
 from tokenexit.ops.exit_layer import exit_layer
 from tokenexit.packing import Active, pack
 
-NAMES = ("key_row", "projected_block", "projected", "active_row", "absorbed_block", "absorbed")
+NAMES = ("key_row", "projected_block", "active_row", "absorbed_block")
 # (sentences, tokens, active tokens) of the batches that are timed
 _BATCHES = (
     (16, 16, 1),
@@ -29,7 +31,7 @@ _BATCHES = (
 _ROUNDS = 5
 
 
-def costs(d: int, inner: int, num_heads: int) -> list[float]:
+def costs(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]:
     """Costs of `tokenexit.ops.exit_layer`, in microseconds, for layers of these sizes here.
 
     Measured at the first call on a machine, which takes a fraction of a second, and kept in
@@ -39,17 +41,19 @@ def costs(d: int, inner: int, num_heads: int) -> list[float]:
         d: width of the layer.
         inner: width of its feed-forward part.
         num_heads: H.
+        int8: of 8-bit weights.
     """
-    return _costs(d, inner, num_heads, torch.get_num_threads())
+    return _costs(d, inner, num_heads, int8, torch.get_num_threads())
 
 
 @lru_cache
-def _costs(d: int, inner: int, num_heads: int, threads: int) -> list[float]:
+def _costs(d: int, inner: int, num_heads: int, int8: bool, threads: int) -> list[float]:
     path = cache_folder() / "costs.json"
-    key = f"{processor()}, {threads} threads, {d} x {inner}, {num_heads} heads"
+    kind = "int8" if int8 else "fp32"
+    key = f"{processor()}, {threads} threads, {d} x {inner}, {num_heads} heads, {kind}"
     known = read(path)
     if key not in known:
-        known[key] = dict(zip(NAMES, measure(d, inner, num_heads), strict=True))
+        known[key] = dict(zip(NAMES, measure(d, inner, num_heads, int8), strict=True))
         try:
             with write_aside(path) as aside:
                 aside.write_text(json.dumps({**read(path), **known}, indent=1))
@@ -77,23 +81,29 @@ def processor() -> str:
 
 
 @torch.inference_mode()
-def measure(d: int, inner: int, num_heads: int) -> list[float]:
+def measure(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]:
     """Time layers on random weights, both ways, and fit the costs to the times.
 
-    The model: `T = c0 + c1 A + keys * key_row + ...`, see `NAMES`. Projecting at all and carrying
-    at all read about as many weights, which takes as long as computing some eight rows.
+    The model: `time = c0 + c1 * active + keys * key_row + ...`, linear in `NAMES`.
     """
-    g = torch.Generator().manual_seed(0)
-    shapes = ((d, d), (2 * d, d), (d, d), (d,), (inner, d), (d, inner), (d,))
-    weights = [w for s in shapes for w in (torch.randn(s, generator=g) * 0.02, torch.zeros(s[0]))]
+    matrices = ((d, d), (2 * d, d), (d, d), None, (inner, d), (d, inner), None)
+    weights, scales = [], []
+    with torch.random.fork_rng([]):  # the caller's numbers stay as they were
+        layer = [nn.Linear(*s[::-1]) if s else nn.LayerNorm(d) for s in matrices]
+    for part in layer:
+        if int8 and isinstance(part, nn.Linear):
+            part = Int8Linear(part)
+        weights += [part.weight.detach(), part.bias.detach()]
+        if int8:
+            scales += [getattr(part, name, torch.empty(0)) for name in ("scale", "offset")]
     never = 1e30
-    ways = ([0.0, 0.0, 0.0, never, never, never], [never, never, never, 0.0, 0.0, 0.0])
+    ways = ([0.0, 0.0, never, never], [never, never, 0.0, 0.0])
     rows, runs = [], []
     for sentences, tokens, active in _BATCHES:
         packed = pack(torch.ones(sentences, tokens), torch.arange(tokens).expand(sentences, -1))
         chosen = torch.arange(sentences * tokens).view(sentences, -1)[:, :active].flatten()
         batch = Active(packed, chosen, torch.arange(sentences + 1) * active)
-        h = torch.randn(sentences * tokens, d, generator=g)
+        h = torch.ones(sentences * tokens, d)
         keys = sentences * tokens
         total = sentences * active
         for way in ways:
@@ -105,7 +115,7 @@ def measure(d: int, inner: int, num_heads: int) -> list[float]:
             rows.append(facts)
             runs.append(
                 lambda h=h, batch=batch, way=way: exit_layer(
-                    h, batch, weights, num_heads, (d // num_heads) ** -0.5, 1e-12, way
+                    h, batch, weights, scales, way, num_heads, (d // num_heads) ** -0.5, 1e-12
                 )
             )
     times = [[] for _ in runs]
@@ -118,6 +128,4 @@ def measure(d: int, inner: int, num_heads: int) -> list[float]:
     facts = torch.tensor(rows, dtype=torch.float64)
     # Relative errors count: each row is divided by its time.
     fit = torch.linalg.lstsq(facts / medians[:, None], torch.ones_like(medians)[:, None]).solution
-    key_row, projected_block, active_row, absorbed_block = fit.flatten()[2:].clamp(min=0).tolist()
-    fixed = 8 * key_row
-    return [key_row, projected_block, fixed, active_row, absorbed_block, fixed]
+    return fit.flatten()[2:].clamp(min=0).tolist()

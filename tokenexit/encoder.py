@@ -13,7 +13,7 @@ from tokenexit.ops.compact_active import compact_active
 from tokenexit.ops.exit_decision import exit_decision
 from tokenexit.packing import Active, Packed
 from tokenexit.policy import ExitPolicy
-from tokenexit.reference import window_max
+from tokenexit.reference import too_few, window_max
 
 # A layer's outcome: the tokens computed in it, ascending [A], and their logits [A, C].
 Trace = list[tuple[torch.Tensor, torch.Tensor]]
@@ -25,11 +25,13 @@ class Schedule:
 
     Attributes:
         window: `[B]` int64, words on each side.
+        min_active: `[B]` int64, words below which a sentence is finished.
         threshold: `[L, B]`, in the dtype of uncertainties; the last row is inf.
         max_prob, pre_norm, recompute: the policy's criterion, copy and neighbors.
     """
 
     window: torch.Tensor
+    min_active: torch.Tensor
     threshold: torch.Tensor
     max_prob: bool
     pre_norm: bool
@@ -68,6 +70,7 @@ class Schedule:
         criterion, copy, neighbors = kinds.pop()
         return cls(
             window=torch.tensor([p.reach for p in policies], device=like.device),
+            min_active=torch.tensor([p.min_active for p in policies], device=like.device),
             threshold=torch.tensor(columns, dtype=dtype, device=like.device).T.contiguous(),
             max_prob=criterion == "max_prob",
             pre_norm=copy == "pre_norm",
@@ -130,6 +133,7 @@ class ExitEncoder(nn.Module):
                     schedule.threshold[number - 1],
                     number,
                     schedule.max_prob,
+                    schedule.min_active,
                 )
             tokens, cu_tokens = compact_active(
                 active.tokens, active.cu_tokens, packed.word_of_token, left
@@ -175,4 +179,5 @@ def simulate_exits(
         limit = schedule.threshold[number - 1].repeat_interleave(cu_words.diff())
         sure = window_max(known, cu_words, schedule.window) < limit
         left = left.masked_fill((left == 0) & (sure | (limit == math.inf)), number)
+        left = left.masked_fill(too_few(left, cu_words, schedule.min_active), number)
     return left

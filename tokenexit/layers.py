@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenexit.costs import costs
+from tokenexit.int8 import Int8Linear
 from tokenexit.ops.add_layer_norm import add_layer_norm
 from tokenexit.ops.bias_gelu import bias_gelu
 from tokenexit.ops.exit_attention import exit_attention
@@ -84,16 +85,22 @@ class ExitLayer(nn.Module):
         """
         scale = (self.query.out_features // self.num_heads) ** -0.5
         if self._compiled(h):
-            d, inner = self.down.weight.shape
-            weights = [parameter for part in self.children() for parameter in part.parameters()]
+            parts = (self.query, self.key_value, self.attention_output, self.attention_norm)
+            parts = (*parts, self.up, self.down, self.output_norm)
+            scales = []
+            if isinstance(self.query, Int8Linear):
+                none = h.new_empty(0)
+                for part in parts:
+                    scales += [getattr(part, "scale", none), getattr(part, "offset", none)]
             return exit_layer(
                 h,
                 active,
-                weights,
+                [weight for part in parts for weight in (part.weight, part.bias)],
+                scales,
+                costs(h.shape[1], self.up.out_features, self.num_heads, int8=bool(scales)),
                 self.num_heads,
                 scale,
                 self.output_norm.eps,
-                costs(d, inner, self.num_heads),
                 pre_norm,
                 bias,
             )
@@ -116,7 +123,7 @@ class ExitLayer(nn.Module):
         norm = self.attention_norm
         attended = self.dropout(self.attention_output(context.flatten(1)))
         h = add_layer_norm(attended, h, norm.weight, norm.bias, norm.eps)
-        if self.activation is F.gelu:
+        if self.activation is F.gelu and isinstance(self.up, nn.Linear):
             inner = bias_gelu(F.linear(h, self.up.weight), self.up.bias)
         else:
             inner = self.activation(self.up(h))
@@ -131,7 +138,7 @@ class ExitLayer(nn.Module):
         drops = self.training and (self.dropout.p or self.attention_dropout)
         return (
             h.device.type in DEVICES
-            and h.dtype == self.query.weight.dtype == torch.float32
+            and h.dtype == self.attention_norm.weight.dtype == torch.float32
             and not torch.is_grad_enabled()
             and self.activation is F.gelu
             and not drops

@@ -49,7 +49,16 @@ def window_max(values, cu_words, window):
 
 
 def exit_decision(
-    logits, words, uncertainty_, exit_layer, cu_words, window, threshold, layer, max_prob=False
+    logits,
+    words,
+    uncertainty_,
+    exit_layer,
+    cu_words,
+    window,
+    threshold,
+    layer,
+    max_prob=False,
+    min_active=None,
 ):
     """Decide which words leave at `layer`; see `tokenexit.ops.exit_decision`."""
     rows = words >= 0
@@ -58,7 +67,19 @@ def exit_decision(
     limit = threshold.repeat_interleave(cu_words.diff())
     sure = window_max(fresh, cu_words, window) < limit
     leaves = (exit_layer == 0) & (sure | (limit == math.inf))
-    return fresh, exit_layer.masked_fill(leaves, layer)
+    left = exit_layer.masked_fill(leaves, layer)
+    if min_active is not None:
+        left = left.masked_fill(too_few(left, cu_words, min_active), layer)
+    return fresh, left
+
+
+def too_few(exit_layer, cu_words, min_active):
+    """Active words of sentences that go on no further: some left, fewer than `[B]` have not."""
+    lengths = cu_words.diff()
+    sentence = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    active = exit_layer == 0
+    count = torch.zeros_like(lengths).index_add_(0, sentence, active.to(lengths.dtype))
+    return active & ((count < lengths) & (count < min_active))[sentence]
 
 
 def compact_active(active, cu_active, word_of_token, exit_layer):
@@ -196,5 +217,6 @@ def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None)
                 schedule.threshold[number - 1, b : b + 1],
                 number,
                 schedule.max_prob,
+                schedule.min_active[b : b + 1],
             )
     return [tuple(torch.cat(part) for part in zip(*layer, strict=True)) for layer in trace if layer]

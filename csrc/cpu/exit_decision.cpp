@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 
@@ -41,7 +42,8 @@ acc_t uncertainty_of(const scalar_t* x, int64_t num_labels, bool max_prob) {
 // than k words from both, exits. A NaN is never sure; below an infinite limit everything is.
 template <typename acc_t>
 void exit_sentence(
-    const acc_t* u, int64_t* exit_layer, int64_t num_words, int64_t k, acc_t limit, int64_t layer) {
+    const acc_t* u, int64_t* exit_layer, int64_t num_words, int64_t k, acc_t limit,
+    int64_t min_active, int64_t layer) {
   const bool always = limit == std::numeric_limits<acc_t>::infinity();
   k = std::min(k, num_words);  // before it is added to anything: k may be huge
   int64_t from = 0;            // beyond the reach of the last word that was not sure
@@ -53,12 +55,18 @@ void exit_sentence(
     }
     from = w + k + 1;
   }
+  // Once some have left, too few are not worth another layer.
+  const int64_t rest = std::count(exit_layer, exit_layer + num_words, 0);
+  if (rest < std::min(min_active, num_words)) {
+    std::replace(exit_layer, exit_layer + num_words, int64_t(0), layer);
+  }
 }
 
 std::tuple<Tensor, Tensor> exit_decision(
     const Tensor& logits_, const Tensor& words_, const Tensor& uncertainty_,
     const Tensor& exit_layer_, const Tensor& cu_words_, const Tensor& window_,
-    const Tensor& threshold_, int64_t layer, bool max_prob) {
+    const Tensor& threshold_, int64_t layer, bool max_prob,
+    const std::optional<Tensor>& min_active_) {
   const auto dtype = logits_.scalar_type();
   const auto acc_dtype = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   STD_TORCH_CHECK(
@@ -71,6 +79,9 @@ std::tuple<Tensor, Tensor> exit_decision(
   const Tensor cu_words = checked_vector(cu_words_, "cu_words", num_sentences + 1);
   const Tensor window = checked_vector(window_, "window", num_sentences);
   const Tensor threshold = checked_vector(threshold_, "threshold", num_sentences, acc_dtype);
+  std::optional<Tensor> min_active;
+  if (min_active_) min_active = checked_vector(*min_active_, "min_active", num_sentences);
+  const auto* least = min_active ? min_active->const_data_ptr<int64_t>() : nullptr;
   Tensor uncertainty = torch::stable::clone(
       checked_vector(uncertainty_, "uncertainty", num_words, acc_dtype));
   Tensor exit_layer =
@@ -106,7 +117,9 @@ std::tuple<Tensor, Tensor> exit_decision(
     auto* left = exit_layer.mutable_data_ptr<int64_t>();
     const auto* limit = threshold.const_data_ptr<acc_t>();
     for (int64_t b = 0; b < num_sentences; ++b) {
-      exit_sentence(u + first[b], left + first[b], first[b + 1] - first[b], k[b], limit[b], layer);
+      exit_sentence(
+          u + first[b], left + first[b], first[b + 1] - first[b], k[b], limit[b],
+          least ? least[b] : 1, layer);
     }
   };
   THO_DISPATCH_SWITCH(

@@ -6,6 +6,7 @@
 
 #include "../checks.h"
 #include "attention.h"
+#include "int8.h"
 
 namespace tokenexit {
 namespace {
@@ -15,13 +16,21 @@ constexpr int64_t MOST_ROWS = 512, MOST_TOKENS = 2048;
 constexpr int64_t UNIT = 12;        // features a thread takes at least: whole tiles of any Isa
 
 // Weights as torch.nn.Linear and LayerNorm hold them, in the order of the op's list.
-enum Weight {
-  QUERY, QUERY_BIAS, KEY_VALUE, KEY_VALUE_BIAS, OUTPUT, OUTPUT_BIAS, NORM, NORM_BIAS, UP, UP_BIAS, DOWN,
-  DOWN_BIAS, LAST_NORM, LAST_NORM_BIAS, NUM_WEIGHTS
-};
+enum Weight { QUERY, KEY_VALUE, OUTPUT, NORM, UP, DOWN, LAST_NORM, NUM_WEIGHTS };
 
 // Times that the choice between projected and absorbed attention weighs, in one unit.
-enum Cost { KEY_ROW, PROJECTED_BLOCK, PROJECTED, ACTIVE_ROW, ABSORBED_BLOCK, ABSORBED, NUM_COSTS };
+enum Cost { KEY_ROW, PROJECTED_BLOCK, ACTIVE_ROW, ABSORBED_BLOCK, NUM_COSTS };
+
+struct Linear {
+  const float *weight = nullptr, *bias = nullptr;
+  Matrix8 bits;  // in place of weight
+};
+
+// Panels of fp32 and, for 8-bit weights, the same as bytes.
+struct Panels {
+  float* x = nullptr;
+  Panels8 bits;
+};
 
 struct Sentence {
   int64_t first_active, active;  // rows of this group
@@ -31,7 +40,8 @@ struct Sentence {
 };
 
 struct Work {
-  const float* w[NUM_WEIGHTS];
+  Linear w[NUM_WEIGHTS];
+  bool int8 = false;
   const float* h;
   const int64_t *active, *positions = nullptr;  // of this group
   const float* bias = nullptr;
@@ -45,7 +55,8 @@ struct Work {
   std::vector<int64_t> lanes;      // group row of each absorbed query
   int64_t rows;                    // active ones
 
-  float *x, *xk, *q, *kv_panels, *kv, *ctx, *y, *u;  // [panels][features][16]; kv [rows][2d]
+  Panels x, xk, ctx, y, u;       // [panels][features][16]
+  float *q, *kv_panels, *kv;     // likewise, and kv [rows][2d]
   // Absorbed rows: [rows][d], [rows][heads][wide], [rows][heads][d].
   float *q_rows, *carried, *mixed;
   int64_t wide;  // d, rounded up to whole lanes
@@ -60,6 +71,27 @@ struct Work {
   }
 };
 
+// y[n0 .. n1 - 1] of W x + bias; what either kind of weights does.
+template <class S>
+INLINE void linear(
+    const Linear& w, int64_t depth, const Panels& x, int64_t rows, float* y, int64_t out,
+    int64_t n0, int64_t n1, const float* residual = nullptr, bool gelu = false) {
+  const Epilogue epilogue = {w.bias, residual, gelu};
+  if (w.bits.weight) {
+    product8<S>(w.bits, depth, x.bits, rows, y, out, n0, n1, epilogue);
+  } else {
+    product<S>(w.weight, depth, x.x, rows, y, out, n0, n1, epilogue);
+  }
+}
+
+// The bytes of panel p, if they are read.
+template <class S>
+INLINE void quantize(const Panels& to, int64_t p, int64_t depth) {
+  if (!to.bits.bytes) return;
+  quantize_panel<S>(to.x + p * depth * LANES, depth, to.bits.bytes + p * depth * LANES,
+                    to.bits.scale + p * LANES);
+}
+
 // Each phase of the layer runs over a range of its items: panels, units of features, heads, ...
 
 struct PackActive {
@@ -67,7 +99,8 @@ struct PackActive {
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       pack_panel([&](int64_t i) { return w->h + w->active[p * LANES + i] * w->d; },
-                 std::min(LANES, w->rows - p * LANES), w->d, w->x + p * w->d * LANES);
+                 std::min(LANES, w->rows - p * LANES), w->d, w->x.x + p * w->d * LANES);
+      quantize<S>(w->x, p, w->d);
     }
   }
 };
@@ -78,7 +111,8 @@ struct PackKeys {
     const int64_t rows = w->keys.size();
     for (int64_t p = begin; p < end; ++p) {
       pack_panel([&](int64_t i) { return w->keys[p * LANES + i]; },
-                 std::min(LANES, rows - p * LANES), w->d, w->xk + p * w->d * LANES);
+                 std::min(LANES, rows - p * LANES), w->d, w->xk.x + p * w->d * LANES);
+      quantize<S>(w->xk, p, w->d);
     }
   }
 };
@@ -89,13 +123,11 @@ struct Project {
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     const int64_t d = w->d, units = (d + UNIT - 1) / UNIT;
     if (begin < units) {
-      product<S>(w->w[QUERY], d, w->x, w->rows, w->q, d, begin * UNIT,
-                 std::min(d, end * UNIT), {w->w[QUERY_BIAS]});
+      linear<S>(w->w[QUERY], d, w->x, w->rows, w->q, d, begin * UNIT, std::min(d, end * UNIT));
     }
     if (end > units) {
-      product<S>(w->w[KEY_VALUE], d, w->xk, w->keys.size(), w->kv_panels, 2 * d,
-                 (std::max(begin, units) - units) * UNIT,
-                 std::min(2 * d, (end - units) * UNIT), {w->w[KEY_VALUE_BIAS]});
+      linear<S>(w->w[KEY_VALUE], d, w->xk, w->keys.size(), w->kv_panels, 2 * d,
+                (std::max(begin, units) - units) * UNIT, std::min(2 * d, (end - units) * UNIT));
     }
   }
 };
@@ -134,10 +166,10 @@ struct AttendProjected {
       }
       weights<S>(q, {k, 2 * w->d, 1}, s.tokens, dim, bias, scores);
       const bool whole = to - from == LANES;
-      context<S>(scores, {k + w->d, 1, 2 * w->d}, s.tokens, dim, whole ? w->ctx + at : out);
+      context<S>(scores, {k + w->d, 1, 2 * w->d}, s.tokens, dim, whole ? w->ctx.x + at : out);
       if (whole) continue;
       for (int64_t c = 0; c < dim; ++c) {
-        for (int64_t i = from; i < to; ++i) w->ctx[at + c * LANES + i] = out[c * LANES + i];
+        for (int64_t i = from; i < to; ++i) w->ctx.x[at + c * LANES + i] = out[c * LANES + i];
       }
     }
   }
@@ -154,11 +186,18 @@ struct CarryQueries {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / strips, first = item % strips * STRIP;
       const int64_t width = std::min(STRIP, d - first);
-      const float* from = w->w[KEY_VALUE] + head * dim * d + first;
+      const Linear& kv = w->w[KEY_VALUE];
       for (int64_t c = 0; c < dim; ++c) {
-        for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(from + c * d + STRIP + i);
-        std::memcpy(strip + c * STRIP, from + c * d, width * sizeof(float));
-        std::fill(strip + c * STRIP + width, strip + (c + 1) * STRIP, 0.0f);
+        const int64_t at = (head * dim + c) * d + first;
+        float* to = strip + c * STRIP;
+        if (kv.bits.weight) {
+          const float scale = kv.bits.scale[head * dim + c];
+          for (int64_t i = 0; i < width; ++i) to[i] = kv.bits.weight[at + i] * scale;
+        } else {
+          for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(kv.weight + at + STRIP + i);
+          std::memcpy(to, kv.weight + at, width * sizeof(float));
+        }
+        std::fill(to + width, to + STRIP, 0.0f);
       }
       for (int64_t i = 0; i < width; i += LANES) {
         multiply<S>({w->q_rows + head * dim, d, 1}, strip + i, STRIP,
@@ -191,32 +230,53 @@ struct BringBack {
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     const int64_t d = w->d, dim = w->dim, rows = w->lanes.size(), panels = panels_of(rows);
-    float* x = scratch.get(panels * (d + dim) * LANES);
-    float* y = x + panels * d * LANES;
+    Panels x;
+    x.x = scratch.get(panels * (2 * d + dim + 1) * LANES);
+    float* y = x.x + panels * d * LANES;
+    if (w->int8) {
+      x.bits.scale = y + panels * dim * LANES;
+      x.bits.bytes = reinterpret_cast<uint8_t*>(x.bits.scale + panels * LANES);
+    }
     for (int64_t head = begin; head < end; ++head) {
       for (int64_t p = 0; p < panels; ++p) {
         pack_panel(
             [&](int64_t i) { return w->mixed + ((p * LANES + i) * w->heads + head) * d; },
-            std::min(LANES, rows - p * LANES), d, x + p * d * LANES);
+            std::min(LANES, rows - p * LANES), d, x.x + p * d * LANES);
+        quantize<S>(x, p, d);
       }
       const int64_t feature = d + head * dim;
-      product<S>(w->w[KEY_VALUE] + feature * d, d, x, rows, y, dim, 0, dim,
-                 {w->w[KEY_VALUE_BIAS] + feature});
+      Linear value = w->w[KEY_VALUE];
+      value.bias += feature;
+      if (w->int8) {
+        value.bits.weight += feature * d;
+        value.bits.scale += feature;
+        value.bits.offset += feature;
+      } else {
+        value.weight += feature * d;
+      }
+      linear<S>(value, d, x, rows, y, dim, 0, dim);
       for (int64_t r = 0; r < rows; ++r) {
         const float* from = y + r / LANES * dim * LANES + r % LANES;
         const int64_t lane = w->lanes[r];
-        float* to = w->ctx + (lane / LANES * d + head * dim) * LANES + lane % LANES;
+        float* to = w->ctx.x + (lane / LANES * d + head * dim) * LANES + lane % LANES;
         for (int64_t c = 0; c < dim; ++c) to[c * LANES] = from[c * LANES];
       }
     }
   }
 };
 
+struct QuantizeContext {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) quantize<S>(w->ctx, p, w->d);
+  }
+};
+
 struct Output {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    product<S>(w->w[OUTPUT], w->d, w->ctx, w->rows, w->y, w->d, begin * UNIT,
-               std::min(w->d, end * UNIT), {w->w[OUTPUT_BIAS], w->x});
+    linear<S>(w->w[OUTPUT], w->d, w->ctx, w->rows, w->y.x, w->d, begin * UNIT,
+              std::min(w->d, end * UNIT), w->x.x);
   }
 };
 
@@ -224,7 +284,8 @@ struct Normalize {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      normalize<S>(w->y + p * w->d * LANES, w->d, w->w[NORM], w->w[NORM_BIAS], w->eps);
+      normalize<S>(w->y.x + p * w->d * LANES, w->d, w->w[NORM].weight, w->w[NORM].bias, w->eps);
+      quantize<S>(w->y, p, w->d);
     }
   }
 };
@@ -232,25 +293,33 @@ struct Normalize {
 struct Up {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    product<S>(w->w[UP], w->d, w->y, w->rows, w->u, w->inner, begin * UNIT,
-               std::min(w->inner, end * UNIT), {w->w[UP_BIAS], nullptr, true});
+    linear<S>(w->w[UP], w->d, w->y, w->rows, w->u.x, w->inner, begin * UNIT,
+              std::min(w->inner, end * UNIT), nullptr, true);
+  }
+};
+
+struct QuantizeInner {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) quantize<S>(w->u, p, w->inner);
   }
 };
 
 struct Down {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    product<S>(w->w[DOWN], w->inner, w->u, w->rows, w->x, w->d, begin * UNIT,
-               std::min(w->d, end * UNIT), {w->w[DOWN_BIAS], w->y});
+    linear<S>(w->w[DOWN], w->inner, w->u, w->rows, w->x.x, w->d, begin * UNIT,
+              std::min(w->d, end * UNIT), w->y.x);
   }
 };
 
 struct Finish {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    const Linear& norm = w->w[LAST_NORM];
     for (int64_t p = begin; p < end; ++p) {
-      float* panel = w->x + p * w->d * LANES;
-      if (!w->pre_norm) normalize<S>(panel, w->d, w->w[LAST_NORM], w->w[LAST_NORM_BIAS], w->eps);
+      float* panel = w->x.x + p * w->d * LANES;
+      if (!w->pre_norm) normalize<S>(panel, w->d, norm.weight, norm.bias, w->eps);
       unpack_panel(panel, w->d, [&](int64_t i) { return w->out + (p * LANES + i) * w->d; }, 0,
                    std::min(LANES, w->rows - p * LANES));
     }
@@ -272,35 +341,19 @@ void parallel_units(const Work& work, int64_t features, int64_t depth, int64_t p
   parallel<Body>(work, (features + UNIT - 1) / UNIT, std::max<int64_t>(1, 500000 / cost));
 }
 
-// The sentences of a group, those whose attention is cheaper absorbed apart from the others.
-void choose(
-    Work& w, const std::vector<Sentence>& sentences, const std::vector<double>& cost) {
-  double all_projected = 0, all_absorbed = 0, mixed = 0;
-  std::vector<bool> cheaper;
-  for (const Sentence& s : sentences) {
-    const double projected =
-        s.tokens * cost[KEY_ROW] + panels_of(s.active) * s.tokens * cost[PROJECTED_BLOCK];
-    const double absorbed = s.active * cost[ACTIVE_ROW] +
-        panels_of(s.active * w.heads) * s.tokens * cost[ABSORBED_BLOCK];
-    cheaper.push_back(absorbed < projected);
-    all_projected += projected;
-    all_absorbed += absorbed;
-    mixed += std::min(absorbed, projected);
-  }
-  // What either way costs however few rows there are: its weights come from memory.
-  all_projected += cost[PROJECTED];
-  all_absorbed += cost[ABSORBED];
-  mixed += cost[PROJECTED] + cost[ABSORBED];
-  const bool mix = mixed < std::min(all_projected, all_absorbed);
-  const bool absorb = all_absorbed < all_projected;
-
+// The sentences of a group, those whose attention is cheaper absorbed apart from the others. Each is
+// judged by itself, so that its result does not depend on its batch.
+void choose(Work& w, const std::vector<Sentence>& sentences, const std::vector<double>& cost) {
   w.projected.clear();
   w.absorbed.clear();
   w.keys.clear();
   w.lanes.clear();
-  for (size_t i = 0; i < sentences.size(); ++i) {
-    Sentence s = sentences[i];
-    if (mix ? cheaper[i] : absorb) {
+  for (Sentence s : sentences) {
+    const double projected =
+        s.tokens * (cost[KEY_ROW] + panels_of(s.active) * cost[PROJECTED_BLOCK]);
+    const double absorbed = s.active * cost[ACTIVE_ROW] +
+        s.tokens * (panels_of(s.active * w.heads) * cost[ABSORBED_BLOCK]);
+    if (absorbed < projected) {
       s.first = w.lanes.size();
       for (int64_t r = 0; r < s.active; ++r) w.lanes.push_back(s.first_active + r);
       w.absorbed.push_back(s);
@@ -318,17 +371,30 @@ void run_group(Work& w, bool all_active) {
   const int64_t keys = w.keys.size(), key_panels = panels_of(keys);
   const int64_t absorbed = w.lanes.size();
   const bool shared = all_active && !absorbed;  // every key is a query: one packing does
+  const auto size = [&](int64_t count, int64_t features) {
+    // A byte for each float, and a scale for each lane.
+    return count * LANES * (w.int8 ? features + features / 4 + 1 : features);
+  };
   float* at = scratch.get(
-      panels * LANES * (4 * d + w.inner) + key_panels * row * (shared ? 2 : 3) + keys * 2 * d +
+      size(panels, d) * 3 + size(panels, w.inner) + panels * row +
+      (shared ? 0 : size(key_panels, d)) + key_panels * 2 * row + keys * 2 * d +
       absorbed * (d + w.heads * (w.wide + d)));
-  const auto take = [&](int64_t size) { return std::exchange(at, at + size); };
-  w.x = take(panels * row);
+  const auto take = [&](int64_t count) { return std::exchange(at, at + count); };
+  const auto take_panels = [&](int64_t count, int64_t features) {
+    Panels result;
+    result.x = take(count * LANES * features);
+    if (!w.int8) return result;
+    result.bits.scale = take(count * LANES);
+    result.bits.bytes = reinterpret_cast<uint8_t*>(take(count * LANES * features / 4));
+    return result;
+  };
+  w.x = take_panels(panels, d);
+  w.ctx = take_panels(panels, d);
+  w.y = take_panels(panels, d);
+  w.u = take_panels(panels, w.inner);
+  w.xk = shared ? w.x : take_panels(key_panels, d);
   w.q = take(panels * row);
-  w.ctx = take(panels * row);
-  w.y = take(panels * row);
-  w.u = take(panels * LANES * w.inner);
   w.kv_panels = take(key_panels * 2 * row);
-  w.xk = shared ? w.x : take(key_panels * row);
   w.kv = take(keys * 2 * d);
   w.q_rows = take(absorbed * d);
   w.carried = take(absorbed * w.heads * w.wide);
@@ -370,24 +436,28 @@ void run_group(Work& w, bool all_active) {
     });
     parallel<BringBack>(w, w.heads);
   }
+  if (w.int8) parallel<QuantizeContext>(w, panels);
   parallel_units<Output>(w, d, d, panels);
   parallel<Normalize>(w, panels);
   parallel_units<Up>(w, w.inner, d, panels);
+  if (w.int8) parallel<QuantizeInner>(w, panels);
   parallel_units<Down>(w, d, w.inner, panels);
   parallel<Finish>(w, panels);
 }
 
 Tensor exit_layer(
     const Tensor& h_, const Tensor& active_, const Tensor& cu_active_, const Tensor& cu_tokens_,
-    std::vector<Tensor> weights, std::vector<double> costs, int64_t heads, double scale, double eps,
-    bool pre_norm, const std::optional<Tensor>& bias_, const std::optional<Tensor>& positions_) {
+    std::vector<Tensor> weights, std::vector<Tensor> scales, std::vector<double> costs,
+    int64_t heads, double scale, double eps, bool pre_norm, const std::optional<Tensor>& bias_,
+    const std::optional<Tensor>& positions_) {
   STD_TORCH_CHECK(
       h_.dim() == 2 && h_.scalar_type() == ScalarType::Float && cu_active_.numel() > 0 && heads > 0,
       "got h of ", h_.dim(), " dimensions; expected [T, d] of Float, offsets and heads");
   STD_TORCH_CHECK(
-      weights.size() == NUM_WEIGHTS && costs.size() == NUM_COSTS, "got ", weights.size(),
-      " weights and ", costs.size(), " costs; expected ", static_cast<int>(NUM_WEIGHTS), " and ",
-      static_cast<int>(NUM_COSTS));
+      weights.size() == 2 * NUM_WEIGHTS && costs.size() == NUM_COSTS &&
+          (scales.empty() || scales.size() == 2 * NUM_WEIGHTS),
+      "got ", weights.size(), " weights, ", scales.size(), " scales and ", costs.size(),
+      " costs; expected ", 2 * NUM_WEIGHTS, ", as many or none, and ", int(NUM_COSTS));
   const int64_t num_sentences = cu_active_.numel() - 1;
   const Tensor h = torch::stable::contiguous(h_);
   const Tensor active = checked_vector(active_, "active", active_.numel());
@@ -398,17 +468,34 @@ Tensor exit_layer(
   w.heads = heads;
   w.dim = w.d / heads;
   w.wide = panels_of(w.d) * LANES;
-  w.inner = weights[UP].numel() / w.d;
-  const int64_t d = w.d, wide = w.inner * d;
-  const int64_t sizes[] = {d * d, d, 2 * d * d, 2 * d, d * d, d, d, d, wide, w.inner, wide, d, d, d};
-  STD_TORCH_CHECK(d == w.dim * heads, "got width ", d, " and ", heads, " heads");
-  for (int i = 0; i < NUM_WEIGHTS; ++i) {
+  w.inner = weights[2 * UP + 1].numel();
+  w.int8 = !scales.empty();
+  const int64_t d = w.d;
+  STD_TORCH_CHECK(
+      d == w.dim * heads && !(w.int8 && (d % 4 || w.inner % 4)), "got widths ", d, " and ", w.inner,
+      " for ", heads, " heads; expected whole heads and, in int8, multiples of 4");
+  const auto values = [](const Tensor& x, int64_t size, ScalarType dtype = ScalarType::Float) {
     STD_TORCH_CHECK(
-        weights[i].scalar_type() == ScalarType::Float && weights[i].is_contiguous() &&
-            weights[i].numel() == sizes[i],
-        "got weight ", i, " of ", weights[i].numel(), " elements; expected ", sizes[i],
-        ", contiguous, of Float");
-    w.w[i] = weights[i].const_data_ptr<float>();
+        x.scalar_type() == dtype && x.is_contiguous() && x.numel() == size, "got a weight of ",
+        x.numel(), " elements and dtype ", torch::headeronly::toString(x.scalar_type()),
+        "; expected ", size, ", contiguous, of ", torch::headeronly::toString(dtype));
+    return x.const_data_ptr();
+  };
+  const int64_t out_in[][2] = {{d, d}, {2 * d, d}, {d, d}, {d, 1}, {w.inner, d}, {d, w.inner}, {d, 1}};
+  for (int i = 0; i < NUM_WEIGHTS; ++i) {
+    const auto [rows, columns] = out_in[i];
+    Linear& to = w.w[i];
+    const bool bits = w.int8 && columns > 1;
+    const void* weight = values(
+        weights[2 * i], rows * columns, bits ? ScalarType::Char : ScalarType::Float);
+    to.bias = static_cast<const float*>(values(weights[2 * i + 1], rows));
+    if (!bits) {
+      to.weight = static_cast<const float*>(weight);
+      continue;
+    }
+    to.bits.weight = static_cast<const int8_t*>(weight);
+    to.bits.scale = static_cast<const float*>(values(scales[2 * i], rows));
+    to.bits.offset = static_cast<const float*>(values(scales[2 * i + 1], rows));
   }
   w.h = h.const_data_ptr<float>();
   w.scale = static_cast<float>(scale);

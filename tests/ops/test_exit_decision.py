@@ -46,7 +46,16 @@ def make_args(lengths, labels=9, dtype=torch.float32, seed=0, max_prob=False):
 
 
 def decide_by_loop(
-    logits, words, uncertainty, exit_layer, cu_words, window, threshold, layer, max_prob
+    logits,
+    words,
+    uncertainty,
+    exit_layer,
+    cu_words,
+    window,
+    threshold,
+    layer,
+    max_prob,
+    min_active=None,
 ):
     """What the op does, a number at a time; also the margin of each word's decision."""
     u, labels = uncertainty.tolist(), logits.shape[1]
@@ -75,11 +84,17 @@ def decide_by_loop(
                 left[w] = layer
             if math.isfinite(largest) and math.isfinite(limit):
                 margin[w] = abs(largest - limit)
+        rest = [w for w in range(first, last) if left[w] == 0]
+        if min_active is not None and len(rest) < min(int(min_active[b]), last - first):
+            for w in rest:
+                left[w] = layer
     u, margin = torch.tensor([u, margin], dtype=torch.float64)
     return u, torch.tensor(left, dtype=torch.int64), margin
 
 
 def assert_decides_right(args, backend):
+    if len(args["window"]) > 1:
+        args["min_active"] = torch.arange(len(args["window"])) % 4 + 1
     u, left = exit_decision(**args, backend=backend)
     u_loop, left_loop, margin = decide_by_loop(**args)
     tol = tolerance(args["logits"].dtype)
@@ -103,6 +118,32 @@ def test_matches_a_loop(lengths, dtype, max_prob, backend):
 @pytest.mark.parametrize("labels", [1, 2, 9, 50])
 def test_number_of_labels(labels, max_prob, backend):
     assert_decides_right(make_args([7, 63, 1], labels, seed=1, max_prob=max_prob), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_too_few_active_words_leave_once_some_have_left(backend):
+    words = torch.arange(10)
+    unsure = torch.tensor([0.9, 0.1, 0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.9, 0.9])
+    args = {
+        "logits": torch.zeros(0, 3),
+        "words": words[:0],
+        "uncertainty": unsure,
+        "exit_layer": torch.tensor([0, 0, 0, 0, 0, 0, 1, 0, 0, 0]),
+        "cu_words": torch.tensor([0, 3, 5, 5, 8, 10]),
+        "window": torch.zeros(5, dtype=torch.int64),
+        "threshold": torch.full((5,), 0.5),
+        "layer": 2,
+    }
+    left = [0, 2, 0, 0, 0, 0, 1, 2, 0, 0]
+    assert exit_decision(**args, backend=backend)[1].tolist() == left
+    for least, changes in (
+        ([1] * 5, {}),
+        ([2, 2, 2, 1, 9], {}),  # two of the first sentence stay; none of the last has left
+        ([3, 9, 9, 2, 1], {0: 2, 2: 2, 5: 2}),
+    ):
+        expected = [changes.get(w, layer) for w, layer in enumerate(left)]
+        got = exit_decision(**args, min_active=torch.tensor(least), backend=backend)[1]
+        assert got.tolist() == expected
 
 
 @compiled

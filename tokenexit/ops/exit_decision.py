@@ -21,6 +21,7 @@ def exit_decision(
     threshold: torch.Tensor,
     layer: int,
     max_prob: bool = False,
+    min_active: torch.Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,6 +38,9 @@ def exit_decision(
                 near = [u[v] for v in mine if abs(v - w) <= k]
                 if exit_layer[w] == 0 and (max(near) < threshold[b] or threshold[b] == inf):
                     left[w] = layer                                   # left: a copy of exit_layer
+            rest = [w for w in mine if left[w] == 0]
+            if len(rest) < min(min_active[b], len(mine)):             # some left, too few are left
+                left[rest] = layer
 
     One label is certain (uncertainty 0). Uncertainties are computed in fp32, fp64 for fp64
     logits. A NaN within a word's window keeps it from leaving, but for a threshold of inf.
@@ -55,6 +59,8 @@ def exit_decision(
         layer: the layer's number, counted from 1.
         max_prob: whether uncertainty is `1 - max p` instead of the entropy; both are scaled to
             [0, 1].
+        min_active: `[B]` int64, active words below which a sentence, once words of it have left, is
+            finished; see `ExitPolicy`. None: 1, no effect.
         backend: "auto", or "reference" for plain PyTorch.
 
     Returns:
@@ -84,13 +90,16 @@ def exit_decision(
     check_vector("cu_words", cu_words, num_sentences + 1, device)
     check_vector("window", window, num_sentences, device)
     check_vector("threshold", threshold, num_sentences, device, dtype)
+    if min_active is not None:
+        check_vector("min_active", min_active, num_sentences, device)
     compiled = use_compiled(backend, device, _DEVICES)
     run = torch.ops.tokenexit.exit_decision if compiled else reference.exit_decision
-    return run(logits, words, uncertainty, exit_layer, cu_words, window, threshold, layer, max_prob)
+    state = (logits, words, uncertainty, exit_layer, cu_words, window, threshold)
+    return run(*state, layer, max_prob, min_active)
 
 
 if _DEVICES:
 
     @torch.library.register_fake("tokenexit::exit_decision")
-    def _(logits, words, uncertainty, exit_layer, cu_words, window, threshold, layer, max_prob):
+    def _(logits, words, uncertainty, exit_layer, *_):
         return uncertainty.new_empty(uncertainty.shape), exit_layer.new_empty(exit_layer.shape)

@@ -16,10 +16,11 @@ def exit_layer(
     h: torch.Tensor,
     active: Active,
     weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    costs: Sequence[float],
     num_heads: int,
     scale: float,
     eps: float,
-    costs: Sequence[float],
     pre_norm: bool = False,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -27,22 +28,24 @@ def exit_layer(
 
     For each sentence with n tokens, a of them active, keys and values are either projected for all
     n, or the a queries are carried into the hidden space (`tokenexit.ops.absorbed_attention`),
-    whichever `costs` says is cheaper; results are equal but for rounding. Products are computed
-    here too, 16 rows beside each other: results of a sentence do not depend on its batch beyond
-    that choice, nor on the number of threads.
+    whichever `costs` says is cheaper for this sentence; results are equal but for rounding (with
+    int8 weights, that of activations to bytes). Products are computed here too, 16 rows beside each
+    other. A row's result is the same to the bit in every batch and on any number of threads.
 
     Args:
         h: `[T, d]` fp32 states of all tokens.
         active: the tokens to compute.
-        weights: contiguous, fp32, weight and bias of each: query `[d, d]`, keys and values
+        weights: contiguous, fp32 or int8, weight and bias of each: query `[d, d]`, keys and values
             `[2d, d]`, attention output `[d, d]`, its LayerNorm `[d]`, up `[f, d]`, down `[d, f]`
             (with GELU between them), the last LayerNorm `[d]`.
+        scales: for int8 weights, scale and offset of each in that order (`tokenexit.int8`), empty
+            for those of LayerNorms; none for fp32.
+        costs: times in any one unit: of projecting a key and value; of a key for 16 queries of all
+            heads; of carrying an active token there and back; of a key for 16 pairs of a carried
+            query and a head. See `tokenexit.costs`.
         num_heads: H.
         scale: of the attention scores.
         eps: of both LayerNorms.
-        costs: times in any one unit: of a key's and value's projection; of a key for 16 queries,
-            all heads; of projecting at all; of carrying an active token; of a key for 16 pairs of
-            carried query and head; of carrying at all. See `tokenexit.costs`.
         pre_norm: leave out the last LayerNorm.
         bias: `[H, 2R+1]`, see `tokenexit.ops.exit_attention`.
 
@@ -69,6 +72,7 @@ def exit_layer(
         active.cu_tokens,
         active.packed.cu_tokens,
         weights,
+        scales,
         costs,
         num_heads,
         scale,

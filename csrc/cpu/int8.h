@@ -1,0 +1,165 @@
+#pragma once
+// Products of 8-bit weights and 8-bit activations, whose sums are exact integers.
+//
+// Weights are within +-63, so that two products of 16 bits never overflow (AVX2 adds pairs in 16
+// bits). Activations are scaled row by row: value = (byte - 128) * scale. A panel's bytes are
+// [depth / 4][16 lanes][4], four features of a row beside each other.
+#include "panels.h"
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+namespace tokenexit {
+
+// A panel [depth][16] to bytes, and each lane's scale; NaN if the lane has a NaN or an infinity.
+template <class S>
+INLINE void quantize_panel(const float* panel, int64_t depth, uint8_t* bytes, float* scales) {
+  using V = typename S::Vec;
+  using U = typename S::UInt;
+  for (int64_t at = 0; at < LANES; at += S::WIDTH) {
+    V top = {}, nan = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const V x = S::load(panel + k * LANES + at);
+      const V size = x < 0 ? -x : x;
+      top = size > top ? size : top;
+      nan += x * 0.0f;
+    }
+    const V scale = top * (1.0f / 127) + nan;
+    const V inverse = top > 0 ? 127.0f / top : V{};
+    S::store(scales + at, scale);
+    // Added to a float, 1.5 * 2^23 leaves the nearest integer in its last bits.
+    const auto byte = [&](int64_t k) __attribute__((always_inline)) {
+      return (U)(S::load(panel + k * LANES + at) * inverse + (12582912.0f + 128)) & 0xFF;
+    };
+    for (int64_t k = 0; k < depth; k += 4) {
+      const U four = byte(k) | byte(k + 1) << 8 | byte(k + 2) << 16 | byte(k + 3) << 24;
+      std::memcpy(bytes + (k * LANES + at * 4), &four, sizeof(four));
+    }
+  }
+}
+
+// sums[r][lane] = sum over depth of w[r * depth + k] * byte k of lane, for R rows, `LANES_` lanes.
+// `next` is what the following tile reads.
+template <int R, int LANES_>
+inline void tile8_portable(
+    const int8_t* w, const uint8_t* x, int64_t depth, const int8_t*, int32_t* sums) {
+  std::fill(sums, sums + R * LANES, 0);
+  for (int64_t k = 0; k < depth; k += 4) {
+    for (int r = 0; r < R; ++r) {
+      const int8_t* a = w + r * depth + k;
+      for (int64_t i = 0; i < LANES_; ++i) {
+        const uint8_t* b = x + k * LANES + i * 4;
+        sums[r * LANES + i] += a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+      }
+    }
+  }
+}
+
+#ifdef __x86_64__
+template <int R, int LANES_>
+__attribute__((target("avx2"))) void tile8_avx2(
+    const int8_t* w, const uint8_t* x, int64_t depth, const int8_t* next, int32_t* sums) {
+  constexpr int VECS = LANES_ / 8;
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i total[R][VECS] = {};
+  for (int64_t k = 0; k < depth; k += 4) {
+    if (k % 64 == 0) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * depth + k);
+    }
+    __m256i lanes[VECS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; ++v) {
+      lanes[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k * LANES + v * 32));
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      std::memcpy(&four, w + r * depth + k, sizeof(four));
+      const __m256i row = _mm256_set1_epi32(four);
+#pragma GCC unroll 2
+      for (int v = 0; v < VECS; ++v) {
+        const __m256i pairs = _mm256_maddubs_epi16(lanes[v], row);
+        total[r][v] = _mm256_add_epi32(total[r][v], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < VECS; ++v) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * LANES + v * 8), total[r][v]);
+    }
+  }
+}
+#endif
+
+template <class S, int R, int LANES_>
+INLINE void tile8(
+    const int8_t* w, const uint8_t* x, int64_t depth, const int8_t* next, int32_t* sums) {
+#ifdef __x86_64__
+  if constexpr (S::ROWS > Portable::ROWS) return tile8_avx2<R, LANES_>(w, x, depth, next, sums);
+#endif
+  tile8_portable<R, LANES_>(w, x, depth, next, sums);
+}
+
+// 8-bit weights [out][depth]: value = integer * scale; offset = 128 * scale * sum of the integers,
+// which the bytes' zero point adds to a product.
+struct Matrix8 {
+  const int8_t* weight = nullptr;
+  const float *scale = nullptr, *offset = nullptr;
+};
+
+struct Panels8 {
+  uint8_t* bytes = nullptr;  // [panels][depth][16]
+  float* scale = nullptr;    // [panels][16]
+};
+
+// As product() in panels.h.
+template <class S, int R = 6>
+INLINE void product8(
+    const Matrix8& m, int64_t depth, const Panels8& x, int64_t rows, float* y, int64_t out,
+    int64_t n0, int64_t n1, const Epilogue& epilogue) {
+  const int64_t rest = rows % LANES;
+  const bool half = R > 1 && 0 < rest && rest <= LANES / 2;
+  const int64_t panels = half ? rows / LANES : panels_of(rows);
+  const auto finish = [&](const int32_t* sums, int64_t n, int64_t count, int64_t p)
+                          __attribute__((always_inline)) {
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = (p * out + n + r) * LANES;
+      const float bias = epilogue.bias ? epilogue.bias[n + r] : 0;
+      for (int64_t i = 0; i < LANES; i += S::WIDTH) {
+        typename S::Int exact;
+        std::memcpy(&exact, sums + r * LANES + i, sizeof(exact));
+        const auto sum = __builtin_convertvector(exact, typename S::Vec);
+        typename S::Vec value =
+            (sum * m.scale[n + r] - m.offset[n + r]) * S::load(x.scale + p * LANES + i) + bias;
+        if (epilogue.residual) value += S::load(epilogue.residual + at + i);
+        if (epilogue.gelu) value = gelu<S>(value);
+        S::store(y + at + i, value);
+      }
+    }
+  };
+  alignas(64) int32_t sums[2 * R * LANES] = {};
+  int64_t n = n0;
+  for (; n + R <= n1; n += R) {
+    const int8_t* w = m.weight + n * depth;
+    const int8_t* next = n + 2 * R <= n1 ? w + R * depth : w;
+    for (int64_t p = 0; p < panels; ++p) {
+      tile8<S, R, LANES>(w, x.bytes + p * depth * LANES, depth, p ? w : next, sums);
+      finish(sums, n, R, p);
+    }
+    if (!half) continue;
+    const uint8_t* last = x.bytes + panels * depth * LANES;
+    if ((n - n0) / R % 2 == 1) {  // half as wide, so twice as many features fill the registers
+      tile8<S, 2 * R, LANES / 2>(w - R * depth, last, depth, panels ? w - R * depth : next, sums);
+      finish(sums, n - R, 2 * R, panels);
+    } else if (n + 2 * R > n1) {
+      tile8<S, R, LANES / 2>(w, last, depth, w, sums);
+      finish(sums, n, R, panels);
+    }
+  }
+  if constexpr (R > 1) {
+    if (n < n1) product8<S, 1>(m, depth, x, rows, y, out, n, n1, epilogue);
+  }
+}
+
+}  // namespace tokenexit
