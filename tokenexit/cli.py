@@ -49,6 +49,10 @@ BatchSize = Annotated[int, typer.Option(help="Sentences a forward pass.", min=1)
 Threshold = Annotated[float | None, typer.Option(help="In place of the model's threshold.")]
 Window = Annotated[int | None, typer.Option(help="In place of the model's window.")]
 Level = Annotated[str | None, typer.Option(help="token or sentence, in place of the model's.")]
+MinActive = Annotated[
+    int | None, typer.Option(help="Active words worth a further layer, in place of the model's.")
+]
+Int8 = Annotated[bool, typer.Option("--int8", help="8-bit weights: faster on a CPU, less exact.")]
 FullDepth = Annotated[bool, typer.Option("--full-depth", help="No early exits.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write the tagger to.")]
 Epochs = Annotated[float | None, typer.Option(help="Default: 3, more for small data.")]
@@ -310,7 +314,9 @@ def evaluate(
     threshold: Threshold = None,
     window: Window = None,
     level: Level = None,
+    min_active: MinActive = None,
     full_depth: FullDepth = False,
+    int8: Int8 = False,
     timing_runs: Annotated[
         int, typer.Option(help="Timed runs against full depth, in alternation; 0 for none.", min=0)
     ] = 3,
@@ -326,8 +332,8 @@ def evaluate(
     """
     from tokenexit.evaluate import evaluate as run
 
-    tagger = _tagger(model, batch_size)
-    policy = _policy(tagger.model.policy, threshold, window, level, full_depth)
+    tagger = _tagger(model, batch_size, int8)
+    policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
     result = run(
         tagger, _read(data, column, format), policy, metric=metric, timing_runs=timing_runs
     )
@@ -362,7 +368,9 @@ def predict(
     threshold: Threshold = None,
     window: Window = None,
     level: Level = None,
+    min_active: MinActive = None,
     full_depth: FullDepth = False,
+    int8: Int8 = False,
     batch_size: BatchSize = 32,
     buffer: Annotated[int, typer.Option(help="Sentences held at a time.", min=1)] = 1024,
 ):
@@ -379,8 +387,8 @@ def predict(
     formats = {"jsonl": _as_json, "conll": _as_conll}
     if output_format not in formats:
         raise ValueError(f"--output-format is {output_format!r}; expected jsonl or conll")
-    tagger = _tagger(model, batch_size)
-    policy = _policy(tagger.model.policy, threshold, window, level, full_depth)
+    tagger = _tagger(model, batch_size, int8)
+    policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
     with _open(input) as lines:
         results = tagger.stream(stream_sentences(lines, format), policy, buffer)
         if output is None:
@@ -418,12 +426,15 @@ def info(
 ):
     """What is installed here; of a tagger, its shape, labels and policy.
 
+    Last, what projecting all keys and carrying active queries cost on this machine, in
+    microseconds, for the shapes measured so far: that of the tagger, if given, is measured now.
+
     Examples: `tokenexit info`, `tokenexit info tagger`
     """
     import torch
     import transformers
 
-    from tokenexit import ops
+    from tokenexit import costs, ops
 
     table = Table("", "", show_header=False)
     table.add_row("tokenexit", __version__)
@@ -446,7 +457,15 @@ def info(
         table.add_row("parameters", f"{sum(p.numel() for p in loaded.parameters()) / 1e6:.1f} M")
         table.add_row("labels", " ".join(config.id2label.values()))
         table.add_row("policy", str(loaded.policy))
+        if built:
+            heads = config.num_attention_heads
+            costs.costs(config.hidden_size, config.intermediate_size, heads)
     out.print(table)
+    if measured := costs.measured():
+        table = Table("attention here", *(name.replace("_", " ") for name in costs.NAMES))
+        for shape, values in measured.items():
+            table.add_row(shape, *(f"{values[name]:.2f}" for name in costs.NAMES))
+        out.print(table)
 
 
 def main():
@@ -471,11 +490,11 @@ def main():
     sys.exit(code)
 
 
-def _tagger(model: str, batch_size: int):
+def _tagger(model: str, batch_size: int, int8: bool = False):
     from tokenexit.models.tagger import Tagger
 
     _quiet()
-    return Tagger.from_pretrained(model, batch_size=batch_size)
+    return Tagger.from_pretrained(model, int8=int8, batch_size=batch_size)
 
 
 def _read(source: str, column: str | None, format: str | None):
@@ -506,12 +525,19 @@ def _quiet():
     datasets.disable_progress_bars()
 
 
-def _policy(policy, threshold, window, level, full_depth) -> ExitPolicy:
-    changes = {"threshold": threshold, "window": window, "level": level}
+def _policy(policy, threshold, window, level, min_active, full_depth) -> ExitPolicy:
+    changes = {
+        "threshold": threshold,
+        "window": window,
+        "level": level,
+        "min_active": min_active,
+    }
     changes = {name: value for name, value in changes.items() if value is not None}
     if full_depth:
         if changes:
-            raise ValueError(f"--full-depth excludes {', '.join('--' + n for n in changes)}")
+            raise ValueError(
+                f"--full-depth excludes {', '.join('--' + n.replace('_', '-') for n in changes)}"
+            )
         return ExitPolicy.never()
     return policy.replace(**changes)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +27,7 @@ _BATCHES = (
     (2, 256, 32),
     (8, 64, 16),
 )
-_ROUNDS = 5
+_ROUNDS = 8
 
 
 def costs(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]:
@@ -48,24 +47,30 @@ def costs(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]
 
 @lru_cache
 def _costs(d: int, inner: int, num_heads: int, int8: bool, threads: int) -> list[float]:
-    path = cache_folder() / "costs.json"
     kind = "int8" if int8 else "fp32"
     key = f"{processor()}, {threads} threads, {d} x {inner}, {num_heads} heads, {kind}"
-    known = read(path)
+    known = measured()
     if key not in known:
         known[key] = dict(zip(NAMES, measure(d, inner, num_heads, int8), strict=True))
         try:
-            with write_aside(path) as aside:
-                aside.write_text(json.dumps({**read(path), **known}, indent=1))
+            with write_aside(_path()) as aside:
+                aside.write_text(json.dumps({**measured(), **known}, indent=1))
         except OSError:
             pass  # a read-only home: measured anew by each process
     return [known[key][name] for name in NAMES]
 
 
-def read(path: Path) -> dict[str, dict[str, float]]:
-    """All costs measured so far; none if the file is missing or of another form."""
+def _path() -> Path:
+    return cache_folder() / "costs.json"
+
+
+def measured() -> dict[str, dict[str, float]]:
+    """What has been measured here so far: shape to `NAMES` to microseconds.
+
+    None if the file is missing or of another form.
+    """
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(_path().read_text())
         return {key: value for key, value in known.items() if set(value) == set(NAMES)}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
@@ -119,13 +124,14 @@ def measure(d: int, inner: int, num_heads: int, int8: bool = False) -> list[floa
                 )
             )
     times = [[] for _ in runs]
-    for _ in range(_ROUNDS + 1):
+    for _ in range(_ROUNDS):
         for run, mine in zip(runs, times, strict=True):
             start = time.perf_counter()
             run()
             mine.append((time.perf_counter() - start) * 1e6)
-    medians = torch.tensor([statistics.median(mine[1:]) for mine in times], dtype=torch.float64)
+    # The least, which what else runs on the machine disturbs least.
+    least = torch.tensor([min(mine) for mine in times], dtype=torch.float64)
     facts = torch.tensor(rows, dtype=torch.float64)
     # Relative errors count: each row is divided by its time.
-    fit = torch.linalg.lstsq(facts / medians[:, None], torch.ones_like(medians)[:, None]).solution
+    fit = torch.linalg.lstsq(facts / least[:, None], torch.ones_like(least)[:, None]).solution
     return fit.flatten()[2:].clamp(min=0).tolist()

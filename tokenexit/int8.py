@@ -47,6 +47,11 @@ class Int8Linear(nn.Module):
         return F.linear(x, weight.to(x.dtype), self.bias.to(x.dtype))
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether `quantize` has been here."""
+    return any(isinstance(part, Int8Linear) for part in model.modules())
+
+
 def quantize(model: nn.Module) -> nn.Module:
     """Round the products of a tagger's layers to 8 bits, in place: for inference on a CPU.
 
@@ -68,7 +73,7 @@ def quantize(model: nn.Module) -> nn.Module:
     devices = {(p.device.type, p.dtype) for p in model.parameters()}
     if devices != {("cpu", torch.float32)}:
         raise ValueError(f"got a model of {sorted(map(str, devices))}; expected fp32 on the CPU")
-    if any(isinstance(part, Int8Linear) for part in layers.modules()):
+    if is_quantized(model):
         raise ValueError("got a model that is 8-bit already; expected one in fp32")
     rounded = [
         (layer, name, Int8Linear(part))

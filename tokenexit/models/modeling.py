@@ -27,6 +27,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from tokenexit import reference
 from tokenexit.encoder import ExitEncoder, Schedule, Trace, last_of
 from tokenexit.files import write_folder_aside
+from tokenexit.int8 import is_quantized
 from tokenexit.layers import ExitHead, ExitLayer
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import FAMILIES
@@ -229,6 +230,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
         Files are written aside and then renamed, the weights before the configuration: a
         failure leaves no half-written file.
         """
+        if is_quantized(self):
+            raise ValueError("got an 8-bit model to save; expected the fp32 one it was made from")
         self.config.exit_policy = self.policy.to_dict()
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)

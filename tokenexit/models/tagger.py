@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenexit.files import write_folder_aside
+from tokenexit.int8 import quantize
 from tokenexit.models.convert import require_fast
 from tokenexit.models.encoding import Window, collate, encode, merge
 from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
@@ -55,9 +56,17 @@ class Tagger:
         self.overlap = overlap
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, **kwargs) -> Tagger:
-        """A saved tagger with the tokenizer beside it; kwargs are those of the constructor."""
+    def from_pretrained(cls, name: str | os.PathLike, int8: bool = False, **kwargs) -> Tagger:
+        """A saved tagger with the tokenizer beside it.
+
+        Args:
+            name: a folder or a name on the hub.
+            int8: round its weights, see `tokenexit.quantize`.
+            kwargs: of the constructor.
+        """
         model = TokenExitForTokenClassification.from_pretrained(name).eval()
+        if int8:
+            quantize(model)
         return cls(model, AutoTokenizer.from_pretrained(name), **kwargs)
 
     def save_pretrained(self, folder: str | os.PathLike):
