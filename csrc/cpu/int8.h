@@ -149,8 +149,12 @@ INLINE void product8(
     }
     if (!half) continue;
     const uint8_t* last = x.bytes + panels * depth * LANES;
-    if ((n - n0) / R % 2 == 1) {  // half as wide, so twice as many features fill the registers
-      tile8<S, 2 * R, LANES / 2>(w - R * depth, last, depth, panels ? w - R * depth : next, sums);
+    if (!panels) {
+      tile8<S, R, LANES / 2>(w, last, depth, next, sums);
+      finish(sums, n, R, 0);
+    } else if ((n - n0) / R % 2 == 1) {
+      // Half as wide, so twice as many features fill the registers.
+      tile8<S, 2 * R, LANES / 2>(w - R * depth, last, depth, w - R * depth, sums);
       finish(sums, n - R, 2 * R, panels);
     } else if (n + 2 * R > n1) {
       tile8<S, R, LANES / 2>(w, last, depth, w, sums);

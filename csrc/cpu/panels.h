@@ -234,10 +234,11 @@ INLINE void product(
         }
       }
       if constexpr (HALF > 0) {
-        // Half as wide, so twice as many features fill the registers.
-        const int64_t done = n + R - n0;
         if (!half) continue;
-        if (done % (2 * R) == 0) {
+        if (!panels) {  // the weights' way from memory is what takes time
+          product_tile<S, R, HALF, true>(f, {at, depth, 1}, n, 0, next);
+        } else if ((n - n0) / R % 2 == 1) {
+          // Half as wide, so twice as many features fill the registers.
           const float* both = at - R * depth;
           alignas(64) float copy[2 * R * (MOST + 16)];
           int64_t row = depth;
@@ -250,11 +251,7 @@ INLINE void product(
             }
             both = copy;
           }
-          if (panels) {
-            product_tile<S, 2 * R, HALF>(f, {both, row, 1}, n - R, panels);
-          } else {
-            product_tile<S, 2 * R, HALF, true>(f, {both, row, 1}, n - R, panels, next);
-          }
+          product_tile<S, 2 * R, HALF>(f, {both, row, 1}, n - R, panels);
         } else if (n + 2 * R > n1) {
           product_tile<S, R, HALF>(f, {at, depth, 1}, n, panels);
         }

@@ -1,6 +1,9 @@
+#include <algorithm>
 #include <tuple>
 
-#include <cub/block/block_scan.cuh>
+#include <cub/warp/warp_reduce.cuh>
+#include <cub/warp/warp_scan.cuh>
+#include <cuda/atomic>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -11,61 +14,85 @@
 namespace tokenexit {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 constexpr int kWarpSize = 32;
-constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kWarps = kThreads / kWarpSize;  // and sentences of a tile
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// One block. A warp takes a sentence, first to count, then to copy, with a scan of the counts in
-// between: places come from prefix sums alone, so the result is the same in every run.
-__global__ void __launch_bounds__(kThreads) compact_active_kernel(
+using State = cuda::atomic_ref<uint64_t, cuda::thread_scope_device>;
+
+// The sum of the counts of all tiles before this one, told to the tiles behind it; by one warp.
+__device__ int64_t sum_before(uint64_t* states, int64_t tile, int64_t count, int lane) {
+  using Reduce = cub::WarpReduce<int64_t>;
+  __shared__ typename Reduce::TempStorage scratch;
+  const auto relaxed = cuda::memory_order_relaxed;
+  if (lane == 0 && tile > 0) State(states[tile]).store(kCounted | count, relaxed);
+  int64_t sum = 0;
+  uint32_t summed = 0;
+  for (int64_t nearest = tile - 1; nearest >= 0 && summed == 0; nearest -= kWarpSize) {
+    uint64_t state = kSummed;  // of what lies before the first tile
+    do {
+      if (nearest >= lane) state = State(states[nearest - lane]).load(relaxed);
+    } while (__any_sync(kAllLanes, state == 0));
+    summed = __ballot_sync(kAllLanes, is_summed(state));
+    sum += Reduce(scratch).Sum(looked_back(state, lane, summed));  // right in lane 0
+    __syncwarp();
+  }
+  if (lane == 0) State(states[tile]).store(kSummed | (sum + count), relaxed);
+  return __shfl_sync(kAllLanes, sum, 0);
+}
+
+// One pass. A block takes a tile of sentences, a warp one of them: it counts what stays, learns
+// where that begins, and copies it. Places come from prefix sums alone, so the result is the same
+// in every run. `states`, zeros: a ticket, then a word for each tile.
+__global__ void __launch_bounds__(kThreads, 4) compact_active_kernel(
     const int64_t* __restrict__ active, const int64_t* __restrict__ cu_active,
     const int64_t* __restrict__ word_of_token, const int64_t* __restrict__ exit_layer,
-    int64_t* __restrict__ active_out, int64_t* cu_out, int64_t num_active, int64_t num_sentences) {
-  using Scan = cub::BlockScan<int64_t, kThreads>;
+    int64_t* __restrict__ active_out, int64_t* __restrict__ cu_out, uint64_t* states,
+    int64_t num_active, int64_t num_sentences) {
+  using Scan = cub::WarpScan<int64_t>;
   __shared__ typename Scan::TempStorage scratch;
+  __shared__ int64_t counts[kWarps], ends[kWarps], my_tile;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
 
-  for (int64_t b = warp; b < num_sentences; b += kWarps) {
-    const int64_t last = cu_active[b + 1];
-    int64_t words = 0, specials = 0;
-    for (int64_t tile = cu_active[b]; tile < last; tile += kWarpSize) {
-      const bool listed = tile + lane < last;
-      const int64_t word = listed ? word_of_token[active[tile + lane]] : -1;
-      words += __popc(__ballot_sync(kAllLanes, listed && stays(word, exit_layer, false)));
-      specials += __popc(__ballot_sync(kAllLanes, listed && word < 0));
-    }
-    if (lane == 0) cu_out[b + 1] = words > 0 ? words + specials : 0;
+  // Not blockIdx: a tile waits for those before it, which must have begun.
+  if (threadIdx.x == 0) my_tile = State(states[0]).fetch_add(1, cuda::memory_order_relaxed);
+  __syncthreads();
+  const int64_t b = my_tile * kWarps + warp;
+  const int64_t first = b < num_sentences ? cu_active[b] : 0;
+  const int64_t last = b < num_sentences ? cu_active[b + 1] : 0;
+  int64_t of_words = 0, specials = 0;
+  for (int64_t i = first; i < last; i += kWarpSize) {
+    const bool listed = i + lane < last;
+    const int64_t word = listed ? word_of_token[active[i + lane]] : -1;
+    of_words += __popc(__ballot_sync(kAllLanes, listed && stays(word, exit_layer, false)));
+    specials += __popc(__ballot_sync(kAllLanes, listed && word < 0));
   }
-  if (threadIdx.x == 0) cu_out[0] = 0;
+  if (lane == 0) counts[warp] = num_kept(of_words, specials);
   __syncthreads();
 
-  int64_t num_kept = 0;
-  for (int64_t tile = 0; tile < num_sentences; tile += kThreads) {
-    const int64_t b = tile + threadIdx.x;
-    const int64_t count = b < num_sentences ? cu_out[b + 1] : 0;
+  if (warp == 0) {
     int64_t sum, total;
-    Scan(scratch).InclusiveSum(count, sum, total);
-    if (b < num_sentences) cu_out[b + 1] = num_kept + sum;
-    num_kept += total;
-    __syncthreads();  // scratch is used again, cu_out is read below
+    Scan(scratch).InclusiveSum(lane < kWarps ? counts[lane] : 0, sum, total);
+    sum += sum_before(states + 1, my_tile, total, lane);
+    if (lane < kWarps) ends[lane] = sum;
   }
+  __syncthreads();
 
-  for (int64_t b = warp; b < num_sentences; b += kWarps) {
-    const int64_t last = cu_active[b + 1];
-    int64_t to = cu_out[b];
-    const bool open = cu_out[b + 1] > to;
-    for (int64_t tile = cu_active[b]; tile < last; tile += kWarpSize) {
-      const bool listed = tile + lane < last;
-      const int64_t token = listed ? active[tile + lane] : 0;
-      const bool stay = listed && stays(word_of_token[token], exit_layer, open);
-      const unsigned staying = __ballot_sync(kAllLanes, stay);
-      if (stay) active_out[to + __popc(staying & ((1u << lane) - 1))] = token;
-      to += __popc(staying);
-    }
+  int64_t to = ends[warp] - counts[warp];
+  if (lane == 0 && b < num_sentences) cu_out[b + 1] = ends[warp];
+  for (int64_t i = first; i < last; i += kWarpSize) {
+    const bool listed = i + lane < last;
+    const int64_t token = listed ? active[i + lane] : 0;
+    const bool stay = listed && stays(word_of_token[token], exit_layer, of_words > 0);
+    const unsigned staying = __ballot_sync(kAllLanes, stay);
+    if (stay) active_out[to + __popc(staying & ((1u << lane) - 1))] = token;
+    to += __popc(staying);
   }
-  for (int64_t i = num_kept + threadIdx.x; i < num_active; i += kThreads) active_out[i] = 0;
+  if (threadIdx.x == 0 && my_tile == 0) cu_out[0] = 0;
+  if (my_tile + 1 < gridDim.x) return;
+  for (int64_t i = ends[kWarps - 1] + threadIdx.x; i < num_active; i += kThreads) active_out[i] = 0;
 }
 
 std::tuple<Tensor, Tensor> compact_active(
@@ -85,13 +112,19 @@ std::tuple<Tensor, Tensor> compact_active(
   Tensor active_out = torch::stable::empty_like(active);
   Tensor cu_out = torch::stable::empty_like(cu_active);
 
-  void* stream = nullptr;
+  const int64_t num_tiles = std::max<int64_t>(1, (num_sentences + kWarps - 1) / kWarps);
+  Tensor states = torch::stable::new_empty(active, {num_tiles + 1});
+
+  void* current = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(active.get_device_index(), &stream));
-  compact_active_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      aoti_torch_get_current_cuda_stream(active.get_device_index(), &current));
+  const auto stream = static_cast<cudaStream_t>(current);
+  auto* words = reinterpret_cast<uint64_t*>(states.mutable_data_ptr<int64_t>());
+  STD_CUDA_CHECK(cudaMemsetAsync(words, 0, (num_tiles + 1) * sizeof(uint64_t), stream));
+  compact_active_kernel<<<num_tiles, kThreads, 0, stream>>>(
       active.const_data_ptr<int64_t>(), cu_active.const_data_ptr<int64_t>(),
       word_of_token.const_data_ptr<int64_t>(), exit_layer.const_data_ptr<int64_t>(),
-      active_out.mutable_data_ptr<int64_t>(), cu_out.mutable_data_ptr<int64_t>(), num_active,
+      active_out.mutable_data_ptr<int64_t>(), cu_out.mutable_data_ptr<int64_t>(), words, num_active,
       num_sentences);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {active_out, cu_out};
