@@ -16,6 +16,17 @@ from tokenexit.ops.exit_attention import exit_attention
 from tokenexit.ops.exit_layer import DEVICES, exit_layer
 from tokenexit.packing import Active
 
+# Parts of a layer in the order of `exit_layer`'s weights.
+_PRODUCTS_AND_NORMS = (
+    "query",
+    "key_value",
+    "attention_output",
+    "attention_norm",
+    "up",
+    "down",
+    "output_norm",
+)
+
 
 class ExitLayer(nn.Module):
     """A post-LayerNorm transformer layer over a packed batch, computed for active tokens only.
@@ -85,19 +96,22 @@ class ExitLayer(nn.Module):
         """
         scale = (self.query.out_features // self.num_heads) ** -0.5
         if self._compiled(h):
-            parts = (self.query, self.key_value, self.attention_output, self.attention_norm)
-            parts = (*parts, self.up, self.down, self.output_norm)
-            scales = []
-            if isinstance(self.query, Int8Linear):
-                none = h.new_empty(0)
-                for part in parts:
-                    scales += [getattr(part, "scale", none), getattr(part, "offset", none)]
+            # Straight from the dictionaries: Module.__getattr__ 28 times would take longer than a
+            # product of a few rows.
+            parts = [self._modules[name] for name in _PRODUCTS_AND_NORMS]
+            int8 = isinstance(parts[0], Int8Linear)
+            weights, scales = [], []
+            for part in parts:
+                values = part._buffers or part._parameters
+                weights += (values["weight"], values["bias"])
+                if int8:
+                    scales += (values.get("scale", h[:0]), values.get("offset", h[:0]))
             return exit_layer(
                 h,
                 active,
-                [weight for part in parts for weight in (part.weight, part.bias)],
+                weights,
                 scales,
-                costs(h.shape[1], self.up.out_features, self.num_heads, int8=bool(scales)),
+                costs(h.shape[1], len(weights[9]), self.num_heads, int8),
                 self.num_heads,
                 scale,
                 self.output_norm.eps,
@@ -159,4 +173,6 @@ class ExitHead(nn.Linear):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        return super().forward(F.dropout(h, self.dropout, self.training))
+        if self.training and self.dropout:
+            h = F.dropout(h, self.dropout)
+        return super().forward(h)
