@@ -45,7 +45,10 @@ def compiled_ops():
         "tokenexit._C",
         sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + cuda * glob("csrc/cuda/*.cu")),
         depends=glob("csrc/**/*.h", recursive=True),
-        extra_compile_args={"cxx": [*flags, "-g0", "-Wno-psabi"], "nvcc": [*flags, "-DUSE_CUDA"]},
+        extra_compile_args={
+            "cxx": [*flags, "-g0", "-Wno-psabi", "-fvisibility=hidden"],
+            "nvcc": [*flags, "-DUSE_CUDA"],
+        },
         py_limited_api=True,
     )
 

@@ -1,5 +1,7 @@
 #pragma once
 // Checks that keep the ops inside their tensors' memory. A user meets those of tokenexit.ops first.
+#include <optional>
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -27,5 +29,30 @@ inline void check_offsets(const int64_t* offsets, int64_t num_sentences, const c
         " at sentence ", b, "; expected ascending offsets");
   }
 }
+
+// A relative-position bias of attention, [heads, 2 reach + 1], and each query's position: checked,
+// with the tensors it points into.
+struct CheckedBias {
+  Tensor table, positions;
+  const float* entries = nullptr;  // null for none
+  const int64_t* position = nullptr;
+  int64_t reach = 0;
+
+  CheckedBias(
+      const std::optional<Tensor>& bias, const std::optional<Tensor>& positions_, int64_t heads,
+      int64_t queries) {
+    if (!bias) return;
+    STD_TORCH_CHECK(
+        bias->dim() == 2 && bias->size(0) == heads && bias->size(1) % 2 == 1 &&
+            bias->scalar_type() == ScalarType::Float && positions_,
+        "got a bias of ", bias->dim(), " dimensions and ", bias->numel(), " elements; expected [",
+        heads, ", 2R+1] of Float, with positions");
+    table = torch::stable::contiguous(*bias);
+    positions = checked_vector(*positions_, "positions", queries);
+    entries = table.const_data_ptr<float>();
+    position = positions.const_data_ptr<int64_t>();
+    reach = table.size(1) / 2;
+  }
+};
 
 }  // namespace tokenexit

@@ -1,18 +1,16 @@
-#include <optional>
-
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
 #include "attention.h"
 
 namespace tokenexit {
 namespace {
 
 struct Problem {
-  const float *q, *h, *bias = nullptr;
+  const float *q, *h;
   float* out;
-  const int64_t *cu_q, *cu_k, *positions = nullptr;
-  int64_t heads, dim, reach = 0;
+  const int64_t *cu_q, *cu_k;
+  const CheckedBias* bias;
+  int64_t heads, dim;
   float scale;
 };
 
@@ -27,12 +25,8 @@ struct Block {
     float* q = scratch.get((2 * p->dim + keys) * LANES);
     for (int64_t i = 0; i < lanes * p->dim; ++i) q[i] = p->q[first * p->dim + i] * p->scale;
     RelativeBias bias;
-    if (p->bias) {
-      bias.reach = p->reach;
-      for (int64_t i = 0; i < lanes; ++i) {
-        bias.table[i] = p->bias + (first + i) % p->heads * (2 * p->reach + 1);
-        bias.position[i] = p->positions[(first + i) / p->heads];
-      }
+    for (int64_t i = 0; i < lanes; ++i) {
+      bias.set(i, *p->bias, (first + i) % p->heads, (first + i) / p->heads);
     }
     attend_absorbed<S>(q, p->dim, p->h + p->cu_k[b] * p->dim, keys, p->dim, lanes, bias,
                        p->out + first * p->dim, q + p->dim * LANES);
@@ -66,19 +60,8 @@ Tensor absorbed_attention(
       p.cu_q[num_sentences] <= q.size(0) && p.cu_k[num_sentences] <= h.size(0),
       "got offsets up to ", p.cu_q[num_sentences], " and ", p.cu_k[num_sentences], " of ",
       q.size(0), " queries and ", h.size(0), " states");
-  Tensor bias, positions;
-  if (bias_) {
-    STD_TORCH_CHECK(
-        bias_->dim() == 2 && bias_->size(0) == p.heads && bias_->size(1) % 2 == 1 &&
-            bias_->scalar_type() == ScalarType::Float && positions_,
-        "got a bias of ", bias_->dim(), " dimensions; expected [", p.heads,
-        ", 2R+1] of Float, with positions");
-    bias = torch::stable::contiguous(*bias_);
-    positions = checked_vector(*positions_, "positions", q.size(0));
-    p.bias = bias.const_data_ptr<float>();
-    p.reach = bias.size(1) / 2;
-    p.positions = positions.const_data_ptr<int64_t>();
-  }
+  const CheckedBias bias(bias_, positions_, p.heads, q.size(0));
+  p.bias = &bias;
 
   std::vector<int64_t> start = {0};
   std::vector<std::pair<int64_t, int64_t>> blocks;

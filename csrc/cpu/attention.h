@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../checks.h"
 #include "panels.h"
 
 namespace tokenexit {
@@ -13,6 +14,12 @@ struct RelativeBias {
   const float* table[LANES] = {};  // of each lane's head, [2 reach + 1]; null for none
   int64_t position[LANES] = {};
 
+  INLINE void set(int64_t lane, const CheckedBias& bias, int64_t head, int64_t query) {
+    if (!bias.entries) return;
+    reach = bias.reach;
+    table[lane] = bias.entries + head * (2 * reach + 1);
+    position[lane] = bias.position[query];
+  }
   INLINE int64_t entry(int64_t key, int64_t lane) const {
     return std::clamp(key - position[lane], -reach, reach) + reach;
   }

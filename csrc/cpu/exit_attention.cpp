@@ -1,9 +1,7 @@
-#include <optional>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
 #include "attention.h"
 
 namespace tokenexit {
@@ -31,18 +29,15 @@ struct Rows {
 struct Problem {
   Rows q, k, v, out, grad, dq, dk, dv;
   float *lse, *dbias = nullptr;  // [A, H]; [B, H, 2R+1]
-  const int64_t *cu_q, *cu_k, *positions = nullptr;
-  const float* bias = nullptr;
-  int64_t num_sentences, heads, dim, reach = 0;
+  const int64_t *cu_q, *cu_k;
+  const CheckedBias* bias;
+  int64_t num_sentences, heads, dim;
   float scale, dropout;
   uint32_t seed;
 
   INLINE RelativeBias relative_bias(int64_t head, int64_t first, int64_t lanes) const {
     RelativeBias result;
-    if (!bias) return result;
-    result.reach = reach;
-    std::fill(result.table, result.table + lanes, bias + head * (2 * reach + 1));
-    std::copy(positions + first, positions + first + lanes, result.position);
+    for (int64_t i = 0; i < lanes; ++i) result.set(i, *bias, head, first + i);
     return result;
   }
 
@@ -137,7 +132,7 @@ struct Backward {
         }
       }
       if (p.dbias) {
-        float* table = p.dbias + (b * p.heads + h) * (2 * p.reach + 1);
+        float* table = p.dbias + (b * p.heads + h) * (2 * p.bias->reach + 1);
         for (int64_t j = 0; j < keys; ++j) {
           for (int64_t i = 0; i < lanes; ++i) table[bias.entry(j, i)] += ds[j * LANES + i];
         }
@@ -173,13 +168,14 @@ Tensor checked_rows(const Tensor& x, const char* name, int64_t heads, int64_t di
 // The sentences of a call, checked; keeps the tensors it points into.
 struct Call {
   Tensor q, k, v, cu_q, cu_k;
-  std::optional<Tensor> bias, positions;
+  CheckedBias bias;
   Problem problem;
 
   Call(
       const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& cu_q_, const Tensor& cu_k_,
       double scale, const std::optional<Tensor>& bias_, const std::optional<Tensor>& positions_,
-      double dropout_p, int64_t seed) {
+      double dropout_p, int64_t seed)
+      : bias(bias_, positions_, q_.dim() == 3 ? q_.size(1) : 0, q_.size(0)) {
     STD_TORCH_CHECK(q_.dim() == 3, "got q of ", q_.dim(), " dimensions; expected [A, H, D]");
     STD_TORCH_CHECK(cu_q_.numel() > 0, "got an empty cu_q; expected [B+1]");
     Problem& p = problem;
@@ -206,17 +202,7 @@ struct Call {
     p.scale = static_cast<float>(scale);
     p.dropout = static_cast<float>(dropout_p);
     p.seed = static_cast<uint32_t>(seed);
-    if (!bias_) return;
-    STD_TORCH_CHECK(
-        bias_->dim() == 2 && bias_->size(0) == p.heads && bias_->size(1) % 2 == 1 &&
-            bias_->scalar_type() == ScalarType::Float && positions_,
-        "got a bias of ", bias_->dim(), " dimensions; expected [", p.heads,
-        ", 2R+1] of Float, with positions");
-    bias = torch::stable::contiguous(*bias_);
-    positions = checked_vector(*positions_, "positions", q.size(0));
-    p.bias = bias->const_data_ptr<float>();
-    p.reach = bias->size(1) / 2;
-    p.positions = positions->const_data_ptr<int64_t>();
+    p.bias = &bias;
   }
 
   template <class Body>
@@ -262,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exit_attention_backward(
     return torch::stable::new_zeros(x, {x.size(0), p.heads, p.dim});
   };
   Tensor dq = like(q), dk = like(k), dv = like(v);
-  const int64_t entries = bias ? 2 * p.reach + 1 : 0;
+  const int64_t entries = bias ? 2 * call.bias.reach + 1 : 0;
   Tensor parts = torch::stable::new_zeros(q, {bias ? p.num_sentences : 0, p.heads, entries});
   p.grad = Rows(grad);
   p.dq = Rows(dq);

@@ -1,10 +1,7 @@
 // A whole layer of inference, for the active tokens of a packed batch, panel by panel: what a product
 // leaves is what the next one reads. See tokenexit/ops/exit_layer.py.
-#include <optional>
-
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
 #include "attention.h"
 #include "int8.h"
 
@@ -43,10 +40,11 @@ struct Work {
   Linear w[NUM_WEIGHTS];
   bool int8 = false;
   const float* h;
-  const int64_t *active, *positions = nullptr;  // of this group
-  const float* bias = nullptr;
+  const int64_t* active;     // of this group
+  const CheckedBias* bias;   // of all active tokens
+  int64_t first_active = 0;  // of this group
   float* out;
-  int64_t d, heads, dim, inner, reach = 0;
+  int64_t d, heads, dim, inner;
   float eps, scale;
   bool pre_norm;
 
@@ -64,10 +62,7 @@ struct Work {
   int64_t panels() const { return panels_of(rows); }
 
   INLINE void relate(RelativeBias& to, int64_t lane, int64_t head, int64_t row) const {
-    if (!bias) return;
-    to.reach = reach;
-    to.table[lane] = bias + head * (2 * reach + 1);
-    to.position[lane] = positions[row];
+    to.set(lane, *bias, head, first_active + row);
   }
 };
 
@@ -514,18 +509,8 @@ Tensor exit_layer(
     STD_TORCH_CHECK(
         0 <= token[i] && token[i] < h.size(0), "got token ", token[i], " of ", h.size(0));
   }
-  Tensor bias, positions;
-  if (bias_) {
-    bias = torch::stable::contiguous(*bias_);
-    STD_TORCH_CHECK(
-        bias.dim() == 2 && bias.size(0) == heads && bias.size(1) % 2 == 1 && positions_ &&
-            bias.scalar_type() == ScalarType::Float,
-        "got a bias of ", bias.dim(), " dimensions; expected [", heads,
-        ", 2R+1] of Float, with positions");
-    positions = checked_vector(*positions_, "positions", active.numel());
-    w.bias = bias.const_data_ptr<float>();
-    w.reach = bias.size(1) / 2;
-  }
+  const CheckedBias bias(bias_, positions_, heads, active.numel());
+  w.bias = &bias;
   Tensor out = torch::stable::new_empty(h, {active.numel(), d});
 
   std::vector<Sentence> group;
@@ -533,7 +518,7 @@ Tensor exit_layer(
   const auto flush = [&] {
     if (group.empty()) return;
     w.active = token + from;
-    w.positions = w.bias ? positions.const_data_ptr<int64_t>() + from : nullptr;
+    w.first_active = from;
     w.out = out.mutable_data_ptr<float>() + from * d;
     w.rows = group.back().first_active + group.back().active;
     choose(w, group, costs);
