@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(tokenexit, m) {
   m.def(
       "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor");
   m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
   m.def(
       "exit_layer(Tensor h, Tensor active, Tensor cu_active, Tensor cu_tokens, Tensor[] weights, "

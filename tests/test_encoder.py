@@ -9,6 +9,7 @@ from test_reference import POLICIES
 
 from tokenexit import ExitPolicy
 from tokenexit.encoder import Schedule, simulate_exits
+from tokenexit.ops import extension_available, extension_error
 from tokenexit.reference import uncertainty
 
 LENGTHS = [5, 17, 1, 9, 2, 33]
@@ -203,3 +204,26 @@ def test_simulated_exits_of_too_few():
     for least, expected in ((2, [1, 2, 2, 1]), (3, [1, 1, 1, 1])):
         schedule = Schedule.of(ExitPolicy(threshold=0.2, window=0, min_active=least), 2, 2, u)
         assert simulate_exits(u, torch.tensor([0, 3, 4]), schedule).tolist() == expected
+
+
+@pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_compiled_results_are_the_same_bits_in_any_batch_and_on_any_number_of_threads(family):
+    tagger = random_tagger(family, dtype=torch.float32)
+    policy = ExitPolicy(threshold=0.35, window=1)
+    batch = random_batch(LENGTHS)
+    whole = tagger(**batch, policy=policy)
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    shuffled = tagger(**{name: value[order] for name, value in batch.items()}, policy=policy)
+    assert torch.equal(shuffled.logits, whole.logits[order])
+    for row, n in enumerate(LENGTHS):
+        alone = tagger(**{k: v[row : row + 1, :n] for k, v in batch.items()}, policy=policy)
+        assert torch.equal(alone.logits[0], whole.logits[row, :n])
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(tagger(**batch, policy=policy).logits, whole.logits)
+    finally:
+        torch.set_num_threads(before)

@@ -14,6 +14,7 @@ from tokenexit.ops.add_layer_norm import add_layer_norm
 from tokenexit.ops.bias_gelu import bias_gelu
 from tokenexit.ops.exit_attention import exit_attention
 from tokenexit.ops.exit_layer import DEVICES, exit_layer
+from tokenexit.ops.linear import linear
 from tokenexit.packing import Active
 
 # Parts of a layer in the order of `exit_layer`'s weights.
@@ -175,4 +176,4 @@ class ExitHead(nn.Linear):
         """See the class."""
         if self.training and self.dropout:
             h = F.dropout(h, self.dropout)
-        return super().forward(h)
+        return linear(h, self.weight, self.bias)

@@ -1,0 +1,62 @@
+"""linear against fp64, and a row's bits in any company."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from assertions import assert_as_exact
+
+from tokenexit.ops import extension_available, extension_error
+from tokenexit.ops.linear import linear
+
+compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
+
+
+def arguments(rows, width, features, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((rows, width), (features, width), (features,))
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 8, 9, 16, 63, 129])
+@pytest.mark.parametrize("width, features", [(1, 1), (7, 9), (64, 2), (513, 44), (768, 13)])
+@torch.no_grad()
+def test_equals_fp64(rows, width, features, dtype):
+    values = arguments(rows, width, features, dtype)
+    truth = F.linear(*(value.double() for value in values))
+    assert_as_exact(linear(*values), truth, F.linear(*values))
+
+
+@compiled
+@torch.no_grad()
+def test_a_row_has_the_same_bits_in_any_company():
+    x, weight, bias = arguments(70, 100, 9)
+    whole = linear(x, weight, bias)
+    order = torch.randperm(70)
+    assert torch.equal(linear(x[order], weight, bias), whole[order])
+    for rows in (slice(0, 1), slice(3, 12), slice(40, 70)):
+        assert torch.equal(linear(x[rows], weight, bias), whole[rows])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(linear(x, weight, bias), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+def test_opcheck():
+    torch.library.opcheck(torch.ops.tokenexit.linear.default, tuple(arguments(20, 7, 3)))
+
+
+def test_has_gradients():
+    values = [v.requires_grad_() for v in arguments(3, 4, 2, torch.float64)]
+    assert torch.autograd.gradcheck(linear, values)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((3, 4), (2, 5), (2,)), ((3, 4), (2, 4), (3,)), ((4,), (2, 4), (2,))], ids=str
+)
+def test_refuses(shapes):
+    with pytest.raises(ValueError, match=r"expected \[A, K\], \[N, K\], \[N\]"):
+        linear(*(torch.zeros(shape) for shape in shapes))

@@ -1,0 +1,156 @@
+"""8-bit weights: against the same arithmetic in PyTorch, and what may not change by them."""
+
+import copy
+
+import pytest
+import torch
+from random_models import random_batch, random_tagger
+from torch import nn
+
+import tokenexit
+from tokenexit import ExitPolicy
+from tokenexit.int8 import LARGEST, Int8Linear
+from tokenexit.layers import ExitLayer
+from tokenexit.ops import extension_available, extension_error
+from tokenexit.packing import Active, pack
+
+compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
+PROJECTED, ABSORBED = [0.0, 0.0, 1e30, 1e30], [1e30, 1e30, 0.0, 0.0]
+
+
+class Emulated(nn.Module):
+    """Int8Linear with activations rounded to bytes, row by row, in exact integers."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.out_features = linear.out_features
+
+    def forward(self, x):
+        scale = x.abs().amax(-1, keepdim=True).double() / 127
+        sums = (x / scale).round() @ self.linear.weight.double().T
+        return (sums * scale * self.linear.scale + self.linear.bias).to(x.dtype)
+
+
+def int8_layer(d=64, heads=4, inner=96):
+    torch.manual_seed(0)
+    layer = ExitLayer(d, heads, inner).eval()
+    for name, part in layer.named_children():
+        if isinstance(part, nn.Linear):
+            part.bias.data.normal_()
+            setattr(layer, name, Int8Linear(part))
+    return layer
+
+
+def batch(lengths, counts, d=64):
+    g = torch.Generator().manual_seed(1)
+    n = max(lengths)
+    mask = (torch.arange(n) < torch.tensor(lengths)[:, None]).long()
+    packed = pack(mask, torch.arange(n).expand_as(mask))
+    chosen = [
+        start + torch.randperm(length, generator=g)[:count].sort()[0]
+        for start, length, count in zip(packed.cu_tokens.tolist(), lengths, counts, strict=False)
+    ]
+    cu = torch.tensor([0, *counts]).cumsum(0)
+    h = 3 * torch.randn(sum(lengths), d, generator=g)
+    return h, Active(packed, torch.cat(chosen), cu)
+
+
+def test_weights_are_rounded_row_by_row():
+    linear = nn.Linear(8, 3)
+    linear.weight.data[1] *= 1000
+    linear.weight.data[2] = 0
+    rounded = Int8Linear(linear)
+    assert rounded.weight.dtype == torch.int8 and rounded.weight.abs().max() == LARGEST
+    error = (rounded.weight * rounded.scale[:, None] - linear.weight).abs()
+    assert (error <= 0.5001 * rounded.scale[:, None]).all()
+    x = torch.randn(5, 8)
+    expected = x @ (rounded.weight * rounded.scale[:, None]).T + linear.bias
+    torch.testing.assert_close(rounded(x), expected)
+
+
+@compiled
+@pytest.mark.parametrize("counts", [(7, 1, 20), (7, 0, 3), (1, 0, 0)], ids=str)
+@torch.inference_mode()
+def test_a_layer_is_the_same_arithmetic(counts, monkeypatch):
+    h, active = batch((7, 5, 20), counts)
+    layer = int8_layer()
+    monkeypatch.setattr("tokenexit.layers.costs", lambda *_: PROJECTED)
+    got = layer(h, active)
+    emulated = copy.deepcopy(layer)
+    for name, part in layer.named_children():
+        if isinstance(part, Int8Linear):
+            setattr(emulated, name, Emulated(part))
+    monkeypatch.setattr(ExitLayer, "_compiled", lambda *_: False)
+    expected = emulated(h, active)
+    # A sum that falls between two bytes may be rounded to either: a step of 1/127 here and there.
+    difference = (got - expected).abs()
+    assert difference.max() < 0.1 and difference.mean() < 2e-3
+
+
+@compiled
+@torch.inference_mode()
+def test_both_ways_of_attention_agree_but_for_rounding(monkeypatch):
+    h, active = batch((9, 30, 4), (3, 2, 1))
+    layer = int8_layer()
+    results = []
+    for way in (PROJECTED, ABSORBED):
+        monkeypatch.setattr("tokenexit.layers.costs", lambda *_, way=way: way)
+        results.append(layer(h, active))
+    difference = (results[0] - results[1]).abs()
+    assert 0 < difference.max() < 0.2
+
+
+@compiled
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_the_others():
+    tagger = tokenexit.quantize(random_tagger(dtype=torch.float32))
+    lengths = [5, 17, 1, 9]
+    rows = random_batch(lengths)
+    policy = ExitPolicy(threshold=0.35, window=1)
+    whole = tagger(**rows, policy=policy)
+    assert len(whole.exit_layers.unique()) > 2
+    for row, n in enumerate(lengths):
+        alone = tagger(**{k: v[row : row + 1, :n] for k, v in rows.items()}, policy=policy)
+        assert torch.equal(alone.logits[0], whole.logits[row, :n])
+        assert torch.equal(alone.exit_layers[0], whole.exit_layers[row, :n])
+
+
+@torch.inference_mode()
+def test_logits_stay_close():
+    tagger = random_tagger(dtype=torch.float32, hidden=64)
+    rows = random_batch([12, 30])
+    exact = tagger(**rows).logits
+    rounded = tokenexit.quantize(copy.deepcopy(tagger))
+    real = rows["attention_mask"] != 0
+    error = (rounded(**rows).logits - exact)[real].abs().mean() / exact[real].std()
+    assert 1e-4 < error < 0.3
+
+
+@torch.inference_mode()
+def test_nan_is_not_rounded_away():
+    tagger = tokenexit.quantize(random_tagger(dtype=torch.float32))
+    tagger.embeddings.word.weight[7] = float("nan")
+    with pytest.raises(ValueError, match="NaN logits at layer 1"):
+        tagger(torch.tensor([[3, 7, 4]]))
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="got 6 inputs; expected a multiple of 4"):
+        Int8Linear(nn.Linear(6, 4))
+    linear = nn.Linear(4, 4)
+    linear.weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="not finite"):
+        Int8Linear(linear)
+    with pytest.raises(ValueError, match="expected fp32 on the CPU"):
+        tokenexit.quantize(random_tagger(dtype=torch.float64))
+    tagger = tokenexit.quantize(random_tagger(dtype=torch.float32))
+    with pytest.raises(ValueError, match="8-bit already"):
+        tokenexit.quantize(tagger)
+
+
+def test_an_8_bit_model_is_not_saved(tmp_path):
+    tagger = tokenexit.quantize(random_tagger(dtype=torch.float32))
+    with pytest.raises(ValueError, match="8-bit model to save; expected the fp32 one"):
+        tagger.save_pretrained(tmp_path / "tagger")
+    assert not (tmp_path / "tagger").exists()
