@@ -18,8 +18,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.installed
-	$(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds \
+# Under 20 minutes on two cores; the tagger of `make demo` is trained once more, and kept.
+bench: $(VENV)/.bench
+	PYTHONPATH=benchmarks $(BIN)/python -m roofline
+	PYTHONPATH=benchmarks $(BIN)/python -m cpu --memory
+	$(BIN)/python -m pytest -q benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds \
 		--benchmark-sort=fullname
 
 clean:
@@ -33,4 +36,8 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[bench]"
 	touch $@

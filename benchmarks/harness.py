@@ -8,25 +8,83 @@ import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
-import transformers
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "ctranslate2")
 
 
-def alternate(systems: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each system, A B C A B C ..., after a round of warming up."""
+def time_ms(run: Callable[[], object]) -> float:
+    """Milliseconds of one call."""
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def alternate(
+    systems: Mapping[str, Callable[[], object]],
+    rounds: int,
+    budget_s: float = 0,
+    warm: bool = False,
+) -> dict[str, list[float]]:
+    """Milliseconds of each system, A B C A B C ..., after a round of warming up.
+
+    Args:
+        rounds: at least.
+        budget_s: more rounds, up to four times as many, as long as they fit into it.
+        warm: they have run before; no such round.
+    """
+    start = time.perf_counter()
     times = {name: [] for name in systems}
-    for _ in range(rounds + 1):
+    skipped = 0 if warm else 1
+    done = 0
+    while done < rounds + skipped or (
+        done < 4 * rounds and (time.perf_counter() - start) * (done + 1) / done < budget_s
+    ):
         for name, run in systems.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: values[1:] for name, values in times.items()}
+            times[name].append(time_ms(run))
+        done += 1
+    return {name: values[skipped:] for name, values in times.items()}
+
+
+def summary(times: Sequence[float]) -> dict:
+    """Median and spread of a system's rounds."""
+    low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
+    values = {"median_ms": statistics.median(times), "p20_ms": low, "p80_ms": high}
+    return {name: round(value, 3) for name, value in values.items()}
+
+
+def ratio(baseline: Sequence[float], times: Sequence[float]) -> float:
+    """How many times as fast as the baseline: the median of the ratios within each round."""
+    return round(statistics.median(a / b for a, b in zip(baseline, times, strict=True)), 3)
+
+
+def origin() -> dict:
+    """Where and when a row comes from: device, threads, versions, commit, date."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    return {
+        "device": _processor(),
+        "threads": torch.get_num_threads(),
+        **versions,
+        "commit": commit,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def rows(times: Mapping[str, list[float]], baseline: str, **facts) -> list[dict]:
@@ -35,42 +93,41 @@ def rows(times: Mapping[str, list[float]], baseline: str, **facts) -> list[dict]
     Args:
         facts: what was measured: shapes, dtype, exit rate, ...
     """
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True
-    ).stdout.strip()
-    common = {
-        **facts,
-        "device": _processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
-    result = []
-    for name, values in times.items():
-        low, *_, high = statistics.quantiles(values, n=5)
-        ratios = [a / b for a, b in zip(times[baseline], values, strict=True)]
-        result.append(
-            {
-                "system": name,
-                "median_ms": round(statistics.median(values), 3),
-                "p20_ms": round(low, 3),
-                "p80_ms": round(high, 3),
-                f"speedup_over_{baseline}": round(statistics.median(ratios), 3),
-                **common,
-            }
-        )
-    return result
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    common = {**facts, **origin(), "peak_mib": peak}
+    return [
+        {
+            "system": name,
+            **summary(values),
+            f"speedup_over_{baseline}": ratio(times[baseline], values),
+            **common,
+        }
+        for name, values in times.items()
+    ]
 
 
-def write(name: str, measured: list[dict]):
-    """Append rows to `results/NAME.jsonl`."""
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
+def write(name: str, measured: Sequence[dict], folder: Path = RESULTS):
+    """Append rows to `NAME.jsonl` in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
         for row in measured:
             file.write(json.dumps(row) + "\n")
+
+
+def read(name: str, folder: Path = RESULTS) -> list[dict]:
+    """The rows of `NAME.jsonl`, [] where there is none."""
+    path = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
+
+
+def between(document: Path, marker: str, text: str):
+    """Put the text between the lines `<!-- MARKER -->` and `<!-- /MARKER -->` of a document."""
+    start, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
+    before, _, rest = document.read_text(encoding="utf-8").partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{document} lacks the lines {start.strip()!r} and {end!r}")
+    document.write_text(before + start + text.strip() + "\n" + end + after, encoding="utf-8")
 
 
 def _processor() -> str:

