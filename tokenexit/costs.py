@@ -18,15 +18,7 @@ from tokenexit.packing import Active, pack
 
 NAMES = ("key_row", "projected_block", "active_row", "absorbed_block")
 # (sentences, tokens, active tokens) of the batches that are timed
-_BATCHES = (
-    (16, 16, 1),
-    (16, 64, 1),
-    (4, 16, 4),
-    (8, 32, 4),
-    (2, 128, 16),
-    (2, 256, 32),
-    (8, 64, 16),
-)
+_BATCHES = ((16, 16, 1), (16, 64, 1), (4, 16, 4), (8, 32, 4), (2, 256, 16), (1, 128, 128))
 _ROUNDS = 8
 
 
@@ -34,9 +26,9 @@ def costs(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]
     """Costs of `tokenexit.ops.exit_layer`, in microseconds, for layers of these sizes here.
 
     Measured at the first call on a machine, which takes a fraction of a second, and kept in
-    `costs.json` in the cache folder (`tokenexit.files.cache_folder`). Only their ratios count, which
-    hardly depend on the number of threads: so one measurement serves all, and results do not
-    depend on it either.
+    `costs.json` in the cache folder (`tokenexit.files.cache_folder`). Only their ratios count,
+    which hardly depend on the number of threads: one measurement serves all, so that results do
+    not depend on it either.
 
     Args:
         d: width of the layer.

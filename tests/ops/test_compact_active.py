@@ -1,4 +1,9 @@
+import ctypes
+import os
 import random
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,3 +210,59 @@ def test_unknown_backend():
 def test_numbers_out_of_range(args, message):
     with pytest.raises(RuntimeError, match=message):
         compact_active(*args)
+
+
+LOOK_BACK = """
+#include "active.h"
+using namespace tokenexit;
+
+// The sum before `tile`, as a warp of the GPU takes it, 32 tiles at a time; told: which are summed.
+extern "C" int64_t sum_before(const int64_t* counts, const bool* told, int64_t tile) {
+  int64_t sum = 0;
+  uint32_t summed = 0;
+  for (int64_t nearest = tile - 1; nearest >= 0 && summed == 0; nearest -= 32) {
+    uint64_t states[32];
+    for (int lane = 0; lane < 32; ++lane) {
+      states[lane] = kSummed;
+      if (nearest >= lane) {
+        int64_t up_to = 0;
+        for (int64_t t = 0; t <= nearest - lane; ++t) up_to += counts[t];
+        const bool all = told[nearest - lane];
+        states[lane] = all ? kSummed | up_to : kCounted | counts[nearest - lane];
+      }
+      summed |= uint32_t(is_summed(states[lane])) << lane;
+    }
+    for (int lane = 0; lane < 32; ++lane) sum += looked_back(states[lane], lane, summed);
+  }
+  return sum;
+}
+extern "C" int64_t kept(int64_t of_words, int64_t specials) { return num_kept(of_words, specials); }
+"""
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a compiler")
+def test_arithmetic_shared_with_the_gpu(tmp_path):
+    """Look-backs over tiles that are told of as their counts or as sums, whichever came first."""
+    from torch.utils.cpp_extension import include_paths
+
+    (tmp_path / "look_back.cpp").write_text(LOOK_BACK)
+    includes = [f"-I{path}" for path in [Path(__file__).parents[2] / "csrc", *include_paths()]]
+    library = tmp_path / "look_back.so"
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror"]
+    subprocess.run([*command, *includes, tmp_path / "look_back.cpp", "-o", library], check=True)
+    shared = ctypes.CDLL(str(library))
+    shared.sum_before.restype = shared.kept.restype = ctypes.c_int64
+    for words, specials in ((0, 2), (1, 2), (5, 0)):
+        expected = words + specials if words else 0
+        assert shared.kept(ctypes.c_int64(words), ctypes.c_int64(specials)) == expected
+
+    rng = random.Random(0)
+    for size in (1, 2, 31, 32, 33, 64, 65, 200):
+        for rate in (0, 0.02, 0.5, 1):
+            counts = [rng.choice((0, rng.randrange(2**40))) for _ in range(size)]
+            told = [
+                t == 0 or rng.random() < rate for t in range(size)
+            ]  # the first is a sum at once
+            arrays = (ctypes.c_int64 * size)(*counts), (ctypes.c_bool * size)(*told)
+            for tile in {0, size // 2, size - 1}:
+                assert shared.sum_before(*arrays, ctypes.c_int64(tile)) == sum(counts[:tile])
