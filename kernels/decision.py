@@ -1,0 +1,263 @@
+"""Which words leave at a layer: uncertainties of rows, then decisions of sentences.
+
+A word stays if a word that is not sure lies within its window, so no sliding maximum is needed and
+any window will do. Words see each other's uncertainties but never each other's exits, so those of a
+sentence are decided in any order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from tokenexit.kernels.linear import mean_rstd, normalize, tiles_of
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+_WORDS = 32  # of a sentence, decided at a time
+_ROWS = 16  # of a program, the least that tensor cores take
+
+
+@triton.jit
+def _uncertainty(x, mask_c, C: tl.constexpr, MAX_PROB: tl.constexpr):
+    """Of rows of logits in fp32 or fp64; NaN if a row holds one."""
+    top = tl.max(tl.where(mask_c[None, :], x, float("-inf")), 1)
+    below = x - top[:, None]
+    e = tl.where(mask_c[None, :], tl.exp(below), 0.0)
+    total = tl.sum(e, 1)
+    if C == 1:
+        u = total - 1
+    elif MAX_PROB:
+        u = (1 - 1 / total) * (C / (C - 1))
+    else:
+        # 0 * -inf, a label that is ruled out, adds nothing.
+        weighted = tl.sum(tl.where(e > 0, e * below, 0.0), 1)
+        log_c = tl.log(tl.full((1,), C, x.dtype))
+        u = (tl.log(total) - weighted / total) / log_c
+    u = tl.where(u < 0, 0.0, u)
+    return tl.where(u > 1, 1.0, u)
+
+
+@triton.jit
+def _decide(
+    b, u_ptr, exit_in_ptr, exit_out_ptr, cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr,
+    layer, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """The exits of sentence b; exit_in and exit_out may be the same."""
+    first = tl.load(cu_words_ptr + b)
+    num_words = tl.load(cu_words_ptr + b + 1) - first
+    k = tl.minimum(
+        tl.load(window_ptr + b), num_words
+    )  # before it is added to anything: it may be huge
+    limit = tl.load(threshold_ptr + b)
+    staying = 0
+    for w in range(0, num_words, BLOCK_W):
+        offs_w = w + tl.arange(0, BLOCK_W)
+        mask_w = offs_w < num_words
+        blocked = tl.zeros((BLOCK_W,), tl.int32)
+        for v in range(tl.maximum(w - k, 0), tl.minimum(w + BLOCK_W + k, num_words), BLOCK_W):
+            offs_v = v + tl.arange(0, BLOCK_W)
+            u = tl.load(u_ptr + first + offs_v, mask=offs_v < num_words, other=float("-inf"))
+            near = tl.abs(offs_v[None, :] - offs_w[:, None]) <= k
+            unsure = near & ~(u < limit)[None, :]  # NaN is not sure
+            blocked = tl.maximum(blocked, tl.max(unsure.to(tl.int32), 1))
+        left = tl.load(exit_in_ptr + first + offs_w, mask=mask_w, other=1)
+        blocked = tl.where(limit == float("inf"), 0, blocked)
+        left = tl.where((left == 0) & (blocked == 0), layer, left)
+        tl.store(exit_out_ptr + first + offs_w, left, mask=mask_w)
+        staying += tl.sum((left == 0).to(tl.int32), 0)
+    if min_active_ptr is not None:
+        if staying < tl.load(min_active_ptr + b):
+            for w in range(0, num_words, BLOCK_W):
+                offs_w = w + tl.arange(0, BLOCK_W)
+                mask_w = offs_w < num_words
+                left = tl.load(exit_in_ptr + first + offs_w, mask=mask_w, other=1)
+                left = tl.where(left == 0, layer, left)
+                tl.store(exit_out_ptr + first + offs_w, left, mask=mask_w)
+
+
+@triton.jit
+def _uncertainty_kernel(
+    logits_ptr, words_ptr, u_ptr, count_ptr, num_rows, stride_lr,
+    C: tl.constexpr, MAX_PROB: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    count = num_rows
+    if count_ptr is not None:
+        count = tl.minimum(tl.load(count_ptr), num_rows)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_R
+    if start >= count:
+        return
+    rows = start + tl.arange(0, BLOCK_R)
+    words = tl.load(words_ptr + rows, mask=rows < count, other=-1)
+    asked = words >= 0
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    at = logits_ptr + rows[:, None] * stride_lr + offs_c[None, :]
+    x = tl.load(at, mask=asked[:, None] & mask_c[None, :], other=0.0)
+    u = _uncertainty(x.to(u_ptr.dtype.element_ty), mask_c, C, MAX_PROB)
+    tl.store(u_ptr + words, u, mask=asked)
+
+
+@triton.jit
+def _exit_decision_kernel(
+    u_ptr, exit_in_ptr, exit_out_ptr, cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr,
+    layer, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    _decide(
+        tl.program_id(0), u_ptr, exit_in_ptr, exit_out_ptr, cu_words_ptr, window_ptr, threshold_ptr,
+        min_active_ptr, layer, BLOCK_W,
+    )  # fmt: skip
+
+
+@triton.jit
+def _exit_step_kernel(
+    x_ptr, stats_ptr, norm_weight_ptr, norm_bias_ptr, head_weight_ptr, head_bias_ptr,
+    active_ptr, cu_active_ptr, word_at_ptr, h_ptr, logits_ptr, token_layer_ptr, u_ptr, exit_ptr,
+    cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr, arrived_ptr,
+    D, stride_xr, stride_ht, num_stats, eps, layer,
+    C: tl.constexpr, MAX_PROB: tl.constexpr, DECIDE: tl.constexpr,
+    BLOCK_S: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    first = tl.load(cu_active_ptr + b)
+    last = tl.load(cu_active_ptr + b + 1)
+    start = first + tl.program_id(1) * BLOCK_R
+    if start >= last:
+        return
+    rows = start + tl.arange(0, BLOCK_R)
+    mask_r = rows < last
+    tokens = tl.load(active_ptr + rows, mask=mask_r, other=0)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mean, rstd = mean_rstd(stats_ptr, rows, mask_r, D, num_stats, eps, BLOCK_S, S)
+    logits = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        mask = mask_r[:, None] & mask_d[None, :]
+        x = tl.load(x_ptr + rows[:, None] * stride_xr + offs_d[None, :], mask=mask, other=0.0)
+        h = normalize(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, offs_d, mask_d).to(x.dtype)
+        tl.store(h_ptr + tokens[:, None] * stride_ht + offs_d[None, :], h, mask=mask)
+        w_at = head_weight_ptr + offs_c[None, :] * D + offs_d[:, None]
+        w = tl.load(w_at, mask=mask_c[None, :] & mask_d[:, None], other=0.0)
+        logits = tl.dot(h, w, logits, input_precision="ieee")
+    logits += tl.load(head_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    rounded = logits.to(logits_ptr.dtype.element_ty)
+    to = logits_ptr + tokens[:, None] * C + offs_c[None, :]
+    tl.store(to, rounded, mask=mask_r[:, None] & mask_c[None, :])
+    tl.store(token_layer_ptr + tokens, tl.full((BLOCK_R,), layer, tl.int64), mask=mask_r)
+    if DECIDE:
+        words = tl.load(word_at_ptr + tokens, mask=mask_r, other=-1)
+        u = _uncertainty(rounded.to(tl.float32), mask_c, C, MAX_PROB)
+        tl.store(u_ptr + words, u, mask=words >= 0)
+        # The sentence's last program decides. All of a program's uncertainties are stored before it
+        # arrives; the atomic's release and acquire make those of the others visible to the last.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrived_ptr + b, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+        if arrived == tl.cdiv(last - first, BLOCK_R) - 1:
+            tl.store(arrived_ptr + b, 0)
+            _decide(
+                b, u_ptr, exit_ptr, exit_ptr, cu_words_ptr, window_ptr, threshold_ptr,
+                min_active_ptr, layer, BLOCK_W,
+            )  # fmt: skip
+
+
+@triton_op("tokenexit_triton::exit_decision", mutates_args={})
+def exit_decision(
+    logits: Tensor, words: Tensor, uncertainty: Tensor, exit_layer: Tensor, cu_words: Tensor,
+    window: Tensor, threshold: Tensor, layer: int, max_prob: bool = False,
+    min_active: Tensor | None = None, count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`tokenexit.ops.exit_decision`, with two more arguments.
+
+    Args:
+        min_active: `[B]` int64 or None; a sentence with fewer words still active after the
+            decisions is finished: they leave too.
+        count: one int64 on the device, or None for all; later rows are not read.
+
+    Returns:
+        The new uncertainty `[W]` and the new exit_layer `[W]`.
+    """
+    num_rows, labels = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    u, left = uncertainty.clone(), torch.empty_like(exit_layer)
+    if num_rows:
+        block_c = triton.next_power_of_2(labels)
+        block_r = max(1, 1024 // block_c)
+        wrap_triton(_uncertainty_kernel)[(triton.cdiv(num_rows, block_r),)](
+            logits, words, u, count, num_rows, logits.stride(0), labels, max_prob, block_r, block_c
+        )
+    if len(window):
+        wrap_triton(_exit_decision_kernel)[(len(window),)](
+            u, exit_layer, left, cu_words, window, threshold, min_active, layer, _WORDS
+        )
+    return u, left
+
+
+@triton_op(
+    "tokenexit_triton::exit_step_",
+    mutates_args={"h", "logits", "token_layer", "uncertainty", "exit_layer", "arrived"},
+)
+def exit_step_(
+    x: Tensor, norm_stats: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
+    head_weight: Tensor, head_bias: Tensor, active: Tensor, cu_active: Tensor, word_at: Tensor,
+    h: Tensor, logits: Tensor, token_layer: Tensor, uncertainty: Tensor, exit_layer: Tensor,
+    cu_words: Tensor, window: Tensor, threshold: Tensor, min_active: Tensor | None, arrived: Tensor,
+    layer: int, max_length: int, max_prob: bool = False, decide: bool = True,
+) -> None:  # fmt: skip
+    """A layer's end in one launch: LayerNorm, store, head and decision (post_norm, frozen).
+
+    With `mine = active[: cu_active[B]]`::
+
+        h[mine] = layer_norm(x[: len(mine)])
+        logits[mine] = F.linear(h[mine], head_weight, head_bias)
+        token_layer[mine] = layer
+        uncertainty, exit_layer = exit_decision(logits[mine], word_at[mine], ...)  # if decide
+
+    Args:
+        x, norm_stats: `[A, d]` and its stats, of `tokenexit.kernels.linear.linear`.
+        norm_weight, norm_bias, eps: the LayerNorm.
+        head_weight, head_bias: `[C, d]` contiguous and `[C]`, C at most 256. fp32 products are not
+            rounded to tf32 here: decisions hang on them.
+        active, cu_active: `[A]` and `[B+1]` int64.
+        word_at: `[T]` int64, the word whose first token it is, or -1.
+        h: `[T, d]`, the stored states; logits: `[T, C]` contiguous; token_layer: `[T]` int64.
+        uncertainty, exit_layer, cu_words, window, threshold, min_active, layer, max_prob: see
+            `exit_decision`; uncertainty and threshold are fp32.
+        arrived: `[B]` int32, zeros; and zeros again afterwards.
+        max_length: no sentence has more tokens.
+        decide: False if exits are given, or nobody asks.
+
+    Raises:
+        ValueError: more than 256 labels, or norm_stats of another shape.
+    """
+    labels, d = head_weight.shape
+    tiles = tiles_of(len(x), x.element_size())
+    num_stats = triton.cdiv(d, tiles["BLOCK_N"])
+    if labels > 256:
+        raise ValueError(f"got {labels} labels; expected at most 256")
+    if norm_stats.shape[1] != num_stats:
+        raise ValueError(f"got norm_stats {tuple(norm_stats.shape)}; expected [A, {num_stats}, 2]")
+    if len(window) and max_length:
+        wrap_triton(_exit_step_kernel)[(len(window), triton.cdiv(max_length, _ROWS))](
+            x, norm_stats, norm_weight, norm_bias, head_weight, head_bias,
+            active, cu_active, word_at, h, logits, token_layer, uncertainty, exit_layer,
+            cu_words, window, threshold, min_active, arrived,
+            d, x.stride(0), h.stride(0), num_stats, eps, layer, labels, max_prob, decide,
+            tiles["BLOCK_N"], triton.next_power_of_2(num_stats),
+            _ROWS, 128 // x.element_size(), max(16, triton.next_power_of_2(labels)), _WORDS,
+            num_stages=2 if torch.version.hip else 3,
+        )  # fmt: skip
+
+
+def compile_cases(hidden, num_heads, dtype):
+    """See `tokenexit.kernels.report`."""
+    x, u, i = torch.empty(8192, hidden, dtype=dtype), torch.empty(8192), torch.empty(8192).long()
+    blocks = triton.cdiv(hidden, tiles_of(len(x), x.element_size())["BLOCK_N"])
+    stats, arrived, b = torch.empty(8192, blocks, 2), torch.empty(64).int(), i[:65]
+    for labels in (9, 44):
+        logits, head = x.new_empty(8192, labels), x.new_empty(labels, hidden)
+        rest = (b, i[:64], u[:64], 3, False, i[:64], i)
+        yield f"{labels}", exit_decision, (logits, i, u, i, *rest)
+        step = (x, stats, x[0], x[0], 1e-12, head, x[0], i, b, i, x, logits, i, u, i)
+        yield f"{labels}", exit_step_, (*step, b, i[:64], u[:64], i[:64], arrived, 3, 128)

@@ -1,0 +1,299 @@
+"""Matrix products over the first rows of a buffer; how many they are is read on the device.
+
+A grid fits the capacity, and the programs of row blocks beyond the count leave at once. Tiles
+follow from the capacity alone, without autotuning: results must not change from run to run, and the
+best tile depends on a count that the host never knows.
+
+LayerNorm has no launch of its own: the product that makes a row leaves a mean and a sum of squares
+for each of its column blocks (`stats`), and the products that read the row normalize it on the way.
+"""
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+
+def tiles_of(num_rows, itemsize):
+    """Sizes and options for products of so many rows: small ones have to spread over the GPU."""
+    stages = 2 if torch.version.hip else 3
+    if num_rows <= 256:
+        return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=256 // itemsize, num_warps=4, num_stages=stages)
+    # 128 rows of fp32 would not fit the registers of sm_100 beside a residual's LayerNorm.
+    rows = 128 if itemsize == 2 else 64
+    return dict(BLOCK_M=rows, BLOCK_N=128, BLOCK_K=128 // itemsize, num_warps=8, num_stages=stages)
+
+
+@triton.jit
+def mean_rstd(stats_ptr, rows, mask_m, D, num_blocks, eps, BLOCK_S: tl.constexpr, S: tl.constexpr):
+    """Of rows of D columns, from the sums and squared deviations of blocks of BLOCK_S columns."""
+    offs_s = tl.arange(0, S)
+    size = tl.minimum(D - offs_s * BLOCK_S, BLOCK_S).to(tl.float32)[None, :]
+    mask = mask_m[:, None] & (offs_s < num_blocks)[None, :]
+    at = stats_ptr + (rows[:, None] * num_blocks + offs_s[None, :]) * 2
+    total = tl.load(at, mask=mask, other=0.0)
+    squares = tl.load(at + 1, mask=mask, other=0.0)
+    mean = tl.sum(total, 1) / D
+    apart = tl.where(mask, total / size - mean[:, None], 0.0)
+    variance = tl.sum(tl.where(mask, squares + size * apart * apart, 0.0), 1) / D
+    return mean, 1 / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def normalize(x, mean, rstd, weight_ptr, bias_ptr, cols, mask_n):
+    weight = tl.load(weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
+    return (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def _product(
+    x_ptr, rows, mask_m, w_ptr, cols, mask_n, K, stride_xm,
+    mean, rstd, norm_weight_ptr, norm_bias_ptr, NORM: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`x[rows] @ w[cols].T` in fp32; with NORM, of x normalized."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x_at = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
+        x = tl.load(x_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        if NORM:
+            normal = normalize(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, offs_k, mask_k)
+            x = normal.to(x.dtype)
+        w_at = w_ptr + cols.to(tl.int64)[None, :] * K + offs_k[:, None]
+        w = tl.load(w_at, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, w_ptr, bias_ptr, out_ptr, count_ptr, gather_ptr, scatter_ptr,
+    residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, stats_ptr,
+    num_rows, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
+    NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    num_blocks = tl.cdiv(N, BLOCK_N)
+    pid_m = tl.program_id(0) // num_blocks
+    pid_n = tl.program_id(0) % num_blocks
+    count = num_rows
+    if count_ptr is not None:
+        count = tl.minimum(tl.load(count_ptr), num_rows)
+    if pid_m * BLOCK_M >= count:
+        return
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < count
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = cols < N
+    mask = mask_m[:, None] & mask_n[None, :]
+    rows = offs_m
+    if gather_ptr is not None:
+        rows = tl.load(gather_ptr + offs_m, mask=mask_m, other=0)
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    rstd = mean
+    if NORM_X:
+        mean, rstd = mean_rstd(stats_in_ptr, rows, mask_m, K, num_stats, eps, BLOCK_N, S)
+    acc = _product(
+        x_ptr, rows, mask_m, w_ptr, cols, mask_n, K, stride_xm,
+        mean, rstd, norm_weight_ptr, norm_bias_ptr, NORM_X, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        acc = 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476))
+    if residual_ptr is not None:
+        near = offs_m
+        if residual_gather_ptr is not None:
+            near = tl.load(residual_gather_ptr + offs_m, mask=mask_m, other=0)
+        at = residual_ptr + near[:, None] * stride_rm + cols[None, :]
+        residual = tl.load(at, mask=mask, other=0.0)
+        if NORM_RESIDUAL:
+            mean, rstd = mean_rstd(stats_in_ptr, near, mask_m, N, num_stats, eps, BLOCK_N, S)
+            normal = normalize(residual, mean, rstd, norm_weight_ptr, norm_bias_ptr, cols, mask_n)
+            residual = normal.to(residual.dtype)  # fewer registers than fp32, else sm_120 spills
+        acc += residual
+    out = acc.to(out_ptr.dtype.element_ty)
+    to = offs_m
+    if scatter_ptr is not None:
+        to = tl.load(scatter_ptr + offs_m, mask=mask_m, other=0)
+    tl.store(out_ptr + to[:, None] * stride_om + cols[None, :], out, mask=mask)
+    if stats_ptr is not None:
+        value = tl.where(mask_n[None, :], out.to(tl.float32), 0.0)
+        total = tl.sum(value, 1)
+        size = tl.minimum(N - pid_n * BLOCK_N, BLOCK_N).to(tl.float32)
+        apart = tl.where(mask_n[None, :], value - (total / size)[:, None], 0.0)
+        at = stats_ptr + (to * num_blocks + pid_n) * 2
+        tl.store(at, total, mask=mask_m)
+        tl.store(at + 1, tl.sum(apart * apart, 1), mask=mask_m)
+
+
+@triton.jit
+def _query_key_value_kernel(
+    h_ptr, wq_ptr, bq_ptr, wkv_ptr, bkv_ptr, q_ptr, kv_ptr,
+    active_ptr, cu_active_ptr, sentence_ptr,
+    num_q, num_tokens, num_sentences, Nq, Nkv, K, stride_hm,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    blocks_q = tl.cdiv(Nq, BLOCK_N)
+    num_blocks = blocks_q + tl.cdiv(Nkv, BLOCK_N)
+    pid_m = tl.program_id(0) // num_blocks
+    pid_n = tl.program_id(0) % num_blocks
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if pid_n < blocks_q:
+        count = tl.minimum(tl.load(cu_active_ptr + num_sentences), num_q)
+        mask_m = offs_m < count
+        rows = tl.load(active_ptr + offs_m, mask=mask_m, other=0)
+        w_ptr, bias_ptr, out_ptr, N = wq_ptr, bq_ptr, q_ptr, Nq
+    else:
+        pid_n -= blocks_q
+        mask_m = offs_m < num_tokens
+        b = tl.load(sentence_ptr + offs_m, mask=mask_m, other=0)
+        first = tl.load(cu_active_ptr + b, mask=mask_m, other=0)
+        mask_m = tl.load(cu_active_ptr + b + 1, mask=mask_m, other=0) > first
+        rows = offs_m
+        w_ptr, bias_ptr, out_ptr, N = wkv_ptr, bkv_ptr, kv_ptr, Nkv
+    if tl.max(mask_m.to(tl.int32), 0) == 0:
+        return
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = cols < N
+    acc = _product(
+        h_ptr, rows, mask_m, w_ptr, cols, mask_n, K, stride_hm,
+        0, 0, None, None, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    acc += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    at = out_ptr + offs_m[:, None] * N + cols[None, :]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton_op("tokenexit_triton::linear_", mutates_args={"out", "stats"})
+def linear_(
+    out: Tensor, stats: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None = None,
+    count: Tensor | None = None, gather: Tensor | None = None, scatter: Tensor | None = None,
+    residual: Tensor | None = None, residual_gather: Tensor | None = None,
+    norm_stats: Tensor | None = None, norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None, eps: float = 1e-12, norm_on: str = "none",
+    activation: str = "none", precision: str = "tf32",
+) -> None:  # fmt: skip
+    """A product with bias, activation, residual and LayerNorm, over the first `count` rows.
+
+    `out[scatter] = act(norm(x)[gather] @ weight.T + bias) + norm(residual)[residual_gather]`,
+    without a gradient.
+
+    Args:
+        out: `[.., N]` in the dtype of x, dense rows.
+        stats: `[.., blocks, 2]` fp32, written if given: what a LayerNorm of out's rows needs.
+        x: `[R, K]` fp16, bf16 or fp32, dense rows; weight: `[N, K]` contiguous; bias: `[N]`.
+        count: one int64 on the device, or None for all rows. Later rows are not touched.
+        gather, scatter, residual_gather: `[A]` int64, the row of x, out and residual for each row
+            of the product; None: the same. A is R without a gather.
+        residual: `[.., N]`, dense rows.
+        norm_stats, norm_weight, norm_bias, eps: a LayerNorm, with the stats of the product that
+            made what it is for: x if `norm_on` is "x", the residual if it is "residual".
+        activation: "none", or "gelu" (by erf).
+        precision: of fp32 products, "tf32" or "ieee"; sums are always fp32.
+
+    Raises:
+        ValueError: shapes that do not fit, or unknown options.
+    """
+    num_rows = len(x) if gather is None else len(gather)
+    n, k = weight.shape
+    if x.shape[1] != k or out.shape[1] != n or not weight.is_contiguous():
+        raise ValueError(
+            f"got x {tuple(x.shape)}, out {tuple(out.shape)} and weight {tuple(weight.shape)}; "
+            "expected [R, K], [.., N] and a contiguous [N, K]"
+        )
+    if activation not in ("none", "gelu") or norm_on not in ("none", "x", "residual"):
+        raise ValueError(
+            f"got activation {activation!r} and norm_on {norm_on!r}; expected 'none' or 'gelu', "
+            "and 'none', 'x' or 'residual'"
+        )
+    if norm_on == "residual" and residual is None:
+        raise ValueError("got norm_on 'residual' without a residual")
+    tiles = tiles_of(num_rows, x.element_size())
+    num_stats = triton.cdiv(k if norm_on == "x" else n, tiles["BLOCK_N"])
+    if norm_on != "none" and (norm_stats is None or norm_stats.shape[1] != num_stats):
+        got = None if norm_stats is None else tuple(norm_stats.shape)
+        raise ValueError(f"got norm_stats {got}; expected [R, {num_stats}, 2], of as many rows")
+    grid = (triton.cdiv(num_rows, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
+    if num_rows:
+        wrap_triton(_linear_kernel)[grid](
+            x, weight, bias, out, count, gather, scatter, residual, residual_gather,
+            norm_stats, norm_weight, norm_bias, stats,
+            num_rows, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
+            out.stride(0), num_stats, eps, norm_on == "x", norm_on == "residual",
+            activation == "gelu", precision, triton.next_power_of_2(num_stats), **tiles,
+        )  # fmt: skip
+
+
+def linear(x, weight, bias=None, count=None, gather=None, want_stats=False, **options):
+    """`linear_` into new tensors: out `[A, N]`, or (out, stats) if wanted; options are its own."""
+    num_rows = len(x) if gather is None else len(gather)
+    out = x.new_empty(num_rows, len(weight))
+    stats = None
+    if want_stats:
+        blocks = triton.cdiv(len(weight), tiles_of(num_rows, x.element_size())["BLOCK_N"])
+        stats = x.new_empty(num_rows, blocks, 2, dtype=torch.float32)
+    linear_(out, stats, x, weight, bias, count, gather, **options)
+    return (out, stats) if want_stats else out
+
+
+@triton_op("tokenexit_triton::query_key_value", mutates_args={})
+def query_key_value(
+    h: Tensor, query_weight: Tensor, query_bias: Tensor, key_value_weight: Tensor,
+    key_value_bias: Tensor, active: Tensor, cu_active: Tensor, sentence_of_token: Tensor,
+    precision: str = "tf32",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Queries of the active tokens, keys and values of all tokens, in one launch.
+
+    `F.linear(h[active], query_weight, query_bias)`, `F.linear(h, key_value_weight, ...)`.
+
+    Args:
+        h: `[T, K]` fp16, bf16 or fp32, dense rows.
+        query_weight: `[N, K]`; key_value_weight: `[M, K]`; both contiguous. Biases `[N]`, `[M]`.
+        active: `[A]` int64; entries beyond `cu_active[B]` are not read.
+        cu_active: `[B+1]` int64; a sentence without active tokens is finished.
+        sentence_of_token: `[T]` int64.
+        precision: of fp32 products, "tf32" or "ieee".
+
+    Returns:
+        `[A, N]` and `[T, M]`. Queries beyond `cu_active[B]` and keys and values of finished
+        sentences are not written.
+    """
+    num_q, num_tokens, num_sentences = len(active), len(h), len(cu_active) - 1
+    (n, k), m = query_weight.shape, len(key_value_weight)
+    q, kv = h.new_empty(num_q, n), h.new_empty(num_tokens, m)
+    tiles = tiles_of(num_tokens, h.element_size())
+    columns = triton.cdiv(n, tiles["BLOCK_N"]) + triton.cdiv(m, tiles["BLOCK_N"])
+    grid = (triton.cdiv(max(num_q, num_tokens), tiles["BLOCK_M"]) * columns,)
+    if num_tokens and num_sentences:
+        wrap_triton(_query_key_value_kernel)[grid](
+            h, query_weight, query_bias, key_value_weight, key_value_bias, q, kv,
+            active, cu_active, sentence_of_token, num_q, num_tokens, num_sentences, n, m, k,
+            h.stride(0), precision, **tiles,
+        )  # fmt: skip
+    return q, kv
+
+
+def compile_cases(hidden, num_heads, dtype):
+    """See `tokenexit.kernels.report`."""
+    for size, rows in (("small", 256), ("large", 8192)):
+        x, index = torch.empty(rows, hidden, dtype=dtype), torch.empty(rows).long()
+        wide, bias = x.new_empty(rows, 4 * hidden), x.new_empty(4 * hidden)
+        square, pair = x.new_empty(hidden, hidden), x.new_empty(2 * hidden, hidden)
+        up, down = x.new_empty(4 * hidden, hidden), x.new_empty(hidden, 4 * hidden)
+        blocks = triton.cdiv(hidden, tiles_of(rows, x.element_size())["BLOCK_N"])
+        norm = dict(norm_stats=torch.empty(rows, blocks, 2), norm_weight=bias, norm_bias=bias)
+        qkv = (x, square, bias, pair, bias, index, index[:65], index)
+        yield size, query_key_value, qkv
+        output = partial(linear, residual=x, residual_gather=index, want_stats=True)
+        yield f"output_{size}", output, (x, square, bias, index)
+        first = partial(linear, **norm, norm_on="x", activation="gelu")
+        yield f"up_{size}", first, (x, up, bias, index)
+        second = partial(linear, **norm, norm_on="residual", residual=x, want_stats=True)
+        yield f"down_{size}", second, (wide, down, bias, index)

@@ -1,0 +1,131 @@
+"""What of a layer is neither product nor attention, where it is not fused into one."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+
+@triton.jit
+def _add_layer_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, mean_ptr, rstd_ptr, count_ptr,
+    num_rows, D, eps, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    count = num_rows
+    if count_ptr is not None:
+        count = tl.minimum(tl.load(count_ptr), num_rows)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_R
+    if start >= count:
+        return
+    rows = start + tl.arange(0, BLOCK_R)
+    mask_r = rows < count
+    cols = tl.arange(0, BLOCK_D)
+    mask_d = cols < D
+    mask = mask_r[:, None] & mask_d[None, :]
+    at = rows[:, None] * D + cols[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 1) / D
+    apart = tl.where(mask_d[None, :], x - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(apart * apart, 1) / D + eps)
+    weight = tl.load(weight_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
+    out = apart * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + rows, mean, mask=mask_r)
+    tl.store(rstd_ptr + rows, rstd, mask=mask_r)
+
+
+@triton.jit
+def _bias_gelu_kernel(x_ptr, bias_ptr, out_ptr, numel, D, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(bias_ptr + offs % D, mask=mask, other=0.0).to(tl.float32)
+    out = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton_op("tokenexit_triton::add_layer_norm", mutates_args={})
+def add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-12,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`F.layer_norm(x + residual, [d], weight, bias, eps)`; differentiable without a count.
+
+    Args:
+        x: `[A, d]` fp16, bf16 or fp32; residual: the same, or None.
+        weight, bias: `[d]`.
+        count: one int64 on the device, or None for all rows. Later rows are not touched.
+
+    Returns:
+        `[A, d]`, and the mean and 1 / standard deviation of each row, `[A, 1]` fp32.
+    """
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    num_rows, d = x.shape
+    out = torch.empty_like(x)
+    mean = x.new_empty(num_rows, 1, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    block_d = triton.next_power_of_2(d)
+    block_r = max(1, 4096 // block_d)
+    if num_rows:
+        wrap_triton(_add_layer_norm_kernel)[(triton.cdiv(num_rows, block_r),)](
+            x, residual, weight, bias, out, mean, rstd, count, num_rows, d, eps, block_r, block_d
+        )
+    return out, mean, rstd
+
+
+def _norm_setup(ctx, inputs, output):
+    x, residual, weight, bias, _, count = inputs
+    ctx.save_for_backward(x, residual, weight, bias, *output[1:])
+    ctx.counted = count is not None
+
+
+def _norm_backward(ctx, grad, _mean, _rstd):
+    if ctx.counted:
+        raise ValueError("add_layer_norm has no gradient with a count")
+    x, residual, weight, bias, mean, rstd = ctx.saved_tensors
+    total = x.float() if residual is None else x.float() + residual  # as in forward
+    grads = torch.ops.aten.native_layer_norm_backward(
+        grad.float(), total, x.shape[1:], mean, rstd, weight.float(), bias.float(), [True] * 3
+    )
+    dx, dweight, dbias = (g.to(x.dtype) for g in grads)
+    return dx, None if residual is None else dx, dweight, dbias, None, None
+
+
+add_layer_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
+
+
+@triton_op("tokenexit_triton::bias_gelu", mutates_args={})
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """`F.gelu(x + bias)`, by erf, of `[.., d]` and `[d]` in fp16, bf16 or fp32; differentiable."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel():
+        wrap_triton(_bias_gelu_kernel)[(triton.cdiv(x.numel(), 1024),)](
+            x, bias, out, x.numel(), x.shape[-1], 1024
+        )
+    return out
+
+
+def _gelu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gelu_backward(ctx, grad):
+    x, bias = ctx.saved_tensors
+    dx = torch.ops.aten.gelu_backward(grad, x + bias)
+    return dx, dx.flatten(0, -2).sum(0)
+
+
+bias_gelu.register_autograd(_gelu_backward, setup_context=_gelu_setup)
+
+
+def compile_cases(hidden, num_heads, dtype):
+    """See `tokenexit.kernels.report`."""
+    x, count = torch.empty(8192, hidden, dtype=dtype), torch.empty(1).long()
+    yield "", add_layer_norm, (x, x, x[0], x[0], 1e-12, count)
+    yield "", bias_gelu, (x, x[0])

@@ -1,0 +1,181 @@
+"""What the compilers make of every kernel, without a GPU: registers, spills, tensor cores.
+
+`python -m tokenexit.kernels.report [--json FILE] [--arch sm_90 ...] [--model base ...]
+[--dtype fp16 ...] [--kernel PART_OF_NAME]`
+
+Each kernel module has a function `compile_cases(hidden, num_heads, dtype)`, with a torch dtype,
+that yields `(name, launcher, arguments)`: calls on CPU tensors of a model's shapes. Nothing is
+launched; what a call would launch is recorded, and compiled for each target as it would be there.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+MODELS = {"minilm": (384, 12), "base": (768, 12), "large": (1024, 16)}  # hidden size, heads
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "i64", torch.int32: "i32"}
+# Shared memory of a block and of a multiprocessor in KiB, and its warps and blocks, by the CUDA
+# programming guide (technical specifications by compute capability) and AMD's CDNA3 manual.
+LIMITS = {
+    "sm_80": (163, 164, 64, 32),
+    "sm_86": (99, 100, 48, 16),
+    "sm_89": (99, 100, 48, 24),
+    "sm_90": (227, 228, 64, 32),
+    "sm_100": (227, 228, 64, 32),
+    "sm_120": (99, 100, 48, 24),
+    "gfx942": (64, 64, 32, 32),
+}
+TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)")
+
+
+def launches(hidden, num_heads, dtype):
+    """(name, kernel, arguments, options) of all that the kernel modules' cases launch."""
+    import triton
+
+    recorded = []
+    original = triton.JITFunction.run
+    triton.JITFunction.run = lambda kernel, *args, grid, warmup, **named: recorded.append(
+        (kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **named})
+    )
+    try:
+        package = importlib.import_module("tokenexit.kernels")
+        for found in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f"tokenexit.kernels.{found.name}")
+            if hasattr(module, "compile_cases"):
+                for name, launcher, arguments in module.compile_cases(hidden, num_heads, dtype):
+                    launcher(*arguments)
+                    for kernel, values in recorded:
+                        options = {k: v for k, v in values.items() if k not in kernel.arg_names}
+                        stem = kernel.__name__.removeprefix("_").removesuffix("_kernel")
+                        yield f"{stem}_{name}".rstrip("_"), kernel, values, options
+                    recorded.clear()
+    finally:
+        triton.JITFunction.run = original
+
+
+def compile_kernel(kernel, values, options, arch):
+    """Compile for `arch`, "sm_90" or "gfx942"; a dict of what was measured."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    nvidia = arch.startswith("sm_")
+    target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value, name = values[parameter.name], parameter.name
+        aligned = isinstance(value, torch.Tensor)
+        if aligned:
+            signature[name] = "*" + NAMES[value.dtype]
+        elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            aligned = isinstance(value, int) and value % 16 == 0
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    if not nvidia:
+        options = {**options, "num_stages": min(2, options.get("num_stages", 2))}
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=options)
+    registers, spill_bytes, code = _nvidia(compiled) if nvidia else _amd(compiled)
+    names = TENSOR_CORES.findall(code)
+    dots = [line for line in compiled.asm["ttir"].splitlines() if "tt.dot" in line]
+    slow = [line for line in dots if "f32>" in line.split("->")[0] and "tf32" not in line]
+    shared = compiled.metadata.shared
+    return {
+        "registers": registers,
+        "spill_bytes": spill_bytes,
+        "shared_kib": shared / 1024,
+        "within_shared": shared <= LIMITS[arch][0] * 1024,
+        "wants_tensor_cores": len(dots) > len(slow),
+        "tensor_cores": "+".join(sorted(set(names))),
+        "tensor_core_instructions": len(names),
+        "occupancy": occupancy(arch, registers, shared, compiled.metadata.num_warps),
+    }
+
+
+def _nvidia(compiled):
+    folder = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin"
+    path = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"  # cuobjdump calls its neighbors
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [folder / "cuobjdump", "-res-usage", "-sass", file.name]
+        done = subprocess.run(
+            command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True
+        )
+    read = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    return read["REG"], read["STACK"] + read["LOCAL"], done.stdout
+
+
+def _amd(compiled):
+    code = compiled.asm["amdgcn"]
+    read = {name: int(n) for name, n in re.findall(r"\.(vgpr\w+):\s+(\d+)", code)}
+    return read["vgpr_count"], 4 * read["vgpr_spill_count"], code
+
+
+def occupancy(arch, registers, shared, warps):
+    """Share of a multiprocessor's warps that can be resident, by registers and shared memory."""
+    _, shared_kib, max_warps, max_blocks = LIMITS[arch]
+    if arch.startswith("gfx"):  # 4 SIMDs of 8 waves; 512 registers a lane, by 8
+        fit = 4 * min(8, 512 // max(8, 8 * math.ceil(registers / 8))) // warps
+        reserved = 0
+    else:  # 64 Ki registers, given to warps by 256; a KiB of shared memory is the system's
+        fit = 65536 // (256 * max(1, math.ceil(registers * 32 / 256))) // warps
+        reserved = 1024
+    by_shared = shared_kib * 1024 // max(1, shared + reserved)
+    return min(fit, by_shared, max_blocks, max_warps // warps) * warps / max_warps
+
+
+def main(arguments=None):
+    """Print the table; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tokenexit.kernels.report")
+    parser.add_argument("--json", type=Path, help="write JSON lines there, too")
+    parser.add_argument("--arch", nargs="+", choices=LIMITS, default=list(LIMITS))
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--kernel", default="", help="only kernels whose name has this part")
+    chosen = parser.parse_args(arguments)
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        print("The report needs triton, which is not installed (pip install triton).")
+        return 0
+    rows = []
+    line = "{:32} {:7} {:5} {:7} {:>5} {:>6} {:>7} {:>14} {:>6}"
+    heads = "kernel,model,dtype,arch,regs,spill,KiB,tensor cores,occup."
+    print(line.format(*heads.split(",")))
+    for model in chosen.model:
+        for dtype in chosen.dtype:
+            for name, kernel, values, options in launches(*MODELS[model], DTYPES[dtype]):
+                if chosen.kernel not in name:
+                    continue
+                for arch in chosen.arch:
+                    row = {"kernel": name, "model": model, "dtype": dtype, "arch": arch}
+                    row |= compile_kernel(kernel, values, options, arch)
+                    rows.append(row)
+                    cores = f"{row['tensor_core_instructions']} {row['tensor_cores']}".strip()
+                    print(line.format(
+                        name, model, dtype, arch, row["registers"], row["spill_bytes"],
+                        f"{row['shared_kib']:.1f}", cores, f"{row['occupancy']:.0%}",
+                    ), flush=True)  # fmt: skip
+    if chosen.json:
+        chosen.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
