@@ -28,6 +28,7 @@ class Schedule:
         min_active: `[B]` int64, words below which a sentence is finished.
         threshold: `[L, B]`, in the dtype of uncertainties; the last row is inf.
         max_prob, pre_norm, recompute: the policy's criterion, copy and neighbors.
+        decides: of each layer, whether any word may leave there; none does below a threshold of 0.
     """
 
     window: torch.Tensor
@@ -36,6 +37,7 @@ class Schedule:
     max_prob: bool
     pre_norm: bool
     recompute: bool
+    decides: tuple[bool, ...]
 
     @classmethod
     def of(
@@ -75,6 +77,7 @@ class Schedule:
             max_prob=criterion == "max_prob",
             pre_norm=copy == "pre_norm",
             recompute=neighbors == "recompute",
+            decides=tuple(any(row) for row in zip(*columns, strict=True)),
         )
 
 
@@ -113,6 +116,8 @@ class ExitEncoder(nn.Module):
             trace.append((active.tokens, logits))
             if number == len(self.layers):
                 break
+            if exit_layer is None and not schedule.decides[number - 1]:
+                continue  # the next layer that decides asks all active words anew
 
             if exit_layer is not None:
                 left = torch.where(exit_layer <= number, exit_layer, 0)

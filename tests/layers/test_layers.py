@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenexit
 from tokenexit import flops
 from tokenexit.layers import ExitHead, ExitLayer
+from tokenexit.packing import Active, pack
 
 
 def test_all_tokens_active_is_a_bert_layer():
@@ -17,9 +18,40 @@ def test_all_tokens_active_is_a_bert_layer():
     with torch.no_grad():
         expected = theirs.bert.encoder.layer[0](h)
         expected = expected if torch.is_tensor(expected) else expected[0]
-        packed, cu = h.flatten(0, 1), torch.tensor([0, 9, 18])
-        got = layer.output_norm(layer(packed, packed, cu, cu))
+        packed = pack(torch.ones(2, 9), torch.arange(9).expand(2, -1))
+        got = layer(h.flatten(0, 1), Active.all(packed))
     torch.testing.assert_close(got, expected.flatten(0, 1), atol=1e-5, rtol=0)
+
+
+def some_active():
+    packed = pack(torch.ones(2, 9), torch.arange(9).expand(2, -1))
+    return Active(packed, torch.tensor([0, 3, 8, 11]), torch.tensor([0, 3, 4]))
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_with_and_without_gradients_the_states_are_the_same(pre_norm):
+    layer = random_tagger(dtype=torch.float32).encoder.layers[0].eval()
+    h, active = torch.randn(18, 32), some_active()
+    trained = layer(h, active, pre_norm=pre_norm)
+    assert trained.requires_grad
+    with torch.no_grad():
+        inferred = layer(h, active, pre_norm=pre_norm)
+    torch.testing.assert_close(inferred, trained.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_attention_dropout_follows_the_seed_of_torch():
+    layer = ExitLayer(32, 4, 64, attention_dropout=0.3).train()
+    h, active = torch.randn(18, 32), some_active()
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        layer.zero_grad()
+        out = layer(h, active)
+        out.square().sum().backward()
+        results.append((out.detach(), layer.key_value.weight.grad.clone()))
+    assert all(map(torch.equal, results[0], results[1]))
+    assert not torch.equal(results[0][0], results[2][0])
+    assert torch.equal(layer.eval()(h, active), layer(h, active))
 
 
 def test_refuses_heads_that_do_not_divide():

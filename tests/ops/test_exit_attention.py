@@ -5,7 +5,10 @@ import torch
 from assertions import assert_as_exact
 
 from tokenexit import reference
+from tokenexit.ops import extension_available, extension_error
 from tokenexit.ops.exit_attention import exit_attention
+
+compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 
 # (active, all) tokens of each sentence
 SHAPES = {
@@ -89,14 +92,124 @@ def test_queries_of_some_tokens_are_rows_of_attention_over_all():
 
 
 def test_dropout_keeps_the_mean():
-    torch.manual_seed(0)
-    values, offsets, _, _ = inputs([(40, 60)], torch.float64)
+    values, offsets, _, _ = inputs([(40, 60)], torch.float32)
     exact = exit_attention(*values.values(), *offsets, 0.4)
     runs = torch.stack(
-        [exit_attention(*values.values(), *offsets, 0.4, dropout_p=0.2) for _ in range(400)]
+        [
+            exit_attention(*values.values(), *offsets, 0.4, dropout_p=0.2, seed=seed)
+            for seed in range(400)
+        ]
     )
     assert not torch.equal(runs[0], runs[1])
     assert (runs.mean(0) - exact).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("shape", [SHAPES["ragged"], SHAPES["finished sentences"]], ids=str)
+def test_dropout_is_that_of_the_reference(shape, bias):
+    """The same weights go, forward and backward, for the same seed."""
+    ours, plain = (
+        lambda *args, f=f: f(*args, dropout_p=0.3, seed=2**31 + 7)
+        for f in (exit_attention, reference.exit_attention)
+    )
+    got, got_grads = run(ours, torch.float32, shape, bias)
+    rough, rough_grads = run(plain, torch.float32, shape, bias)
+    exact = lambda *args: plain(  # noqa: E731
+        *(a.float().double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+    )
+    truth, truth_grads = run(exact, torch.float64, shape, bias)
+    assert_as_exact(got, truth, rough)
+    for mine, wanted, near in zip(got_grads, truth_grads, rough_grads, strict=True):
+        assert_as_exact(mine, wanted, near, "backward")
+
+
+@compiled
+@pytest.mark.parametrize("dim", [1, 5, 24, 32, 64, 80])
+def test_head_sizes_and_halves_of_one_tensor(dim):
+    """Keys and values as a layer has them, side by side in one tensor."""
+    g = torch.Generator().manual_seed(0)
+    cu_q, cu_k = torch.tensor([0, 20, 21, 24]), torch.tensor([0, 40, 47, 50])
+    q = torch.randn(24, 2, dim, generator=g, dtype=torch.float64)
+    pair = torch.randn(50, 2, 2, dim, generator=g, dtype=torch.float64)
+    weight = torch.randn(24, 2, dim, generator=g)
+    results = []
+    for function, dtype in (
+        (exit_attention, torch.float32),
+        (reference.exit_attention, torch.float32),
+        (reference.exit_attention, torch.float64),
+    ):
+        leaves = [x.float().to(dtype).requires_grad_() for x in (q, pair)]
+        out = function(leaves[0], *leaves[1].unbind(1), cu_q, cu_k, 0.3)
+        (out * weight).sum().backward()
+        results.append((out.detach(), *(leaf.grad for leaf in leaves)))
+    for got, rough, truth in zip(*results, strict=True):
+        assert_as_exact(got, truth, rough, "backward")
+
+
+@compiled
+def test_same_bits_on_any_number_of_threads():
+    values, offsets, table, positions = inputs(SHAPES["ragged"], torch.float32, bias=True)
+    leaves = [*values.values(), table]
+
+    def everything():
+        for leaf in leaves:
+            leaf.requires_grad_().grad = None
+        out = exit_attention(*values.values(), *offsets, 0.4, table, positions, 0.1, 5)
+        out.backward(torch.ones_like(out))
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    expected = everything()
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, everything(), expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+def test_nan_and_huge_scores():
+    values, offsets, _, _ = inputs([(3, 5), (2, 4)], torch.float32)
+    values["k"][1] = float("nan")
+    out = exit_attention(*values.values(), *offsets, 0.4)
+    assert out[:3].isnan().all() and out[3:].isfinite().all()
+    values, offsets, _, _ = inputs([(3, 5), (2, 4)], torch.float32)
+    huge = {**values, "q": 1e4 * values["q"], "k": 1e4 * values["k"]}
+    got = exit_attention(*huge.values(), *offsets, 0.4)
+    torch.testing.assert_close(got, reference.exit_attention(*huge.values(), *offsets, 0.4))
+
+
+@compiled
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck(bias):
+    shape = [(2, 5), (0, 3), (1, 1)]
+    values, offsets, table, positions = inputs(shape, torch.float32, bias=bias)
+    leaves = [v.requires_grad_() for v in values.values()]
+    arguments = (*leaves, *offsets, 0.4, table, positions, 0.1, 3, 0)
+    torch.library.opcheck(torch.ops.tokenexit.exit_attention.default, arguments)
+
+
+@compiled
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"cu_k": torch.tensor([0, 2, 2**33])}, "offsets up to 3 and 8589934592 of 3 queries"),
+        ({"cu_q": torch.tensor([0, 2, 1])}, "cu_q falls from 2 to 1"),
+        ({"cu_q": torch.tensor([1, 2, 3])}, "cu_q starts at 1"),
+    ],
+)
+def test_refuses_offsets_out_of_range(change, message):
+    arguments = {
+        "q": torch.zeros(3, 3, 8),
+        "k": torch.zeros(4, 3, 8),
+        "v": torch.zeros(4, 3, 8),
+        "cu_q": torch.tensor([0, 1, 3]),
+        "cu_k": torch.tensor([0, 1, 4]),
+        "scale": 1.0,
+    }
+    with pytest.raises(RuntimeError, match=message):
+        exit_attention(**{**arguments, **change})
 
 
 @pytest.mark.parametrize(
@@ -106,7 +219,8 @@ def test_dropout_keeps_the_mean():
         ({"cu_q": torch.tensor([0, 2])}, "expected B \\+ 1 of both"),
         ({"bias": torch.zeros(3, 5)}, r"got positions None with a bias; expected \[3\]"),
         ({"bias": torch.zeros(3, 4), "positions": torch.arange(3)}, r"expected \[3, 2R\+1\]"),
-        ({"backend": "reference", "dropout_p": 0.1}, "dropout_p=0.1 on the reference"),
+        ({"dropout_p": 1.0}, "dropout_p=1.0; expected a probability below 1"),
+        ({"backend": "fast"}, "got backend 'fast'"),
     ],
 )
 def test_refuses(change, message):

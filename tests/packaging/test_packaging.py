@@ -154,12 +154,13 @@ ARROWS = [
     {"models"},
     {"encoder"},
     {"layers"},
+    {"costs"},
     {"ops"},
     {"kernels", "_C", "reference"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ARROWS) for room in rooms}
 # What all rooms speak in. These import nothing of ours but each other.
-SHARED = {"policy", "packing", "files"}
+SHARED = {"policy", "packing", "files", "int8"}
 OUTSIDE = {"kernels": {"torch", "triton"}, "reference": {"torch"}}
 
 

@@ -1,0 +1,240 @@
+"""A whole compiled layer against the reference in fp64: both ways of attention and their mixture."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from assertions import assert_as_exact
+
+from tokenexit import reference
+from tokenexit.layers import ExitLayer
+from tokenexit.ops import extension_available, extension_error
+from tokenexit.ops.exit_layer import exit_layer
+from tokenexit.packing import Active, pack
+
+pytestmark = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
+
+PROJECTED, ABSORBED = [0.0, 0.0, 1e30, 1e30], [1e30, 1e30, 0.0, 0.0]
+MIXED = [1.0, 0.0, 4.0, 0.0]  # absorbed where less than a fourth of the tokens is active
+WAYS = {"projected": PROJECTED, "absorbed": ABSORBED, "mixed": MIXED}
+# (active, all) tokens of each sentence
+SHAPES = {
+    "one token": [(1, 1)],
+    "full": [(63, 63), (129, 129)],
+    "ragged": [(5, 17), (1, 63), (129, 129), (2, 2), (8, 40), (9, 40)],
+    "finished sentences": [(0, 9), (3, 7), (0, 1), (1, 30)],
+    "nothing active": [(0, 5), (0, 3)],
+    "long": [(40, 513)],
+    "groups": [(70, 70)] * 9 + [(1, 300)] * 9,
+}
+
+
+def make_layer(d=48, heads=3, inner=80, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    layer = ExitLayer(d, heads, inner)
+    for parameter in layer.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return layer.to(dtype).eval()
+
+
+def make_batch(shape, d, seed=0):
+    """States in fp64, and the active tokens."""
+    g = torch.Generator().manual_seed(seed)
+    n = max(length for _, length in shape)
+    lengths = torch.tensor([length for _, length in shape])
+    mask = (torch.arange(n) < lengths[:, None]).long()
+    packed = pack(mask, torch.arange(n).expand_as(mask))
+    chosen = [
+        start + torch.randperm(length, generator=g)[:count].sort()[0]
+        for start, (count, length) in zip(packed.cu_tokens.tolist(), shape, strict=False)
+    ]
+    cu = torch.tensor([0, *(count for count, _ in shape)]).cumsum(0)
+    h = torch.randn(int(lengths.sum()), d, generator=g, dtype=torch.float64)
+    return h, Active(packed, torch.cat(chosen), cu)
+
+
+def weights_of(layer):
+    return [
+        w
+        for name in ("query", "key_value", "attention_output", "attention_norm")
+        + ("up", "down", "output_norm")
+        for part in (getattr(layer, name),)
+        for w in (part.weight.detach(), part.bias.detach())
+    ]
+
+
+def run(layer, h, active, costs, **options):
+    scale = (h.shape[1] // layer.num_heads) ** -0.5
+    return exit_layer(
+        h, active, weights_of(layer), [], costs, layer.num_heads, scale, 1e-12, **options
+    )
+
+
+@torch.no_grad()
+def by_reference(layer, h, active, pre_norm=False, bias=None):
+    cu = active.packed.cu_tokens.tolist()
+    pieces = [h[a:b] for a, b in zip(cu, cu[1:], strict=False)]
+    rows = torch.cat([reference.layer_sum(layer, p, bias) if len(p) else p for p in pieces])
+    return (rows if pre_norm else layer.output_norm(rows))[active.tokens]
+
+
+def assert_right(got, layer, h, active, **options):
+    truth = by_reference(make_like(layer, torch.float64), h, active, **options)
+    options = {k: v.float() if torch.is_tensor(v) else v for k, v in options.items()}
+    assert_as_exact(got, truth, by_reference(layer, h.float(), active, **options))
+
+
+def make_like(layer, dtype):
+    d, inner = layer.down.weight.shape
+    other = ExitLayer(d, layer.num_heads, inner).to(dtype)
+    other.load_state_dict(layer.state_dict())
+    return other.eval()
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_the_reference(shape, way):
+    layer = make_layer()
+    h, active = make_batch(shape, 48)
+    got = run(layer, h.float(), active, way)
+    assert got.shape == (len(active.tokens), 48) and got.isfinite().all()
+    assert_right(got, layer, h, active)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(
+    "d, heads, inner", [(64, 1, 64), (384, 12, 1536), (40, 5, 30), (36, 2, 7), (768, 12, 512)]
+)
+def test_widths(d, heads, inner, way):
+    layer = make_layer(d, heads, inner)
+    h, active = make_batch([(5, 17), (20, 20), (1, 9)], d)
+    assert_right(run(layer, h.float(), active, way), layer, h, active)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_bias_and_pre_norm(way):
+    layer = make_layer()
+    h, active = make_batch(SHAPES["ragged"], 48)
+    g = torch.Generator().manual_seed(2)
+    bias = torch.randn(3, 2 * 6 + 1, generator=g, dtype=torch.float64)
+    got = run(layer, h.float(), active, way, pre_norm=True, bias=bias.float())
+    assert_right(got, layer, h, active, pre_norm=True, bias=bias)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=6),
+    heads=st.sampled_from([1, 2, 4]),
+    size=st.sampled_from([4, 8, 20, 32]),
+    way=st.sampled_from([PROJECTED, ABSORBED, MIXED]),
+)
+def test_any_batch(lengths, heads, size, way):
+    shape = [(min(pair), max(pair)) for pair in lengths]
+    layer = make_layer(heads * size, heads, 24)
+    h, active = make_batch(shape, heads * size, seed=len(shape))
+    assert_right(run(layer, h.float(), active, way), layer, h, active)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_same_bits_alone_in_any_order_and_on_any_number_of_threads(way):
+    layer = make_layer()
+    shape = SHAPES["ragged"]
+    h, active = make_batch(shape, 48)
+    h = h.float()
+    whole = run(layer, h, active, way)
+    cu, rows = active.packed.cu_tokens, active.cu_tokens
+    for b, (count, length) in enumerate(shape):
+        mine = active.tokens[rows[b] : rows[b + 1]] - cu[b]
+        packed = pack(torch.ones(1, length), torch.arange(length)[None])
+        alone = Active(packed, mine, torch.tensor([0, count]))
+        got = run(layer, h[cu[b] : cu[b + 1]], alone, way)
+        assert torch.equal(got, whole[rows[b] : rows[b + 1]])
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(run(layer, h, active, way), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nan_stays_in_its_sentence():
+    layer = make_layer()
+    h, active = make_batch([(3, 9), (2, 5), (4, 4)], 48)
+    h = h.float()
+    h[11] = float("nan")
+    for way in WAYS.values():
+        bad = run(layer, h, active, way).isnan().any(1)
+        assert bad.tolist() == [False] * 3 + [True] * 2 + [False] * 4
+
+
+def test_costs_decide():
+    """The same weights read as keys and values, or not at all."""
+    layer = make_layer()
+    h, active = make_batch([(2, 30), (30, 30)], 48)
+    broken = weights_of(layer)
+    broken[3] = torch.full_like(broken[3], float("nan"))  # bias of keys and values
+    results = {}
+    for name, way in WAYS.items():
+        out = exit_layer(h.float(), active, broken, [], way, 3, 0.25, 1e-12)
+        results[name] = out.isnan().any(1)
+    assert results["projected"].all()
+    assert results["absorbed"].all()  # the values' bias comes last
+    broken = weights_of(layer)
+    broken[3][:48] = float("nan")  # the keys' bias: absorbed attention drops it
+    for name, way in WAYS.items():
+        out = exit_layer(h.float(), active, broken, [], way, 3, 0.25, 1e-12)
+        results[name] = out.isnan().any(1).tolist()
+    assert results["projected"] == [True] * 32
+    assert results["absorbed"] == [False] * 32
+    assert results["mixed"] == [False] * 2 + [True] * 30
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"heads": 5}, ValueError, "5 heads"),
+        ({"weight": (0, torch.zeros(48, 47))}, RuntimeError, "weight of 2256 elements"),
+        ({"weight": (2, torch.zeros(96, 48).double())}, RuntimeError, "Double"),
+        ({"weight": (8, torch.zeros(48, 80).T)}, RuntimeError, "contiguous"),
+        ({"costs": [1.0]}, RuntimeError, "1 costs"),
+        ({"tokens": torch.tensor([0, 99])}, RuntimeError, "token 99 of 6"),
+        ({"tokens": torch.tensor([0, -1])}, RuntimeError, "token -1 of 6"),
+        ({"tokens": torch.tensor([0.0, 1.0])}, TypeError, "expected torch.int64"),
+        ({"cu": torch.tensor([0, 2])}, ValueError, r"expected \[3\]"),
+        ({"cu": torch.tensor([0, 2, 1])}, RuntimeError, "cu_active falls from 2 to 1"),
+        ({"cu": torch.tensor([0, 1, 3])}, RuntimeError, "expected 2 active of 6 tokens"),
+        ({"bias": torch.zeros(3, 4)}, ValueError, r"expected \[3, 2R\+1\]"),
+        ({"h": torch.zeros(6)}, ValueError, r"expected \[T, d\]"),
+    ],
+)
+def test_refuses(change, error, message):
+    layer = make_layer()
+    h, active = make_batch([(1, 4), (1, 2)], 48)
+    weights = weights_of(layer)
+    if "weight" in change:
+        weights[change["weight"][0]] = change["weight"][1]
+    active = Active(
+        active.packed, change.get("tokens", active.tokens), change.get("cu", active.cu_tokens)
+    )
+    with pytest.raises(error, match=message):
+        exit_layer(
+            change.get("h", h.float()),
+            active,
+            weights,
+            [],
+            change.get("costs", PROJECTED),
+            change.get("heads", 3),
+            0.25,
+            1e-12,
+            bias=change.get("bias"),
+        )
+
+
+def test_opcheck():
+    layer = make_layer()
+    h, active = make_batch([(3, 9), (1, 4)], 48)
+    tail = (weights_of(layer), [], MIXED, 3, 0.25, 1e-12, False, None, None)
+    arguments = (h.float(), active.tokens, active.cu_tokens, active.packed.cu_tokens, *tail)
+    torch.library.opcheck(torch.ops.tokenexit.exit_layer.default, arguments)

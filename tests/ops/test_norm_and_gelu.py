@@ -1,0 +1,109 @@
+"""add_layer_norm and bias_gelu against fp64: forward and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from assertions import assert_as_exact
+
+from tokenexit.ops import extension_available, extension_error
+from tokenexit.ops.add_layer_norm import add_layer_norm
+from tokenexit.ops.bias_gelu import bias_gelu
+
+compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
+
+
+def plain_norm(x, residual, weight, bias):
+    return F.layer_norm(x + residual, weight.shape, weight, bias, 1e-12)
+
+
+def our_norm(x, residual, weight, bias):
+    return add_layer_norm(x, residual, weight, bias, 1e-12)
+
+
+OPS = {
+    "add_layer_norm": (our_norm, plain_norm, lambda a, d: [(a, d), (a, d), (d,), (d,)]),
+    "bias_gelu": (bias_gelu, lambda x, b: F.gelu(x + b), lambda a, d: [(a, d), (d,)]),
+}
+
+
+def run(function, shapes, dtype, seed=0):
+    """Output and gradients; the inputs are rounded to fp32 first."""
+    g = torch.Generator().manual_seed(seed)
+    values = [(3 * torch.randn(shape, generator=g)).to(dtype).requires_grad_() for shape in shapes]
+    out = function(*values)
+    out.backward(torch.randn(out.shape, generator=g).to(dtype))
+    return out.detach(), [value.grad for value in values]
+
+
+@pytest.mark.parametrize("rows, width", [(1, 1), (3, 7), (63, 48), (129, 385), (5, 3072)])
+@pytest.mark.parametrize("op", OPS)
+def test_forward_and_gradients(op, rows, width):
+    ours, plain, shapes = OPS[op]
+    got, got_grads = run(ours, shapes(rows, width), torch.float32)
+    rough, rough_grads = run(plain, shapes(rows, width), torch.float32)
+    truth, truth_grads = run(plain, shapes(rows, width), torch.float64)
+    assert_as_exact(got, truth, rough)
+    for mine, exact, near in zip(got_grads, truth_grads, rough_grads, strict=True):
+        assert_as_exact(mine, exact, near, "backward")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck_and_other_dtypes(op):
+    ours, plain, shapes = OPS[op]
+    values = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes(3, 5)]
+    assert torch.autograd.gradcheck(ours, values)
+    halves = [value.detach().bfloat16() for value in values]
+    assert torch.equal(ours(*halves), plain(*halves))
+
+
+@compiled
+@torch.no_grad()
+def test_gelu_everywhere():
+    x = torch.linspace(-12, 12, 100_001)[None]
+    error = bias_gelu(x, torch.zeros(x.shape[1])).double() - F.gelu(x.double())
+    assert (error.abs() <= 1e-6 * x.abs().clamp(min=1)).all()
+    odd = torch.tensor([[float("nan"), float("inf"), 0.0, -0.0]])
+    got = bias_gelu(odd, torch.zeros(4))[0]
+    assert got[0].isnan() and got[1] == float("inf") and (got[2:] == 0).all()
+
+
+@compiled
+@torch.no_grad()
+def test_norm_of_rows_far_from_zero_and_of_nan():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 64, generator=g) + 1000
+    x[3, 5] = float("nan")
+    one, zero = torch.ones(64), torch.zeros(64)
+    got = our_norm(x, torch.zeros_like(x), one, zero)
+    truth = plain_norm(x.double(), torch.zeros(5, 64).double(), one.double(), zero.double())
+    assert got.isnan().any(1).tolist() == [False, False, False, True, False]
+    clean = [0, 1, 2, 4]
+    assert (got[clean] - truth[clean]).abs().max() < 1e-3
+
+
+@compiled
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck_and_bits_on_any_number_of_threads(name):
+    shapes = OPS[name][2](70, 400)
+    values = [torch.randn(shape) for shape in shapes]
+    whole = OPS[name][0](*values)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(OPS[name][0](*values), whole)
+    finally:
+        torch.set_num_threads(before)
+    op = getattr(torch.ops.tokenexit, name).default
+    extra = (1e-12,) if name == "add_layer_norm" else ()
+    values = [torch.randn(shape, requires_grad=True) for shape in OPS[name][2](3, 20)]
+    torch.library.opcheck(op, (*values, *extra))
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match=r"expected \[A, d\], \[A, d\], \[d\]"):
+        our_norm(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(3), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"got bias \(4,\); expected \(3,\)"):
+        our_norm(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"expected \[A, f\], \[f\]"):
+        bias_gelu(torch.zeros(2, 3), torch.zeros(4))
