@@ -1,4 +1,4 @@
-"""A whole compiled layer against the reference in fp64: both ways of attention and their mixture."""
+"""A whole compiled layer against the fp64 reference: both ways of attention, and mixed."""
 
 import hypothesis
 import hypothesis.strategies as st
