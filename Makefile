@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The root holds kernels/, which Python must not take for Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench asan clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenexit demo
@@ -21,9 +21,18 @@ lint: $(VENV)/.installed
 # Under 20 minutes on two cores; the tagger of `make demo` is trained once more, and kept.
 bench: $(VENV)/.bench
 	PYTHONPATH=benchmarks $(BIN)/python -m roofline
-	PYTHONPATH=benchmarks $(BIN)/python -m cpu --memory
+	PYTHONPATH=benchmarks $(BIN)/python -m cpu
 	$(BIN)/python -m pytest -q benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds \
 		--benchmark-sort=fullname
+
+# The tests of the ops over an extension that watches its own memory.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+asan: $(VENV)/.installed
+	CFLAGS="$(SANITIZE) -O1" LDFLAGS="$(SANITIZE)" TOKENEXIT_BUILD_EXT=1 \
+		$(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=build/asan/lib \
+		$(BIN)/python -m pytest -q tests/ops tests/test_int8.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info tokenexit/*.so

@@ -181,11 +181,11 @@ def compare(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> di
 
 
 class Bench:
-    """Times subjects; keeps rows and what went wrong."""
+    """Times subjects, writes rows as they come, and keeps what went wrong."""
 
-    def __init__(self, budget_s: float, skip: Sequence[str], run: str):
-        self.budget_s, self.skip, self.run = budget_s, skip, run
-        self.rows, self.failures = [], []
+    def __init__(self, budget_s: float, skip: Sequence[str], run: str, results: Path):
+        self.budget_s, self.skip, self.run, self.results = budget_s, skip, run, results
+        self.failures = []
         self.origin = harness.origin()
 
     def say(self, text: str):
@@ -211,7 +211,7 @@ class Bench:
                     if key not in f1:
                         f1[key] = self.f1(subject, loaded, *key, row.get("size", 32))
                     row["f1"] = f1[key]
-            self.rows += rows
+            harness.write("cpu", rows, self.results)
 
     def case(self, subject: Subject, case: Case, loaded, sizes: dict) -> list[dict]:
         """Rows of one case; `sizes` remembers each peer's best batch size for a text."""
@@ -584,7 +584,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny models, made-up text")
     parser.add_argument("--memory", action="store_true", help="peak memory too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--budget", type=float, default=15, help="seconds a case may take")
+    parser.add_argument("--budget", type=float, default=4, help="seconds a case may take")
     parser.add_argument("--skip", nargs="*", default=[], choices=peers.PEERS)
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="a folder")
     parser.add_argument("--document", type=Path, default=root / "docs" / "cpu.md")
@@ -599,14 +599,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     failures = []
     if not args.report:
-        bench = Bench(0 if args.quick else args.budget, args.skip, harness.origin()["date"])
+        budget = 0 if args.quick else args.budget
+        bench = Bench(budget, args.skip, harness.origin()["date"], args.results)
         for make in (bert_base, tagger):
             with tempfile.TemporaryDirectory() as folder:
                 subject = make(Path(folder), args.quick)
                 bench.subject(subject)
                 if args.memory and make is bert_base:
-                    bench.rows += memory(subject, bench.run, args.skip)
-        harness.write("cpu", bench.rows, args.results)
+                    rows = memory(subject, bench.run, args.skip)
+                    harness.write("cpu", rows, args.results)
         failures = bench.failures
     rows = report.latest(harness.read("cpu", args.results))
     roofline = report.latest(harness.read("roofline", args.results))

@@ -202,6 +202,23 @@ def test_info(trained, capsys):
     assert code == 0
     assert "compiled ops" in out and "bert, 4 layers of 32" in out and "B-PER" in out
     assert call(capsys, "info")[0] == 0
+    if "compiled ops │ yes" in " ".join(out.split()):
+        assert "32 x 64, 4 heads, fp32" in " ".join(out.split()) and "absorbed block" in out
+
+
+def test_int8_and_min_active(trained, folder, capsys):
+    arguments = ("evaluate", trained, "-d", folder / "test.conll", "--timing-runs", 0, "--json")
+    rows = {}
+    for options in ((), ("--int8",), ("--min-active", 3)):
+        code, out, _ = call(capsys, *arguments, "--threshold", 0.3, *options)
+        assert code == 0
+        rows[options] = json.loads(out)
+    exact, rounded, least = rows.values()
+    assert abs(rounded["scores"]["score"] - exact["scores"]["score"]) < 0.1
+    assert least["policy"]["min_active"] == 3
+    assert least["mean_exit_layer"] <= exact["mean_exit_layer"]
+    text = call(capsys, *arguments, "--full-depth", "--min-active", 3)
+    assert text[0] == 1 and "--full-depth excludes --min-active" in text[2]
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,8 @@ def test_ratio_is_within_rounds():
     assert harness.ratio([10, 100, 10], [5, 50, 5]) == 2
 
 
-def test_a_wrong_peer_gets_no_numbers(capsys):
-    bench = cpu.Bench(0, [], "now")
+def test_a_wrong_peer_gets_no_numbers(tmp_path, capsys):
+    bench = cpu.Bench(0, [], "now", tmp_path)
     facts = {"system": "ONNX Runtime", "dtype": "fp32", "setting": "padded"}
     systems, checks = [], []
     for dtype, difference in (("fp32", 2e-3), ("fp32", float("nan")), ("fp32", 1e-4), ("int8", 1)):
@@ -242,7 +242,7 @@ def test_a_peer_that_fails_is_left_out_with_a_line(tmp_path, capsys):
     broken = cpu.peers.Peer(lambda b: b, lambda b: 1 / 0)
     loaded = {"OpenVINO": broken}
     with torch.inference_mode():
-        rows = cpu.Bench(0, [], "now").case(subject, case, loaded, {})
+        rows = cpu.Bench(0, [], "now", tmp_path).case(subject, case, loaded, {})
     assert loaded == {}
     assert "OpenVINO is left out from here on: ZeroDivisionError" in capsys.readouterr().out
     assert rows == []  # and ours, which has other weights than theirs here, is red
