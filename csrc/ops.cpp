@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(tokenexit, m) {
   m.def(
       "exit_decision(Tensor logits, Tensor words, Tensor uncertainty, Tensor exit_layer, "
       "Tensor cu_words, Tensor window, Tensor threshold, int layer, bool max_prob, "
-      "Tensor? min_active) "
+      "Tensor? min_active=None) "
       "-> (Tensor, Tensor)");
   m.def(
       "compact_active(Tensor active, Tensor cu_active, Tensor word_of_token, Tensor exit_layer) "

@@ -65,7 +65,8 @@ def _decide(
         tl.store(exit_out_ptr + first + offs_w, left, mask=mask_w)
         staying += tl.sum((left == 0).to(tl.int32), 0)
     if min_active_ptr is not None:
-        if staying < tl.load(min_active_ptr + b):
+        # Only once some have left: fewer than all.
+        if staying < tl.minimum(tl.load(min_active_ptr + b), num_words):
             for w in range(0, num_words, BLOCK_W):
                 offs_w = w + tl.arange(0, BLOCK_W)
                 mask_w = offs_w < num_words
@@ -171,8 +172,8 @@ def exit_decision(
     """`tokenexit.ops.exit_decision`, with two more arguments.
 
     Args:
-        min_active: `[B]` int64 or None; a sentence with fewer words still active after the
-            decisions is finished: they leave too.
+        min_active: `[B]` int64 or None; a sentence some of whose words have left, with fewer than
+            this many still active after the decisions, is finished: they leave too.
         count: one int64 on the device, or None for all; later rows are not read.
 
     Returns:
