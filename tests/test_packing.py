@@ -2,7 +2,14 @@
 
 import torch
 
-from tokenexit.packing import CONTINUES_WORD, SPECIAL, STARTS_WORD, pack, word_ids_from_kinds
+from tokenexit.packing import (
+    CONTINUES_WORD,
+    SPECIAL,
+    STARTS_WORD,
+    Active,
+    pack,
+    word_ids_from_kinds,
+)
 
 
 def test_round_trip_with_padding_on_both_sides():
@@ -44,3 +51,30 @@ def test_word_ids_from_vocabulary_kinds():
         [-1, 0, 0, 0, 1, -1, 2, 3],
         [0, 0, 1, -1, -1, -1, -1, -1],
     ]
+
+
+def test_all_active():
+    packed = pack(torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.zeros(2, 3))
+    active = Active.all(packed)
+    values = torch.arange(5)
+    assert active.tokens.tolist() == [0, 1, 2, 3, 4] and active.rows(values) is values
+    index, cu_keys = active.keys
+    assert index is None and cu_keys.tolist() == [0, 2, 5]
+    assert active.positions.tolist() == [0, 1, 0, 1, 2]
+
+
+def test_some_active_and_a_finished_sentence():
+    packed = pack(torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 1]]), torch.zeros(3, 3))
+    active = Active(packed, torch.tensor([1, 5]), torch.tensor([0, 1, 1, 2]))
+    assert active.rows(10 * torch.arange(7)).tolist() == [10, 50]
+    index, cu_keys = active.keys
+    assert index.tolist() == [0, 1, 5, 6] and cu_keys.tolist() == [0, 2, 2, 4]
+    assert active.positions.tolist() == [1, 0]
+
+
+def test_nothing_active():
+    packed = pack(torch.ones(2, 2), torch.zeros(2, 2))
+    active = Active(packed, torch.empty(0).long(), torch.zeros(3).long())
+    index, cu_keys = active.keys
+    assert index.tolist() == [] and cu_keys.tolist() == [0, 0, 0]
+    assert len(active.positions) == 0

@@ -39,15 +39,25 @@ struct Norm {
         sums += added;
       }
       for (int64_t c = whole; c < p->width; ++c) sum += y[c] = x[c] + residual[c];
-      const float mean = (sum + total<S>(sums)) / p->width;
+      float mean = (sum + total<S>(sums)) / p->width;
       V squares = {};
-      float square = 0;
+      float square = 0, rest = 0;
+      sums = V{};
       for (int64_t c = 0; c < whole; c += S::WIDTH) {
         const V d = S::load(y + c) - mean;
+        sums += d;
         squares += d * d;
       }
-      for (int64_t c = whole; c < p->width; ++c) square += (y[c] - mean) * (y[c] - mean);
-      const float rstd = 1 / std::sqrt((square + total<S>(squares)) / p->width + p->eps);
+      for (int64_t c = whole; c < p->width; ++c) {
+        const float d = y[c] - mean;
+        rest += d;
+        square += d * d;
+      }
+      // What rounding took from the mean: it matters where rows hardly vary.
+      const float off = (rest + total<S>(sums)) / p->width;
+      mean += off;
+      const float variance = (square + total<S>(squares)) / p->width - off * off;
+      const float rstd = 1 / std::sqrt(std::max(variance, 0.0f) + p->eps);
       for (int64_t c = 0; c < whole; c += S::WIDTH) {
         const V normal = (S::load(y + c) - mean) * rstd;
         S::store(y + c, normal * S::load(p->weight + c) + S::load(p->bias + c));

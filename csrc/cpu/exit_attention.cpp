@@ -32,7 +32,8 @@ struct Problem {
   const int64_t *cu_q, *cu_k;
   const CheckedBias* bias;
   int64_t num_sentences, heads, dim;
-  float scale, dropout;
+  float scale;
+  double dropout;
   uint32_t seed;
 
   INLINE RelativeBias relative_bias(int64_t head, int64_t first, int64_t lanes) const {
@@ -46,12 +47,12 @@ struct Problem {
   INLINE void drop(float* x, int64_t keys, int64_t head, int64_t first, int64_t first_key) const {
     using U = typename S::UInt;
     if (dropout <= 0) return;
-    const uint32_t limit = static_cast<uint32_t>(double(dropout) * 4294967296.0);
+    const uint32_t limit = static_cast<uint32_t>(dropout * 4294967296.0);
     alignas(64) uint32_t row[LANES];
     for (uint32_t i = 0; i < LANES; ++i) {
       row[i] = mix(mix(seed ^ static_cast<uint32_t>(first + i)) ^ static_cast<uint32_t>(head));
     }
-    const float factor = 1 / (1 - dropout);
+    const float factor = static_cast<float>(1 / (1 - dropout));
     for (int64_t j = 0; j < keys; ++j) {
       for (int64_t at = 0; at < LANES; at += S::WIDTH) {
         U r;
@@ -199,8 +200,11 @@ struct Call {
             k.size(0) == v.size(0),
         "got offsets up to ", p.cu_q[p.num_sentences], " and ", p.cu_k[p.num_sentences], " of ",
         q.size(0), " queries, ", k.size(0), " keys and ", v.size(0), " values");
+    STD_TORCH_CHECK(  // an expanded tensor may claim any size; sums of sizes must not overflow
+        k.size(0) <= (int64_t(1) << 44) / std::max<int64_t>(1, p.heads * p.dim), "got ", k.size(0),
+        " keys; expected at most 2^44 elements");
     p.scale = static_cast<float>(scale);
-    p.dropout = static_cast<float>(dropout_p);
+    p.dropout = dropout_p;
     p.seed = static_cast<uint32_t>(seed);
     p.bias = &bias;
   }

@@ -467,13 +467,16 @@ Tensor exit_layer(
   w.int8 = !scales.empty();
   const int64_t d = w.d;
   STD_TORCH_CHECK(
-      d == w.dim * heads && !(w.int8 && (d % 4 || w.inner % 4)), "got widths ", d, " and ", w.inner,
+      d > 0 && w.inner > 0 && d == w.dim * heads && !(w.int8 && (d % 4 || w.inner % 4)), "got widths ", d, " and ", w.inner,
       " for ", heads, " heads; expected whole heads and, in int8, multiples of 4");
-  const auto values = [](const Tensor& x, int64_t size, ScalarType dtype = ScalarType::Float) {
+  const auto values = [](const Tensor& x, int64_t rows, int64_t columns = 1,
+                         ScalarType dtype = ScalarType::Float) {
     STD_TORCH_CHECK(
-        x.scalar_type() == dtype && x.is_contiguous() && x.numel() == size, "got a weight of ",
-        x.numel(), " elements and dtype ", torch::headeronly::toString(x.scalar_type()),
-        "; expected ", size, ", contiguous, of ", torch::headeronly::toString(dtype));
+        x.scalar_type() == dtype && x.is_contiguous() && x.numel() == rows * columns &&
+            x.size(0) == rows,
+        "got a weight of ", x.numel(), " elements, ", x.dim() ? x.size(0) : 0, " rows and dtype ",
+        torch::headeronly::toString(x.scalar_type()), "; expected ", rows, " rows of ", columns,
+        ", contiguous, of ", torch::headeronly::toString(dtype));
     return x.const_data_ptr();
   };
   const int64_t out_in[][2] = {{d, d}, {2 * d, d}, {d, d}, {d, 1}, {w.inner, d}, {d, w.inner}, {d, 1}};
@@ -482,7 +485,7 @@ Tensor exit_layer(
     Linear& to = w.w[i];
     const bool bits = w.int8 && columns > 1;
     const void* weight = values(
-        weights[2 * i], rows * columns, bits ? ScalarType::Char : ScalarType::Float);
+        weights[2 * i], rows, columns, bits ? ScalarType::Char : ScalarType::Float);
     to.bias = static_cast<const float*>(values(weights[2 * i + 1], rows));
     if (!bits) {
       to.weight = static_cast<const float*>(weight);
@@ -505,9 +508,14 @@ Tensor exit_layer(
       first[num_sentences] == active.numel() && start[num_sentences] == h.size(0),
       "got offsets up to ", first[num_sentences], " and ", start[num_sentences], "; expected ",
       active.numel(), " active of ", h.size(0), " tokens");
-  for (int64_t i = 0; i < active.numel(); ++i) {
-    STD_TORCH_CHECK(
-        0 <= token[i] && token[i] < h.size(0), "got token ", token[i], " of ", h.size(0));
+  for (int64_t b = 0; b < num_sentences; ++b) {
+    for (int64_t i = first[b]; i < first[b + 1]; ++i) {
+      STD_TORCH_CHECK(
+          start[b] <= token[i] && token[i] < start[b + 1] &&
+              (i == first[b] || token[i - 1] < token[i]),
+          "got token ", token[i], " of ", h.size(0), " in sentence ", b, "; expected its tokens, ",
+          start[b], " to ", start[b + 1] - 1, ", ascending");
+    }
   }
   const CheckedBias bias(bias_, positions_, heads, active.numel());
   w.bias = &bias;

@@ -277,19 +277,25 @@ INLINE void normalize(
       for (int64_t j = 0; j < 4; ++j) sums[j] += S::load(x + (k + j) * LANES);
     }
     for (; k < width; ++k) sums[0] += S::load(x + k * LANES);
-    const V mean = (sums[0] + sums[1] + (sums[2] + sums[3])) * (1.0f / width);
-    V squares[4] = {};
+    V mean = (sums[0] + sums[1] + (sums[2] + sums[3])) * (1.0f / width);
+    V squares[4] = {}, rests[4] = {};
     for (k = 0; k + 4 <= width; k += 4) {
       for (int64_t j = 0; j < 4; ++j) {
         const V d = S::load(x + (k + j) * LANES) - mean;
+        rests[j] += d;
         squares[j] += d * d;
       }
     }
     for (; k < width; ++k) {
       const V d = S::load(x + k * LANES) - mean;
+      rests[0] += d;
       squares[0] += d * d;
     }
-    const V variance = (squares[0] + squares[1] + (squares[2] + squares[3])) * (1.0f / width);
+    // What rounding took from the mean: it matters where rows hardly vary.
+    const V off = (rests[0] + rests[1] + (rests[2] + rests[3])) * (1.0f / width);
+    mean += off;
+    V variance = (squares[0] + squares[1] + (squares[2] + squares[3])) * (1.0f / width) - off * off;
+    variance = variance < 0 ? V{} : variance;
     V scale = {};
     for (int64_t i = 0; i < S::WIDTH; ++i) scale[i] = 1 / std::sqrt(variance[i] + eps);
     for (k = 0; k < width; ++k) {

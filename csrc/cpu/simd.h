@@ -39,6 +39,7 @@ INLINE typename S::Vec exp(typename S::Vec x) {
   using V = typename S::Vec;
   using I = typename S::Int;
   const V low = S::splat(-87.0f), high = S::splat(88.0f);
+  const V given = x;
   const I under = x < low;
   x = under ? low : x;
   x = x > high ? high : x;
@@ -55,7 +56,8 @@ INLINE typename S::Vec exp(typename S::Vec x) {
   y = y * r + 1.0f;
   y = y * r + 1.0f;
   const I power = (I)((typename S::UInt)shifted << 23);  // n in the exponent
-  return under ? V{} : (V)((I)y + power);
+  const V result = under ? V{} : (V)((I)y + power);
+  return given == given ? result : given;
 }
 
 // x * Phi(x). Phi by a rational fit of erf(x / sqrt 2) / x in x^2 on |x| <= 5.5, off by 1.5e-8

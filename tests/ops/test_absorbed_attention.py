@@ -1,5 +1,7 @@
 """absorbed_attention against the fp64 reference, and against attention over projected keys."""
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from assertions import assert_as_exact
@@ -57,6 +59,30 @@ def test_widths(heads, d):
     truth = reference.absorbed_attention(*arguments)
     values = cast(arguments, torch.float32)
     assert_as_exact(absorbed_attention(*values), truth, reference.absorbed_attention(*values))
+
+
+@compiled
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=6),
+    heads=st.integers(1, 5),
+    d=st.integers(1, 50),
+    bias=st.booleans(),
+)
+def test_any_batch(lengths, heads, d, bias):
+    arguments = inputs([(min(pair), max(pair)) for pair in lengths], heads, d, bias)
+    values = cast(arguments, torch.float32)
+    truth = reference.absorbed_attention(*cast(values, torch.float64))
+    assert_as_exact(absorbed_attention(*values), truth, reference.absorbed_attention(*values))
+
+
+@compiled
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, -1], ids=hex)
+def test_any_nan_is_one_and_stays_in_its_sentence(bits):
+    arguments = cast(inputs([(4, 5), (2, 4)]), torch.float32)
+    arguments[1].view(torch.int32)[1, 2] = bits
+    got = absorbed_attention(*arguments)
+    assert got[:4].isnan().all() and got[4:].isfinite().all()
 
 
 def test_is_attention_over_projected_keys_and_values():

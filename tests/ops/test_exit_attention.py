@@ -1,5 +1,11 @@
 """exit_attention against the fp64 reference: forward, every gradient, odd shapes."""
 
+import math
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from assertions import assert_as_exact
@@ -9,6 +15,7 @@ from tokenexit.ops import extension_available, extension_error
 from tokenexit.ops.exit_attention import exit_attention
 
 compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
+by_reference = reference.exit_attention
 
 # (active, all) tokens of each sentence
 SHAPES = {
@@ -37,9 +44,9 @@ def inputs(shape, dtype, heads=3, dim=8, bias=False, seed=0):
     return values, offsets, table, positions
 
 
-def run(function, dtype, shape, bias, with_grad=True):
+def run(function, dtype, shape, bias, with_grad=True, **sizes):
     """Output and gradients in a dtype."""
-    values, offsets, table, positions = inputs(shape, dtype, bias=bias)
+    values, offsets, table, positions = inputs(shape, dtype, bias=bias, **sizes)
     leaves = [*values.values(), *([table] if bias else [])]
     for leaf in leaves:
         leaf.requires_grad_(with_grad)
@@ -50,17 +57,14 @@ def run(function, dtype, shape, bias, with_grad=True):
     return out.detach(), [leaf.grad for leaf in leaves]
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_forward_and_gradients(shape, dtype, bias):
-    ours, our_grads = run(exit_attention, dtype, shape, bias)
-    plain, plain_grads = run(reference.exit_attention, dtype, shape, bias)
+def assert_right(shape, dtype, bias, **sizes):
+    ours, our_grads = run(exit_attention, dtype, shape, bias, **sizes)
+    plain, plain_grads = run(reference.exit_attention, dtype, shape, bias, **sizes)
     # The truth starts from the same rounded inputs.
     exact = lambda *args: reference.exit_attention(  # noqa: E731
         *(a.to(dtype).double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
     )
-    truth, truth_grads = run(exact, torch.float64, shape, bias)
+    truth, truth_grads = run(exact, torch.float64, shape, bias, **sizes)
     assert ours.dtype == dtype and ours.shape == truth.shape
     assert_as_exact(ours, truth, plain, "forward")
     if not ours.numel():
@@ -69,6 +73,26 @@ def test_forward_and_gradients(shape, dtype, bias):
         ("q", "k", "v", "bias"), our_grads, truth_grads, plain_grads, strict=False
     ):
         assert_as_exact(got, wanted, rough, "backward", name)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_forward_and_gradients(shape, dtype, bias):
+    assert_right(shape, dtype, bias)
+
+
+@compiled
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=6),
+    heads=st.integers(1, 4),
+    dim=st.sampled_from([1, 4, 7, 8, 24, 32, 64]),
+    bias=st.booleans(),
+)
+def test_any_batch(lengths, heads, dim, bias):
+    shape = [(min(pair), max(pair)) for pair in lengths]
+    assert_right(shape, torch.float32, bias, heads=heads, dim=dim)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -181,6 +205,79 @@ def test_nan_and_huge_scores():
 
 
 @compiled
+@pytest.mark.parametrize("name", "qkv")
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, -1], ids=hex)
+def test_any_nan_is_one(bits, name):
+    """Whatever its low bits are: memory full of ones is NaN too."""
+    values, offsets, _, _ = inputs([(4, 5), (2, 4)], torch.float32)
+    values[name].view(torch.int32)[1, 0, 2] = bits
+    got, expected = (f(*values.values(), *offsets, 0.4) for f in (exit_attention, by_reference))
+    assert torch.equal(got.isnan(), expected.isnan()) and expected.isnan().any()
+
+
+@compiled
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias"])
+def test_infinities_are_those_of_the_reference(name, value):
+    values, offsets, table, positions = inputs([(4, 5), (2, 4)], torch.float32, bias=True)
+    ({**values, "bias": table[None]})[name][0, 0, 2] = value
+    rest = (*values.values(), *offsets, 0.4, table, positions)
+    torch.testing.assert_close(exit_attention(*rest), by_reference(*rest), equal_nan=True)
+
+
+def unmix(x):
+    """The reverse of the hash that dropout draws by."""
+    x ^= x >> 16
+    x = x * pow(0x846CA68B, -1, 2**32) & 0xFFFFFFFF
+    x ^= x >> 15 ^ x >> 30
+    x = x * pow(0x7FEB352D, -1, 2**32) & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+@compiled
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.25, 0.3, 0.9])
+@pytest.mark.parametrize("below", [0, 1])
+def test_dropout_at_the_very_draw_that_decides(p, below):
+    seed = unmix(unmix(unmix(math.floor(p * 2**32) - below)))  # row, head and key are 0
+    one, cu = torch.ones(1, 1, 4), torch.tensor([0, 1])
+    got, expected = (
+        f(one, one, one, cu, cu, 1.0, dropout_p=p, seed=seed)
+        for f in (exit_attention, by_reference)
+    )
+    assert expected.any() == (not below)
+    torch.testing.assert_close(got, expected)
+
+
+@compiled
+def test_dropout_of_nearly_all():
+    values, offsets, _, _ = inputs([(40, 60)], torch.float32)
+    for p in (0.999, 1 - 1e-9):
+        got, expected = (
+            f(*values.values(), *offsets, 0.4, dropout_p=p, seed=3)
+            for f in (exit_attention, by_reference)
+        )
+        torch.testing.assert_close(got, expected)
+
+
+@compiled
+def test_more_keys_than_fit_into_memory():
+    """By an expanded tensor that takes none itself; in a process of its own, as it may crash."""
+    code = """
+import torch
+from tokenexit.ops.exit_attention import exit_attention
+for keys in (2**40, 2**59, 2**60, 2**62):
+    k = torch.zeros(1, 1, 1).expand(keys, 1, 1)
+    try:
+        exit_attention(k[:1], k, k, torch.tensor([0, 1]), torch.tensor([0, keys]), 1.0)
+    except RuntimeError:
+        print(keys, flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    refused = [int(line) for line in done.stdout.split()]
+    assert refused == [2**40, 2**59, 2**60, 2**62], (done.returncode, done.stderr)
+
+
+@compiled
 @pytest.mark.parametrize("bias", [False, True])
 def test_opcheck(bias):
     shape = [(2, 5), (0, 3), (1, 1)]
@@ -188,6 +285,10 @@ def test_opcheck(bias):
     leaves = [v.requires_grad_() for v in values.values()]
     arguments = (*leaves, *offsets, 0.4, table, positions, 0.1, 3, 0)
     torch.library.opcheck(torch.ops.tokenexit.exit_attention.default, arguments)
+    plain = tuple(a.detach() if torch.is_tensor(a) else a for a in arguments)
+    out, lse = torch.ops.tokenexit.exit_attention(*plain)
+    backward = torch.ops.tokenexit.exit_attention_backward.default
+    torch.library.opcheck(backward, (torch.ones_like(out), *plain[:3], out, lse, *plain[3:]))
 
 
 @compiled

@@ -1,5 +1,8 @@
 """A whole compiled layer against the fp64 reference: both ways of attention, and mixed."""
 
+import subprocess
+import sys
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -24,7 +27,7 @@ SHAPES = {
     "ragged": [(5, 17), (1, 63), (129, 129), (2, 2), (8, 40), (9, 40)],
     "finished sentences": [(0, 9), (3, 7), (0, 1), (1, 30)],
     "nothing active": [(0, 5), (0, 3)],
-    "long": [(40, 513)],
+    "long": [(40, 513), (600, 600)],
     "groups": [(70, 70)] * 9 + [(1, 300)] * 9,
 }
 
@@ -159,6 +162,40 @@ def test_same_bits_alone_in_any_order_and_on_any_number_of_threads(way):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_same_bits_in_another_order_of_a_batch_of_several_groups(way):
+    layer = make_layer()
+    shape = [*SHAPES["groups"], *SHAPES["ragged"]]
+    h, active = make_batch(shape, 48)
+    h = h.float()
+    whole = run(layer, h, active, way)
+    tokens = [length for _, length in shape]
+    counts = [count for count, _ in shape]
+    order = torch.randperm(len(shape), generator=torch.Generator().manual_seed(0)).tolist()
+    states, expected = h.split(tokens), whole.split(counts)
+    chosen = [
+        mine - start
+        for mine, start in zip(active.tokens.split(counts), active.packed.cu_tokens, strict=False)
+    ]
+    lengths = torch.tensor([tokens[b] for b in order])
+    mask = (torch.arange(max(tokens)) < lengths[:, None]).long()
+    packed = pack(mask, torch.arange(max(tokens)).expand_as(mask))
+    there = [chosen[b] + packed.cu_tokens[at] for at, b in enumerate(order)]
+    cu = torch.tensor([0, *(counts[b] for b in order)]).cumsum(0)
+    moved = Active(packed, torch.cat(there), cu)
+    got = run(layer, torch.cat([states[b] for b in order]), moved, way)
+    assert torch.equal(got, torch.cat([expected[b] for b in order]))
+
+
+def test_the_ways_agree():
+    layer = make_layer()
+    h, active = make_batch(SHAPES["ragged"], 48)
+    projected, absorbed, mixed = (run(layer, h.float(), active, way) for way in WAYS.values())
+    torch.testing.assert_close(absorbed, projected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixed, projected, atol=1e-5, rtol=0)
+    assert not torch.equal(absorbed, projected)
+
+
 def test_nan_stays_in_its_sentence():
     layer = make_layer()
     h, active = make_batch([(3, 9), (2, 5), (4, 4)], 48)
@@ -198,9 +235,12 @@ def test_costs_decide():
         ({"weight": (0, torch.zeros(48, 47))}, RuntimeError, "weight of 2256 elements"),
         ({"weight": (2, torch.zeros(96, 48).double())}, RuntimeError, "Double"),
         ({"weight": (8, torch.zeros(48, 80).T)}, RuntimeError, "contiguous"),
+        ({"weight": (8, torch.zeros(48, 80))}, RuntimeError, "weight"),
         ({"costs": [1.0]}, RuntimeError, "1 costs"),
         ({"tokens": torch.tensor([0, 99])}, RuntimeError, "token 99 of 6"),
         ({"tokens": torch.tensor([0, -1])}, RuntimeError, "token -1 of 6"),
+        ({"tokens": torch.tensor([5, 0])}, RuntimeError, "token 5"),
+        ({"tokens": torch.tensor([1, 1]), "cu": torch.tensor([0, 2, 2])}, RuntimeError, "token 1"),
         ({"tokens": torch.tensor([0.0, 1.0])}, TypeError, "expected torch.int64"),
         ({"cu": torch.tensor([0, 2])}, ValueError, r"expected \[3\]"),
         ({"cu": torch.tensor([0, 2, 1])}, RuntimeError, "cu_active falls from 2 to 1"),
@@ -230,6 +270,26 @@ def test_refuses(change, error, message):
             1e-12,
             bias=change.get("bias"),
         )
+
+
+def test_no_width_is_right_or_refused():
+    """In a process of its own: a division by zero would end this one."""
+    code = f"""
+import torch
+from tokenexit.ops.exit_layer import exit_layer
+from tokenexit.packing import Active, pack
+active = Active.all(pack(torch.ones(1, 4), torch.arange(4)[None]))
+for d, f in ((0, 8), (8, 0)):
+    shapes = [(d, d), d, (2 * d, d), 2 * d, (d, d), d, d, d, (f, d), f, (d, f), d, d, d]
+    weights = [torch.ones(shape) for shape in shapes]
+    try:
+        out = exit_layer(torch.ones(4, d), active, weights, [], {PROJECTED}, 1, 1.0, 1e-12)
+        assert out.shape == (4, d)
+    except (RuntimeError, ValueError) as error:
+        assert "expected" in str(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 def test_opcheck():
