@@ -14,22 +14,22 @@ struct Problem {
   float scale;
 };
 
-// Up to 16 pairs of a query and a head of sentence b.
+// Up to PAIRS pairs of a query and a head of sentence b.
 struct Block {
   template <class S>
   static INLINE void run(const Problem* p, int64_t b, int64_t block) {
     static thread_local Scratch scratch;
     const int64_t keys = p->cu_k[b + 1] - p->cu_k[b];
-    const int64_t first = p->cu_q[b] * p->heads + block * LANES;
-    const int64_t lanes = std::min(LANES, p->cu_q[b + 1] * p->heads - first);
-    float* q = scratch.get((2 * p->dim + keys) * LANES);
-    for (int64_t i = 0; i < lanes * p->dim; ++i) q[i] = p->q[first * p->dim + i] * p->scale;
-    RelativeBias bias;
-    for (int64_t i = 0; i < lanes; ++i) {
-      bias.set(i, *p->bias, (first + i) % p->heads, (first + i) / p->heads);
-    }
-    attend_absorbed<S>(q, p->dim, p->h + p->cu_k[b] * p->dim, keys, p->dim, lanes, bias,
-                       p->out + first * p->dim, q + p->dim * LANES);
+    const int64_t first = p->cu_q[b] * p->heads + block * PAIRS;
+    const int64_t pairs = std::min(PAIRS, p->cu_q[b + 1] * p->heads - first);
+    float* q = scratch.get(p->dim * (PAIRS + LANES) + keys * PAIRS);
+    for (int64_t i = 0; i < pairs * p->dim; ++i) q[i] = p->q[first * p->dim + i] * p->scale;
+    const auto relate = [&](RelativeBias& bias, int64_t lane, int64_t i) {
+      bias.set(lane, *p->bias, (first + i) % p->heads, (first + i) / p->heads);
+    };
+    attend_absorbed<S>(
+        [&](int64_t i) { return q + i * p->dim; }, p->h + p->cu_k[b] * p->dim, keys, p->dim, pairs,
+        relate, [&](int64_t i) { return p->out + (first + i) * p->dim; }, q + p->dim * PAIRS);
   }
 };
 
@@ -66,9 +66,11 @@ Tensor absorbed_attention(
   std::vector<int64_t> start = {0};
   std::vector<std::pair<int64_t, int64_t>> blocks;
   for (int64_t b = 0; b < num_sentences; ++b) {
-    for (int64_t i = 0; i < panels_of((p.cu_q[b + 1] - p.cu_q[b]) * p.heads); ++i) {
+    const int64_t pairs = (p.cu_q[b + 1] - p.cu_q[b]) * p.heads;
+    for (int64_t i = 0; i * PAIRS < pairs; ++i) {
       blocks.emplace_back(b, i);
-      start.push_back(start.back() + (p.cu_k[b + 1] - p.cu_k[b] + 1) * p.dim);
+      const int64_t mine = std::min(PAIRS, pairs - i * PAIRS);
+      start.push_back(start.back() + (p.cu_k[b + 1] - p.cu_k[b] + 1) * p.dim * mine);
     }
   }
   parallel_items(start, 4096, [&p, &blocks](int64_t i) {

@@ -23,32 +23,32 @@ struct RelativeBias {
   INLINE int64_t entry(int64_t key, int64_t lane) const {
     return std::clamp(key - position[lane], -reach, reach) + reach;
   }
-  INLINE void add(float* scores, int64_t keys) const {
+  INLINE void add(float* scores, int64_t row, int64_t keys) const {
     for (int64_t i = 0; i < LANES && table[i]; ++i) {
-      for (int64_t j = 0; j < keys; ++j) scores[j * LANES + i] += table[i][entry(j, i)];
+      for (int64_t j = 0; j < keys; ++j) scores[j * row + i] += table[i][entry(j, i)];
     }
   }
 };
 
-// Each lane's softmax over scores [keys][16], in place, and the logarithm of its sum.
+// Each lane's softmax over scores [keys][16], `row` apart, in place, and the logarithm of its sum.
 template <class S>
-INLINE void softmax(float* scores, int64_t keys, float* lse) {
+INLINE void softmax(float* scores, int64_t row, int64_t keys, float* lse) {
   using V = typename S::Vec;
   for (int64_t at = 0; at < LANES; at += S::WIDTH) {
     V top = S::splat(-std::numeric_limits<float>::infinity());
     for (int64_t j = 0; j < keys; ++j) {
-      const V x = S::load(scores + j * LANES + at);
+      const V x = S::load(scores + j * row + at);
       top = x > top ? x : top;
     }
     V sum = {};
     for (int64_t j = 0; j < keys; ++j) {
-      const V e = exp<S>(S::load(scores + j * LANES + at) - top);
-      S::store(scores + j * LANES + at, e);
+      const V e = exp<S>(S::load(scores + j * row + at) - top);
+      S::store(scores + j * row + at, e);
       sum += e;
     }
     const V inverse = 1.0f / sum;
     for (int64_t j = 0; j < keys; ++j) {
-      S::store(scores + j * LANES + at, S::load(scores + j * LANES + at) * inverse);
+      S::store(scores + j * row + at, S::load(scores + j * row + at) * inverse);
     }
     if (lse) {
       for (int64_t i = 0; i < S::WIDTH; ++i) lse[at + i] = top[i] + std::log(sum[i]);
@@ -62,8 +62,8 @@ INLINE void weights(
     const float* q, Strided k, int64_t keys, int64_t dim, const RelativeBias& bias, float* out,
     float* lse = nullptr) {
   multiply<S>(k, q, LANES, out, LANES, keys, dim);
-  bias.add(out, keys);
-  softmax<S>(out, keys, lse);
+  bias.add(out, LANES, keys);
+  softmax<S>(out, LANES, keys, lse);
 }
 
 // Context [dim][16] of weights [keys][16]; value j's feature c is at v.data[c * v.row + j * v.col].
@@ -72,25 +72,42 @@ INLINE void context(const float* weights, Strided v, int64_t keys, int64_t dim, 
   multiply<S>(v, weights, LANES, out, LANES, dim, keys);
 }
 
-// Up to 16 pairs of a query and a head attend over hidden states [keys][dim], which are keys and
-// values at once. Pair i is at q + i * ldq, scaled already; its result goes to out + i * dim.
-// `space` is [(dim + keys)][16].
-template <class S>
+// Pairs of a query and a head that attend together: whole tiles of any Isa.
+constexpr int64_t PAIRS = 48;
+
+// Up to PAIRS pairs attend over hidden states [keys][dim], which are keys and values at once. Pair i
+// is at q(i), scaled already; its result goes to out(i). `relate(bias, lane, i)` sets its bias.
+// `space` is [dim][16], then [keys][PAIRS].
+template <class S, class Query, class Relate, class Out>
 INLINE void attend_absorbed(
-    const float* q, int64_t ldq, const float* states, int64_t keys, int64_t dim, int64_t lanes,
-    const RelativeBias& bias, float* out, float* space) {
+    const Query& q, const float* states, int64_t keys, int64_t dim, int64_t pairs,
+    const Relate& relate, const Out& out, float* space) {
   float* scores = space + dim * LANES;
-  pack_panel([&](int64_t i) { return q + i * ldq; }, lanes, dim, space);
-  weights<S>(space, {states, dim, 1}, keys, dim, bias, scores);
+  for (int64_t first = 0; first < pairs; first += LANES) {
+    const int64_t lanes = std::min(LANES, pairs - first);
+    pack_panel([&](int64_t i) { return q(first + i); }, lanes, dim, space);
+    float* mine = scores + first;
+    if (S::VECS > 1 && lanes <= LANES / 2) {
+      multiply<S, 2 * S::ROWS, (S::VECS + 1) / 2>(
+          {states, dim, 1}, space, LANES, mine, PAIRS, keys, dim);
+    } else {
+      multiply<S>({states, dim, 1}, space, LANES, mine, PAIRS, keys, dim);
+    }
+    RelativeBias bias;
+    for (int64_t i = 0; i < lanes; ++i) relate(bias, i, first + i);
+    bias.add(mine, PAIRS, keys);
+    softmax<S>(mine, PAIRS, keys, nullptr);
+  }
   int64_t c = 0;
   for (; c + LANES <= dim; c += LANES) {
-    multiply<S>({scores, 1, LANES}, states + c, dim, out + c, dim, lanes, keys);
+    multiply_rows<S>(
+        {scores, 1, PAIRS}, states + c, dim, [&](int64_t i) { return out(i) + c; }, pairs, keys);
   }
   for (; c < dim; ++c) {  // what is left of a width that is no multiple of 16
-    for (int64_t i = 0; i < lanes; ++i) {
+    for (int64_t i = 0; i < pairs; ++i) {
       float sum = 0;
-      for (int64_t j = 0; j < keys; ++j) sum += scores[j * LANES + i] * states[j * dim + c];
-      out[i * dim + c] = sum;
+      for (int64_t j = 0; j < keys; ++j) sum += scores[j * PAIRS + i] * states[j * dim + c];
+      out(i)[c] = sum;
     }
   }
 }

@@ -54,8 +54,8 @@ struct Work {
   int64_t rows;                    // active ones
 
   Panels x, xk, ctx, y, u;       // [panels][features][16]
-  float *q, *kv_panels, *kv;     // likewise, and kv [rows][2d]
-  // Absorbed rows: [rows][d], [rows][heads][wide], [rows][heads][d].
+  float *q, *kv_panels, *kv;     // likewise, and kv [2][heads][rows][dim]
+  // Absorbed rows: [rows][d], [heads][rows][wide], [heads][rows][d].
   float *q_rows, *carried, *mixed;
   int64_t wide;  // d, rounded up to whole lanes
 
@@ -132,9 +132,13 @@ struct UnpackKeys {
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     const int64_t rows = w->keys.size(), width = 2 * w->d;
     for (int64_t p = begin; p < end; ++p) {
-      unpack_panel(w->kv_panels + p * width * LANES, width,
-                   [&](int64_t i) { return w->kv + (p * LANES + i) * width; }, 0,
-                   std::min(LANES, rows - p * LANES));
+      // Each head's rows beside each other: rows as far apart as a token's keys share few lines of
+      // the caches.
+      for (int64_t at = 0; at < width; at += w->dim) {
+        unpack_panel(w->kv_panels + (p * width + at) * LANES, w->dim,
+                     [&](int64_t i) { return w->kv + at * rows + (p * LANES + i) * w->dim; }, 0,
+                     std::min(LANES, rows - p * LANES));
+      }
     }
   }
 };
@@ -148,7 +152,9 @@ struct AttendProjected {
     const int64_t head = item % w->heads, dim = w->dim;
     float* q = scratch.get((2 * dim + s.tokens) * LANES);
     float *out = q + dim * LANES, *scores = out + dim * LANES;
-    const float* k = w->kv + s.first * 2 * w->d + head * dim;
+    const int64_t rows = w->keys.size();
+    const float* k = w->kv + (head * rows + s.first) * dim;
+    const float* v = k + w->d * rows;
     const int64_t end = s.first_active + s.active;
     for (int64_t p = s.first_active / LANES; p * LANES < end; ++p) {
       const int64_t at = (p * w->d + head * dim) * LANES;
@@ -159,13 +165,24 @@ struct AttendProjected {
       for (int64_t i = 0; i < LANES; ++i) {
         w->relate(bias, i, head, std::clamp(p * LANES + i, s.first_active, end - 1));
       }
-      weights<S>(q, {k, 2 * w->d, 1}, s.tokens, dim, bias, scores);
+      weights<S>(q, {k, dim, 1}, s.tokens, dim, bias, scores);
       const bool whole = to - from == LANES;
-      context<S>(scores, {k + w->d, 1, 2 * w->d}, s.tokens, dim, whole ? w->ctx.x + at : out);
+      context<S>(scores, {v, 1, dim}, s.tokens, dim, whole ? w->ctx.x + at : out);
       if (whole) continue;
       for (int64_t c = 0; c < dim; ++c) {
         for (int64_t i = from; i < to; ++i) w->ctx.x[at + c * LANES + i] = out[c * LANES + i];
       }
+    }
+  }
+};
+
+// Queries of absorbed rows, scaled.
+struct UnpackQueries {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* from = w->q + w->lanes[r] / LANES * w->d * LANES + w->lanes[r] % LANES;
+      for (int64_t c = 0; c < w->d; ++c) w->q_rows[r * w->d + c] = from[c * LANES] * w->scale;
     }
   }
 };
@@ -196,26 +213,31 @@ struct CarryQueries {
       }
       for (int64_t i = 0; i < width; i += LANES) {
         multiply<S>({w->q_rows + head * dim, d, 1}, strip + i, STRIP,
-                    w->carried + head * w->wide + first + i, w->heads * w->wide, w->lanes.size(), dim);
+                    w->carried + head * w->lanes.size() * w->wide + first + i, w->wide,
+                    w->lanes.size(), dim);
       }
     }
   }
 };
 
-// Up to 16 pairs of a query and a head of one sentence attend over its hidden states.
+// Up to PAIRS pairs of a query and a head of one sentence attend over its hidden states.
 struct AttendAbsorbed {
   template <class S>
   static INLINE void run(const Work* w, const Sentence* s, int64_t block) {
     static thread_local Scratch scratch;
-    const int64_t d = w->d, first = block * LANES;
-    const int64_t lanes = std::min(LANES, s->active * w->heads - first);
-    const int64_t row = (s->first * w->heads + first) * d;
-    RelativeBias bias;
-    for (int64_t i = 0; i < lanes; ++i) {
-      w->relate(bias, i, (first + i) % w->heads, s->first_active + (first + i) / w->heads);
-    }
-    attend_absorbed<S>(w->carried + (s->first * w->heads + first) * w->wide, w->wide, s->states, s->tokens, d, lanes, bias, w->mixed + row,
-                       scratch.get((d + s->tokens) * LANES));
+    const int64_t d = w->d, first = block * PAIRS;
+    const int64_t pairs = std::min(PAIRS, s->active * w->heads - first);
+    const auto relate = [&](RelativeBias& bias, int64_t lane, int64_t i) {
+      w->relate(bias, lane, (first + i) % w->heads, s->first_active + (first + i) / w->heads);
+    };
+    const int64_t rows = w->lanes.size();
+    const auto pair = [&](int64_t i) {
+      return (first + i) % w->heads * rows + s->first + (first + i) / w->heads;
+    };
+    attend_absorbed<S>(
+        [&](int64_t i) { return w->carried + pair(i) * w->wide; }, s->states, s->tokens, d, pairs,
+        relate, [&](int64_t i) { return w->mixed + pair(i) * d; },
+        scratch.get(d * LANES + s->tokens * PAIRS));
   }
 };
 
@@ -235,7 +257,7 @@ struct BringBack {
     for (int64_t head = begin; head < end; ++head) {
       for (int64_t p = 0; p < panels; ++p) {
         pack_panel(
-            [&](int64_t i) { return w->mixed + ((p * LANES + i) * w->heads + head) * d; },
+            [&](int64_t i) { return w->mixed + (head * rows + p * LANES + i) * d; },
             std::min(LANES, rows - p * LANES), d, x.x + p * d * LANES);
         quantize<S>(x, p, d);
       }
@@ -411,17 +433,15 @@ void run_group(Work& w, bool all_active) {
     parallel_items(start, 4096, [work](int64_t i) { dispatch<AttendProjected>(work, i); });
   }
   if (absorbed) {
-    for (int64_t r = 0; r < absorbed; ++r) {
-      const float* from = w.q + w.lanes[r] / LANES * row + w.lanes[r] % LANES;
-      for (int64_t c = 0; c < d; ++c) w.q_rows[r * d + c] = from[c * LANES] * w.scale;
-    }
+    parallel<UnpackQueries>(w, absorbed, LANES);
     parallel<CarryQueries>(w, w.heads * ((d + 63) / 64));
     std::vector<int64_t> start = {0};
     std::vector<std::pair<const Sentence*, int64_t>> blocks;
     for (const Sentence& s : w.absorbed) {
-      for (int64_t i = 0; i < panels_of(s.active * w.heads); ++i) {
+      const int64_t pairs = s.active * w.heads;
+      for (int64_t i = 0; i * PAIRS < pairs; ++i) {
         blocks.emplace_back(&s, i);
-        start.push_back(start.back() + (s.tokens + 1) * d);
+        start.push_back(start.back() + (s.tokens + 1) * d * std::min(PAIRS, pairs - i * PAIRS));
       }
     }
     const Work* work = &w;

@@ -62,34 +62,44 @@ INLINE void tile(
   for (; k < depth; ++k) step(k);
 }
 
-// c[r * ldc + lane] (+)= sum over k of a(r, k) * b[k * ldb + lane], for `rows` rows and 16 lanes.
-template <class S, int R = S::ROWS>
-INLINE void multiply(
-    Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth,
+// row(r)[lane] (+)= sum over k of a(r, k) * b[k * ldb + lane], for `rows` rows and VECS vectors.
+template <class S, int R = S::ROWS, int VECS = S::VECS, class Row>
+INLINE void multiply_rows(
+    Strided a, const float* b, int64_t ldb, const Row& row, int64_t rows, int64_t depth,
     bool add = false) {
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
-    typename S::Vec sums[R][S::VECS];
+    typename S::Vec sums[R][VECS];
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < S::VECS; ++v) {
-        sums[i][v] = add ? S::load(c + (r + i) * ldc + v * S::WIDTH) : typename S::Vec{};
+      for (int v = 0; v < VECS; ++v) {
+        sums[i][v] = add ? S::load(row(r + i) + v * S::WIDTH) : typename S::Vec{};
       }
     }
-    tile<S, R, S::VECS>(sums, {a.data + r * a.row, a.row, a.col}, b, ldb, depth);
+    tile<S, R, VECS>(sums, {a.data + r * a.row, a.row, a.col}, b, ldb, depth);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < S::VECS; ++v) S::store(c + (r + i) * ldc + v * S::WIDTH, sums[i][v]);
+      for (int v = 0; v < VECS; ++v) S::store(row(r + i) + v * S::WIDTH, sums[i][v]);
     }
   }
   if constexpr (R > 1) {
     if (r < rows) {
-      multiply<S, R / 2>(
-          {a.data + r * a.row, a.row, a.col}, b, ldb, c + r * ldc, ldc, rows - r, depth, add);
+      multiply_rows<S, R / 2, VECS>(
+          {a.data + r * a.row, a.row, a.col}, b, ldb, [&](int64_t i) { return row(r + i); },
+          rows - r, depth, add);
     }
   }
+}
+
+// The same to c[r * ldc + lane].
+template <class S, int R = S::ROWS, int VECS = S::VECS>
+INLINE void multiply(
+    Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth,
+    bool add = false) {
+  const auto row = [&](int64_t r) { return c + r * ldc; };
+  multiply_rows<S, R, VECS>(a, b, ldb, row, rows, depth, add);
 }
 
 typedef float Four __attribute__((vector_size(16), aligned(4)));
