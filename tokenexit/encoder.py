@@ -106,13 +106,14 @@ class ExitEncoder(nn.Module):
         active = Active.all(packed)
         stored = h  # what tokens that left are copied from
         left = torch.zeros_like(packed.first_token)
-        uncertainty = schedule.threshold.new_zeros(len(left))
+        uncertainty = schedule.threshold.new_zeros(left.shape)
+        thresholds = schedule.threshold.unbind()
         trace = []
         for number, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True), 1):
             fresh = layer(h, active, bias, schedule.pre_norm)
             stored = _store(stored, active, fresh)
             h = layer.output_norm(stored) if schedule.pre_norm else stored
-            logits = head(active.rows(h))
+            logits = head(active.rows(h) if schedule.pre_norm else fresh)
             trace.append((active.tokens, logits))
             if number == len(self.layers):
                 break
@@ -135,7 +136,7 @@ class ExitEncoder(nn.Module):
                     left,
                     packed.cu_words,
                     schedule.window,
-                    schedule.threshold[number - 1],
+                    thresholds[number - 1],
                     number,
                     schedule.max_prob,
                     schedule.min_active,
@@ -143,10 +144,10 @@ class ExitEncoder(nn.Module):
             tokens, cu_tokens = compact_active(
                 active.tokens, active.cu_tokens, packed.word_of_token, left
             )
-            tokens = tokens[: cu_tokens[-1]]
-            if not len(tokens):
+            count = int(cu_tokens[-1])
+            if not count:
                 break
-            active = Active(packed, tokens, cu_tokens)
+            active = Active(packed, tokens[:count], cu_tokens)
         return trace
 
 
@@ -163,7 +164,7 @@ def last_of(trace: Trace, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _store(values: torch.Tensor, active: Active, rows: torch.Tensor) -> torch.Tensor:
     """`values` with the active tokens' `rows`, without a copy where those are all."""
-    if len(rows) == len(values):
+    if rows.shape[0] == values.shape[0]:
         return rows
     if torch.is_grad_enabled():
         return values.index_copy(0, active.tokens, rows)

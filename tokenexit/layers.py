@@ -112,7 +112,7 @@ class ExitLayer(nn.Module):
                 active,
                 weights,
                 scales,
-                costs(h.shape[1], len(weights[9]), self.num_heads, int8),
+                costs(h.shape[1], weights[9].shape[0], self.num_heads, int8),
                 self.num_heads,
                 scale,
                 self.output_norm.eps,

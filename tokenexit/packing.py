@@ -42,7 +42,7 @@ class Packed:
 
     @property
     def num_sentences(self) -> int:
-        return len(self.cu_tokens) - 1
+        return self.cu_tokens.shape[0] - 1
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """`[B, N, ...] -> [T, ...]`."""
@@ -76,7 +76,7 @@ class Active:
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """`values[tokens]` of `[T, ...]`, without a copy where that is all rows."""
-        return values if len(self.tokens) == len(values) else values[self.tokens]
+        return values if self.tokens.shape[0] == values.shape[0] else values[self.tokens]
 
     @cached_property
     def keys(self) -> tuple[torch.Tensor | None, torch.Tensor]:

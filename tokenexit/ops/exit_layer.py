@@ -62,10 +62,12 @@ def exit_layer(
     if h.dim() != 2 or num_heads < 1 or h.shape[1] % num_heads:
         raise ValueError(f"got h {tuple(h.shape)} and {num_heads} heads; expected [T, d], H | d")
     sentences = active.packed.num_sentences
-    check_vector("active.tokens", active.tokens, len(active.tokens), h.device)
+    check_vector("active.tokens", active.tokens, active.tokens.shape[0], h.device)
     check_vector("active.cu_tokens", active.cu_tokens, sentences + 1, h.device)
-    positions = None if bias is None else active.positions
-    check_bias(bias, positions, h.new_empty(len(active.tokens), num_heads, 0))
+    positions = None
+    if bias is not None:
+        positions = active.positions
+        check_bias(bias, positions, h.new_empty(active.tokens.shape[0], num_heads, 0))
     return torch.ops.tokenexit.exit_layer(
         h,
         active.tokens,
