@@ -323,7 +323,7 @@ def _bias(bias):
 
 def _call(q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed, max_length, precision):
     """What launches share: arguments by position and by name, the grid, a block and half of it."""
-    (num_q, heads, d), num_k = q.shape, len(k)
+    (num_q, heads, d), num_k = q.shape, k.shape[0]  # len() would fix the size of a traced graph
     longest = max_length or max(num_q, num_k)
     block_d = max(16, triton.next_power_of_2(d))
     # 64 rows fill the products of sm_90 and sm_100; 16 are the least that there may be. Registers
@@ -337,7 +337,7 @@ def _call(q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed, max_leng
         DROP_BELOW=int(dropout_p * 2**32), PRECISION=precision, D=d, BLOCK_D=block_d,
         num_warps=4, num_stages=2,
     )  # fmt: skip
-    grid = (triton.cdiv(longest, block), heads, len(cu_q) - 1)
+    grid = (triton.cdiv(longest, block), heads, cu_q.shape[0] - 1)
     return shared, named, grid, block, max(16, block // 2)
 
 
@@ -444,12 +444,12 @@ def absorbed_attention(
         `[A, H, d]`, 0 for a query without keys.
     """
     q, h = _dense(q), _dense(h)
-    (num_q, heads, d), num_k = q.shape, len(h)
+    (num_q, heads, d), num_k = q.shape, h.shape[0]
     out, (bias, reach) = q.new_empty(q.shape), _bias(bias)
     # A block of rows of q and one of h have to fit the shared memory, whole.
     size = d * q.element_size()
     block_r, block_k = 32 if size <= 2048 else 16, 32 if size <= 1536 else 16
-    grid = (triton.cdiv((max_length or max(num_q, num_k)) * heads, block_r), len(cu_q) - 1)
+    grid = (triton.cdiv((max_length or max(num_q, num_k)) * heads, block_r), cu_q.shape[0] - 1)
     block_d = max(16, triton.next_power_of_2(triton.cdiv(d, triton.cdiv(d, 256))))
     if out.numel() and grid[1]:
         wrap_triton(_absorbed_attention_kernel)[grid](

@@ -118,6 +118,13 @@ def test_reach_of_the_bias(reach, device):
     Batch([(37, 70), (0, 2), (4, 4)], torch.float32, device, 16, reach, heads=1).check()
 
 
+def test_large_scores(device):
+    """Rows that fill up a block must not overflow into the others' sums."""
+    batch = Batch([(5, 17), (40, 50)], torch.float16, device, 16, 6)
+    batch.table += 100
+    batch.check()
+
+
 @pytest.mark.parametrize("dim", [1, 80, 130])
 def test_head_dims(dim, dtype, device):
     Batch([(18, 40), (1, 3)], dtype, device, dim, heads=1).check()

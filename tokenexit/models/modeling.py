@@ -24,7 +24,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from tokenexit import reference
+from tokenexit import reference, static
 from tokenexit.encoder import ExitEncoder, Schedule, Trace, last_of
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized
@@ -129,6 +129,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
         kinds = torch.full((config.vocab_size,), STARTS_WORD, dtype=torch.uint8)
         self.register_buffer("token_kinds", kinds)
         self._backend = "auto"
+        self._graphed_loop = static.GraphedLoop()
+        self.cuda_graphs = True
         self.policy = ExitPolicy.from_dict(config.exit_policy or ExitPolicy.never().to_dict())
         self.post_init()
 
@@ -280,8 +282,11 @@ class TokenExitForTokenClassification(PreTrainedModel):
             input_ids, attention_mask, word_ids, token_type_ids, position_ids, labels, exit_layers
         )
         packed = pack(attention_mask, word_ids)
-        trace = self._run(input_ids, token_type_ids, position_ids, packed, policy, exit_layers)
-        logits, layers = last_of(trace, len(packed.slots))
+        every_layer = output_layer_logits or self.training
+        trace, left_with = self._run(
+            input_ids, token_type_ids, position_ids, packed, policy, exit_layers, every_layer
+        )
+        logits, layers = left_with or last_of(trace, len(packed.slots))
         if not self.training and any(values.isnan().any() for _, values in trace):
             raise ValueError(self._explain_nan(trace, packed))
 
@@ -316,7 +321,10 @@ class TokenExitForTokenClassification(PreTrainedModel):
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
 
-    def _run(self, input_ids, token_type_ids, position_ids, packed, policy, exit_layers) -> Trace:
+    def _run(
+        self, input_ids, token_type_ids, position_ids, packed, policy, exit_layers, every_layer
+    ) -> tuple[Trace, tuple[torch.Tensor, torch.Tensor] | None]:
+        """The trace; or, of the loop with static shapes, none, but what tokens left with."""
         ids = packed.pack(input_ids)
         if position_ids is not None:
             positions = packed.pack(position_ids)
@@ -349,10 +357,17 @@ class TokenExitForTokenClassification(PreTrainedModel):
                     "the reference backend has no dropout; got a model in training mode with "
                     "dropout, expected model.eval() or dropout 0"
                 )
-            return reference.exit_forward(
+            trace = reference.exit_forward(
                 h, self.encoder.layers, self.encoder.heads, packed, schedule, bias, exit_layers
             )
-        return self.encoder(h, packed, schedule, bias, exit_layers)
+            return trace, None
+        modules = self.encoder.layers, self.encoder.heads
+        if not every_layer and static.applies(*modules, h, schedule):
+            loop = self._graphed_loop if self.cuda_graphs else static.exit_loop
+            left_with = loop(*modules, h, packed, schedule, bias, exit_layers)
+            if not left_with[0].isnan().any():  # else the trace tells where from
+                return [], left_with
+        return self.encoder(h, packed, schedule, bias, exit_layers), None
 
     def _check(
         self, input_ids, attention_mask, word_ids, token_type_ids, position_ids, labels, exit_layers

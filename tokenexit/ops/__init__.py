@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 
 import torch
 
@@ -46,6 +48,33 @@ def use_compiled(backend: str, device: torch.device, devices: frozenset[str]) ->
     if backend not in ("auto", "reference"):
         raise ValueError(f'got backend {backend!r}; expected "auto" or "reference"')
     return backend == "auto" and device.type in devices
+
+
+@torch.compiler.assume_constant_result
+def float32_precision() -> str:
+    """Of Triton's fp32 products, as PyTorch is set: "ieee", or "tf32" unless it is "highest"."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def use_triton(backend: str, *tensors: torch.Tensor) -> bool:
+    """Whether a call takes the Triton op: on a GPU with triton installed, one dtype that it has."""
+    dtype = tensors[0].dtype
+    return (
+        backend == "auto"
+        and all(tensor.is_cuda and tensor.dtype == dtype for tensor in tensors)
+        and dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and _load_kernels()
+    )
+
+
+@functools.cache
+def _load_kernels():
+    """Import what registers torch.ops.tokenexit_triton, on first use; whether triton is there."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    for name in ("attention", "decision", "norm"):
+        importlib.import_module(f"tokenexit.kernels.{name}")
+    return True
 
 
 def check_vector(

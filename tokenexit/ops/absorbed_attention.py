@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 
 from tokenexit import reference
-from tokenexit.ops import check_bias, compiled_devices, use_compiled
+from tokenexit.ops import (
+    check_bias,
+    compiled_devices,
+    float32_precision,
+    use_compiled,
+    use_triton,
+)
 
 _DEVICES = compiled_devices("absorbed_attention")
 
@@ -58,6 +64,9 @@ def absorbed_attention(
         )
     check_bias(bias, positions, q)
     arguments = (q, h, cu_q, cu_k, scale, bias, positions)
+    if use_triton(backend, q, h):
+        run = torch.ops.tokenexit_triton.absorbed_attention
+        return run(*arguments, max_length, float32_precision())
     if use_compiled(backend, q.device, _DEVICES) and q.dtype == torch.float32:
         return torch.ops.tokenexit.absorbed_attention(*arguments, max_length)
     return reference.absorbed_attention(*arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tokenexit.ops import compiled_devices, use_compiled
+from tokenexit.ops import compiled_devices, use_compiled, use_triton
 
 _DEVICES = compiled_devices("add_layer_norm")
 
@@ -43,6 +43,8 @@ def add_layer_norm(
     if weight.shape != bias.shape:
         raise ValueError(f"got bias {tuple(bias.shape)}; expected {tuple(weight.shape)}")
     tensors = (x, residual, weight, bias)
+    if use_triton(backend, *tensors):
+        return torch.ops.tokenexit_triton.add_layer_norm(*tensors, eps)[0]
     fits = all(tensor.dtype == torch.float32 for tensor in tensors)
     if use_compiled(backend, x.device, _DEVICES) and fits:
         return torch.ops.tokenexit.add_layer_norm(*tensors, eps)[0]

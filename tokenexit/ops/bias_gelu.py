@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tokenexit.ops import compiled_devices, use_compiled
+from tokenexit.ops import compiled_devices, use_compiled, use_triton
 
 _DEVICES = compiled_devices("bias_gelu")
 
@@ -28,6 +28,8 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, backend: str = "auto") -> 
     """
     if x.dim() != 2 or bias.shape != x.shape[1:]:
         raise ValueError(f"got x {tuple(x.shape)}, bias {tuple(bias.shape)}; expected [A, f], [f]")
+    if use_triton(backend, x, bias):
+        return torch.ops.tokenexit_triton.bias_gelu(x, bias)
     fits = x.dtype == bias.dtype == torch.float32
     if use_compiled(backend, x.device, _DEVICES) and fits:
         return torch.ops.tokenexit.bias_gelu(x, bias)

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from tokenexit import reference
-from tokenexit.ops import check_bias, compiled_devices, use_compiled
+from tokenexit.ops import (
+    check_bias,
+    compiled_devices,
+    float32_precision,
+    use_compiled,
+    use_triton,
+)
 
 _DEVICES = compiled_devices("exit_attention")
 
@@ -69,6 +75,9 @@ def exit_attention(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"got dropout_p={dropout_p}; expected a probability below 1")
     arguments = (q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed)
+    if use_triton(backend, q, k, v):
+        run = torch.ops.tokenexit_triton.exit_attention
+        return run(*arguments, max_length, float32_precision())[0]
     if use_compiled(backend, q.device, _DEVICES) and q.dtype == torch.float32:
         return torch.ops.tokenexit.exit_attention(*arguments, max_length)[0]
     if backend == "reference" or dropout_p:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenexit import reference
-from tokenexit.ops import check_vector, compiled_devices, use_compiled
+from tokenexit.ops import check_vector, compiled_devices, use_compiled, use_triton
 
 _DEVICES = compiled_devices("exit_decision")
 
@@ -92,9 +92,11 @@ def exit_decision(
     check_vector("threshold", threshold, num_sentences, device, dtype)
     if min_active is not None:
         check_vector("min_active", min_active, num_sentences, device)
+    state = (logits, words, uncertainty, exit_layer, cu_words, window, threshold)
+    if use_triton(backend, logits):
+        return torch.ops.tokenexit_triton.exit_decision(*state, layer, max_prob, min_active)
     compiled = use_compiled(backend, device, _DEVICES)
     run = torch.ops.tokenexit.exit_decision if compiled else reference.exit_decision
-    state = (logits, words, uncertainty, exit_layer, cu_words, window, threshold)
     return run(*state, layer, max_prob, min_active)
 
 
