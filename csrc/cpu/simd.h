@@ -55,8 +55,9 @@ INLINE typename S::Vec exp(typename S::Vec x) {
   y = y * r + 0.5f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  const I power = (I)((typename S::UInt)shifted << 23);  // n in the exponent
-  const V result = under ? V{} : (V)((I)y + power);
+  using U = typename S::UInt;
+  const U power = (U)shifted << 23;  // n in the exponent
+  const V result = under ? V{} : (V)((U)y + power);
   return given == given ? result : given;
 }
 
