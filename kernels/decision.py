@@ -247,7 +247,7 @@ def exit_step_(
             d, x.stride(0), h.stride(0), num_stats, eps, layer, labels, max_prob, decide,
             tiles["BLOCK_N"], triton.next_power_of_2(num_stats),
             _ROWS, 128 // x.element_size(), max(16, triton.next_power_of_2(labels)), _WORDS,
-            num_stages=2 if torch.version.hip else 3,
+            num_stages=2,
         )  # fmt: skip
 
 

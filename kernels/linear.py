@@ -111,10 +111,11 @@ def _linear_kernel(
         near = offs_m
         if residual_gather_ptr is not None:
             near = tl.load(residual_gather_ptr + offs_m, mask=mask_m, other=0)
+        if NORM_RESIDUAL:
+            mean, rstd = mean_rstd(stats_in_ptr, near, mask_m, N, num_stats, eps, BLOCK_N, S)
         at = residual_ptr + near[:, None] * stride_rm + cols[None, :]
         residual = tl.load(at, mask=mask, other=0.0)
         if NORM_RESIDUAL:
-            mean, rstd = mean_rstd(stats_in_ptr, near, mask_m, N, num_stats, eps, BLOCK_N, S)
             normal = normalize(residual, mean, rstd, norm_weight_ptr, norm_bias_ptr, cols, mask_n)
             residual = normal.to(residual.dtype)  # fewer registers than fp32, else sm_120 spills
         acc += residual
