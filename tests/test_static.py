@@ -4,7 +4,9 @@ import importlib.util
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from random_models import random_tagger
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokenexit import ExitPolicy, static
@@ -16,7 +18,10 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
     pytest.mark.skipif(not extension_available(), reason=str(extension_error())),
 ]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or not static._DEVICES,
+    reason="needs a GPU and compact_active compiled for it",
+)
 LENGTHS = [5, 17, 1, 9]
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "repeat_interleave"}
 VIEWS = {"t", "view", "slice", "select", "unbind", "_unsafe_view", "alias", "getitem", "detach"}
@@ -69,18 +74,26 @@ def test_no_size_and_no_step_of_the_host_hangs_on_a_value(bias):
     assert "nonzero" in traced(after=lambda logits, layers: layers.nonzero())
 
 
-def test_one_graph_for_torch_compile():
-    layers, heads, h, packed, schedule, _ = arguments()
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_graph_for_torch_compile(bias):
+    """Down to the kernels: an op of Triton's is one launch."""
+    layers, heads, h, packed, schedule, table = arguments(bias=bias)
     graphs = []
 
-    def backend(graph, inputs):
+    def compiler(graph, inputs):
         graphs.append(graph)
-        return lambda *_: (torch.zeros(len(h), 5), torch.zeros(len(h)).long())
+        results = [node.meta["val"] for node in graph.graph.output_node().args[0]]
+        return make_boxed_func(lambda *_: [torch.zeros(r.shape, dtype=r.dtype) for r in results])
 
     with torch.no_grad():
+        backend = aot_autograd(fw_compiler=compiler)
         run = torch.compile(static.exit_loop, backend=backend, fullgraph=True)
-        logits, _ = run(layers, heads, h, packed, schedule)
+        logits, _ = run(layers, heads, h, packed, schedule, table)
     assert len(graphs) == 1 and logits.shape == (len(h), 5)
+    names = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("triton_kernel_wrapper" in name for name in names) == 6 * 4
+    assert sum("compact_active" in name for name in names) == 3
+    assert not any(wait in name for name in names for wait in WAITS)
 
 
 def test_torch_export_takes_it():
@@ -119,6 +132,11 @@ def test_when_it_applies(monkeypatch):
     assert not static.applies(layers, heads, h.double(), schedule)
     with torch.enable_grad():
         assert not static.applies(layers, heads, h, schedule)
+    bare = [*heads[:3], torch.nn.Linear(32, 5, bias=False)]
+    assert not static.applies(layers, bare, h, schedule)
+    turned = [*heads[:3], torch.nn.Linear(32, 5)]
+    turned[3].weight = torch.nn.Parameter(torch.randn(32, 5).T)
+    assert not static.applies(layers, turned, h, schedule)
     layers[1].activation = torch.tanh
     assert not static.applies(layers, heads, h, schedule)
 
@@ -135,6 +153,7 @@ def test_graphs_replay_what_the_loop_does(dtype):
         for a, b, c in zip(direct, graphed, again, strict=True):
             assert torch.equal(b, c)
             assert torch.equal(a, b)
+    assert all(loop._graphs.values())  # recorded, not run directly
 
 
 @pytest.mark.gpu

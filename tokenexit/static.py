@@ -9,9 +9,10 @@ all tokens, whose first rows count; the count stays on the device. A layer is se
     linear            LayerNorm, up, GELU
     linear            down, with the residual
     exit_step_        LayerNorm, store, head, decision, what tokens leave with
-    compact_active    the new list
+    compact_active    the new list, after a memset of its tickets
 
-A relative-position bias adds one, a gather of the queries' positions.
+A relative-position bias adds one, a gather of the queries' positions. Before the first layer lie a
+copy of the states and six fills. `is_sound` is one wait, after the last.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def applies(layers: Sequence[nn.Module], heads: Sequence[nn.Module], h, schedule
     """Whether the loop can do what the eager one would.
 
     That is inference on a GPU that has Triton and the compiled `compact_active`, in fp16, bf16
-    or fp32 throughout, with exact GELU, plain linear layers and at most 256 labels; and a policy
-    with copy "post_norm" and neighbors "frozen".
+    or fp32 throughout, with contiguous weights, exact GELU, plain linear layers and at most 256
+    labels; and a policy with copy "post_norm" and neighbors "frozen".
     """
     return (
         h.device.type in _DEVICES
@@ -55,10 +56,11 @@ def applies(layers: Sequence[nn.Module], heads: Sequence[nn.Module], h, schedule
         and not schedule.pre_norm
         and not schedule.recompute
         and importlib.util.find_spec("triton") is not None
-        and all(weight.dtype == h.dtype for weight in weights(layers, heads))
         and all(layer.activation is F.gelu and not layer.training for layer in layers)
         and all(type(layer.up) is nn.Linear for layer in layers)
         and all(isinstance(head, nn.Linear) and head.out_features <= MOST_LABELS for head in heads)
+        and all(head.bias is not None for head in heads)
+        and all(w.dtype == h.dtype and w.is_contiguous() for w in weights(layers, heads))
     )
 
 
@@ -145,6 +147,16 @@ def exit_loop(
             active, cu_active = compact_active(active, cu_active, packed.word_of_token, left)
             positions = None if bias is None else packed.positions[active]
     return logits, layer_of_token
+
+
+def is_sound(heads: Sequence[nn.Module], logits: torch.Tensor) -> bool:
+    """Whether surely no layer's logits had a NaN; `logits` are those tokens left with.
+
+    A state that is NaN stays so, and its token leaves with NaN. Only a head whose own weights are
+    not finite makes NaN of a sound state, which a later head may hide.
+    """
+    sizes = torch.stack(torch._foreach_norm([w for head in heads for w in head.parameters()]))
+    return bool(sizes.isfinite().all() & ~logits.isnan().any())
 
 
 def bucket(size: int, least: int = 16) -> int:

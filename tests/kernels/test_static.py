@@ -1,8 +1,10 @@
 """The loop with static shapes, by way of the model, against the reference."""
 
+import itertools
+
 import pytest
 import torch
-from random_models import random_batch, random_tagger
+from random_models import FAMILIES, random_batch, random_tagger
 from test_reference import POLICIES
 
 from tokenexit import ExitPolicy, static
@@ -30,8 +32,10 @@ def both(tagger, batch, **kwargs):
     return results
 
 
-@pytest.mark.parametrize("policy", [*MINE[::3], MINE[-1]], ids=str)
-@pytest.mark.parametrize("family", ["bert", "mpnet"])
+CHOSEN = [*MINE[:-1:4], MINE[-1], ExitPolicy(window=1, threshold=(0.0, 0.5, 0.0, 0.0))]
+
+
+@pytest.mark.parametrize("family, policy", list(zip(itertools.cycle(FAMILIES), CHOSEN)), ids=str)
 @torch.no_grad()
 def test_equals_the_reference(family, policy, device, taken):
     tagger = random_tagger(family, dtype=torch.float32).to(device)
@@ -73,6 +77,17 @@ def test_nan_is_told(device, taken):
     batch = {name: value.to(device) for name, value in random_batch(LENGTHS).items()}
     with pytest.raises(ValueError, match="NaN logits at layer 3"):
         tagger(**batch, policy=ExitPolicy.never())
+    assert len(taken) == 1
+
+
+@torch.no_grad()
+def test_nan_that_a_later_head_hides(device, taken):
+    tagger = random_tagger(dtype=torch.float32).to(device)
+    tagger.exit_heads[1].bias[0] = torch.nan
+    tagger.cuda_graphs = False
+    batch = {name: value.to(device) for name, value in random_batch(LENGTHS).items()}
+    with pytest.raises(ValueError, match="NaN logits at layer 2"):
+        tagger(**batch, policy=ExitPolicy(threshold=0.3))
     assert len(taken) == 1
 
 

@@ -365,7 +365,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         if not every_layer and static.applies(*modules, h, schedule):
             loop = self._graphed_loop if self.cuda_graphs else static.exit_loop
             left_with = loop(*modules, h, packed, schedule, bias, exit_layers)
-            if not left_with[0].isnan().any():  # else the trace tells where from
+            if static.is_sound(self.encoder.heads, left_with[0]):  # else the trace tells of NaN
                 return [], left_with
         return self.encoder(h, packed, schedule, bias, exit_layers), None
 
