@@ -1,7 +1,7 @@
 """What the compilers make of every kernel, without a GPU: registers, spills, tensor cores.
 
-`python -m tokenexit.kernels.report [--json FILE] [--arch sm_90 ...] [--model base ...]
-[--dtype fp16 ...] [--kernel PART_OF_NAME]`
+`python -m tokenexit.kernels.report [--all] [--table] [--json FILE] [--arch sm_90 ...]
+[--model base ...] [--dtype fp16 ...] [--kernel PART_OF_NAME]`
 
 Each kernel module has a function `compile_cases(hidden, num_heads, dtype)`, with a torch dtype,
 that yields `(name, launcher, arguments)`: calls on CPU tensors of a model's shapes. Nothing is
@@ -140,13 +140,39 @@ def occupancy(arch, registers, shared, warps):
     return min(fit, by_shared, max_blocks, max_warps // warps) * warps / max_warps
 
 
+def table(rows):
+    """Lines of a Markdown table: a row a kernel, a column a target, the worst of all the rest."""
+    arches = list(dict.fromkeys(row["arch"] for row in rows))
+    lines = [
+        f"| kernel | {' | '.join(arches)} | tensor cores |",
+        "| --- " * (len(arches) + 2) + "|",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        cells = []
+        for arch in arches:
+            here = [row for row in rows if (row["kernel"], row["arch"]) == (kernel, arch)]
+            registers, spill, shared = (
+                max(row[name] for row in here)
+                for name in ("registers", "spill_bytes", "shared_kib")
+            )
+            low = min(row["occupancy"] for row in here)
+            spilled = f", **spills {spill} B**" if spill else ""
+            cells.append(f"{registers}, {shared:.0f}, {low:.0%}{spilled}")
+        names = {row["tensor_cores"] for row in rows if row["kernel"] == kernel} - {""}
+        cells.append(", ".join(sorted(names)) or "-")
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
+    return lines
+
+
 def main(arguments=None):
     """Print the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tokenexit.kernels.report")
+    parser.add_argument("--all", action="store_true", help="all models and dtypes, not just a pair")
+    parser.add_argument("--table", action="store_true", help="end with a Markdown table by kernel")
     parser.add_argument("--json", type=Path, help="write JSON lines there, too")
     parser.add_argument("--arch", nargs="+", choices=LIMITS, default=list(LIMITS))
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: base")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: fp16")
     parser.add_argument("--kernel", default="", help="only kernels whose name has this part")
     chosen = parser.parse_args(arguments)
     try:
@@ -154,12 +180,14 @@ def main(arguments=None):
     except ImportError:
         print("The report needs triton, which is not installed (pip install triton).")
         return 0
+    models = chosen.model or (MODELS if chosen.all else ["base"])
+    dtypes = chosen.dtype or (DTYPES if chosen.all else ["fp16"])
     rows = []
     line = "{:32} {:7} {:5} {:7} {:>5} {:>6} {:>7} {:>14} {:>6}"
     heads = "kernel,model,dtype,arch,regs,spill,KiB,tensor cores,occup."
     print(line.format(*heads.split(",")))
-    for model in chosen.model:
-        for dtype in chosen.dtype:
+    for model in models:
+        for dtype in dtypes:
             for name, kernel, values, options in launches(*MODELS[model], DTYPES[dtype]):
                 if chosen.kernel not in name:
                     continue
@@ -172,6 +200,8 @@ def main(arguments=None):
                         name, model, dtype, arch, row["registers"], row["spill_bytes"],
                         f"{row['shared_kib']:.1f}", cores, f"{row['occupancy']:.0%}",
                     ), flush=True)  # fmt: skip
+    if chosen.table:
+        print("", *table(rows), sep="\n")
     if chosen.json:
         chosen.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return 0
