@@ -2,7 +2,8 @@
 
     PYTHONPATH=benchmarks python -m cpu          (make bench; --help for options)
 
-Same weights, same sentences, same threads, all systems in alternation. Peers get their inputs
+Same weights, same sentences, same threads, all systems in alternation. A peer has a process of its
+own, which stands still while others are timed. Peers get their inputs
 tokenized, padded and sorted by length for nothing, in the batch size that suits them best; ours
 gets a padded batch and packs it within the time measured. A peer whose logits are not Hugging
 Face's gets no numbers, and the exit status is 1.
@@ -15,6 +16,7 @@ Face's gets no numbers, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import subprocess
@@ -30,6 +32,7 @@ import report
 import texts
 import torch
 import transformers
+from apart import Apart
 from texts import Batch, Sentence
 
 import tokenexit
@@ -112,11 +115,13 @@ class System:
 
     Attributes:
         run: gives the outputs of all chunks.
+        time_ms: milliseconds that they take, now.
         chunks: indices of the sentences of each.
         facts: for its row.
     """
 
     run: Callable[[], list]
+    time_ms: Callable[[], float]
     chunks: list[list[int]]
     facts: dict
 
@@ -141,13 +146,13 @@ def best_size(sizes: Sequence[int], time_of: Callable[[int], float]) -> int:
     return min(near, key=lambda size: min(first[size], time_of(size)))
 
 
-def peer_system(name: str, peer: peers.Peer, sentences, batch: int, size: int) -> System:
+def peer_system(name: str, peer: Apart, sentences, batch: int, size: int) -> System:
     """A peer on sentences in chunks of a size."""
     chunks = split([len(s) for s in sentences], batch, size)
     inputs = [peer.prepare(texts.batch([sentences[i] for i in chunk])) for chunk in chunks]
     setting = "padded" if size >= batch else f"sorted, batches of {size}"
     facts = {"system": name, "dtype": peers.PEERS[name][0], "setting": setting, "size": size}
-    return System(lambda: [peer.run(x) for x in inputs], chunks, facts)
+    return System(lambda: peer.run(inputs), lambda: peer.time_ms(inputs), chunks, facts)
 
 
 def our_system(dtype: str, model, exits: str, arguments, sentences, batch: int) -> System:
@@ -160,7 +165,11 @@ def our_system(dtype: str, model, exits: str, arguments, sentences, batch: int) 
         calls.append({"input_ids": b.input_ids, **inputs})
     name = "tokenexit" if dtype == "fp32" else f"tokenexit {dtype}"
     facts = {"system": name, "dtype": dtype, "setting": "packed", "exits": exits}
-    return System(lambda: [model(**call) for call in calls], chunks, facts)
+
+    def run():
+        return [model(**call) for call in calls]
+
+    return System(run, lambda: harness.time_ms(run), chunks, facts)
 
 
 def per_sentence(chunks, outputs, sentences) -> list[torch.Tensor]:
@@ -194,14 +203,22 @@ class Bench:
     def subject(self, subject: Subject):
         """All cases of a subject."""
         self.check_exits(subject)
-        loaded = {}
-        for name in peers.PEERS:
-            if name in self.skip:
-                continue
-            try:
-                loaded[name] = peers.load(name, subject.folder, subject.failed)
-            except peers.Unavailable as error:
-                self.say(f"{name} is left out: {error}")
+        with contextlib.ExitStack() as stack:
+            loaded = {
+                name: stack.enter_context(Apart(name, subject.folder, subject.failed))
+                for name in peers.PEERS
+                if name not in self.skip
+            }
+            for name, peer in list(loaded.items()):
+                try:
+                    peer.wait()
+                except peers.Unavailable as error:
+                    self.say(f"{name} is left out: {error}")
+                    del loaded[name]
+            self.cases(subject, loaded)
+
+    def cases(self, subject: Subject, loaded: dict[str, Apart]):
+        """All cases of a subject, with the peers that are there."""
         sizes, f1 = {}, {}
         for case in subject.cases:
             rows = self.case(subject, case, loaded, sizes)
@@ -252,9 +269,9 @@ class Bench:
                 self.keep(system, check, systems, checks, subject.name)
 
         names = [f"{i}" for i in range(len(systems))]
-        runs = dict(zip(names, (s.run for s in systems), strict=True))
+        clocks = dict(zip(names, (s.time_ms for s in systems), strict=True))
         rounds = HEADLINE_ROUNDS if case.headlines else ROUNDS
-        times = harness.alternate(runs, rounds, self.budget_s, warm=True)  # by the checks
+        times = harness.alternate(clocks, rounds, self.budget_s, warm=True)  # by the checks
         full = {
             s.facts["dtype"]: times[i]
             for i, s in zip(names, systems, strict=True)
@@ -293,15 +310,15 @@ class Bench:
         systems.append(system)
         checks.append(check)
 
-    def tune(self, name: str, peer: peers.Peer, case: Case) -> int:
+    def tune(self, name: str, peer: Apart, case: Case) -> int:
         """A peer's best batch size, by time on a part of the case."""
         batch = min(case.batch, TUNED_SENTENCES)
         sentences = case.sentences[: max(batch, TUNED_SENTENCES // 2)]
         sizes = [s for s in BATCH_SIZES if s < batch] + [batch]
         if not case.ragged:
             sizes = sizes[-2:] + sizes[:1] if batch > 1 else sizes
-        runs = {s: peer_system(name, peer, sentences, batch, s).run for s in set(sizes)}
-        return min(best_size(list(runs), lambda s: harness.time_ms(runs[s])), case.batch)
+        systems = {s: peer_system(name, peer, sentences, batch, s) for s in set(sizes)}
+        return min(best_size(list(systems), lambda s: systems[s].time_ms()), case.batch)
 
     def truth(self, subject: Subject, sentences) -> list[torch.Tensor]:
         chunks = split([len(s) for s in sentences], len(sentences), 8)

@@ -27,7 +27,7 @@ def time_ms(run: Callable[[], object]) -> float:
 
 
 def alternate(
-    systems: Mapping[str, Callable[[], object]],
+    systems: Mapping[str, Callable[[], float]],
     rounds: int,
     budget_s: float = 0,
     warm: bool = False,
@@ -35,6 +35,7 @@ def alternate(
     """Milliseconds of each system, A B C A B C ..., after a round of warming up.
 
     Args:
+        systems: by name, what runs each once and returns its milliseconds.
         rounds: at least.
         budget_s: more rounds, up to four times as many, as long as they fit into it.
         warm: they have run before; no such round.
@@ -47,7 +48,7 @@ def alternate(
         done < 4 * rounds and (time.perf_counter() - start) * (done + 1) / done < budget_s
     ):
         for name, run in systems.items():
-            times[name].append(time_ms(run))
+            times[name].append(run())
         done += 1
     return {name: values[skipped:] for name, values in times.items()}
 

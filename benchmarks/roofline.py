@@ -159,11 +159,11 @@ def feed_forward_share(inputs: list[tuple], rounds: int) -> float:
             systems[name].append(
                 (h, active, weights, [], how, layer.num_heads, scale, layer.output_norm.eps)
             )
-    runs = {
-        name: lambda calls=calls: [exit_layer(*call) for call in calls]
-        for name, calls in systems.items()
-    }
-    times = harness.alternate(runs, rounds)
+
+    def clock(calls):
+        return lambda: harness.time_ms(lambda: [exit_layer(*call) for call in calls])
+
+    times = harness.alternate({name: clock(calls) for name, calls in systems.items()}, rounds)
     pairs = zip(times["thin"], times["whole"], strict=True)
     return max(0.0, 1 - statistics.median(thin / whole for thin, whole in pairs))
 

@@ -1,7 +1,10 @@
 """The benchmarks' own logic: what is timed, against what, and what is reported. No times."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
+import apart
 import cpu
 import harness
 import pytest
@@ -107,10 +110,10 @@ def test_best_size():
 
 def test_alternate():
     calls = []
-    systems = {name: lambda name=name: calls.append(name) for name in "ab"}
+    systems = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
     times = harness.alternate(systems, rounds=3)
     assert calls == ["a", "b"] * 4  # the first warms up
-    assert [len(t) for t in times.values()] == [3, 3]
+    assert times == {"a": [3, 5, 7], "b": [4, 6, 8]}
     assert len(harness.alternate(systems, 3, budget_s=1e9)["a"]) == 12 - 1
     calls.clear()
     assert len(harness.alternate(systems, 3, warm=True)["b"]) == 3
@@ -127,7 +130,7 @@ def test_a_wrong_peer_gets_no_numbers(tmp_path, capsys):
     facts = {"system": "ONNX Runtime", "dtype": "fp32", "setting": "padded"}
     systems, checks = [], []
     for dtype, difference in (("fp32", 2e-3), ("fp32", float("nan")), ("fp32", 1e-4), ("int8", 1)):
-        system = cpu.System(list, [], {**facts, "dtype": dtype})
+        system = cpu.System(list, float, [], {**facts, "dtype": dtype})
         bench.keep(system, {"max_difference": difference}, systems, checks, "m")
     assert [c["max_difference"] for c in checks] == [1e-4, 1]
     assert len(bench.failures) == 2 and "logits differ by 0.002" in bench.failures[0]
@@ -239,10 +242,33 @@ def test_a_peer_that_fails_is_left_out_with_a_line(tmp_path, capsys):
     model = random_tagger("bert", torch.float32, layers=2)
     case = cpu.Case("text", 2, [texts.uniform(1, n, 60)[0] for n in (4, 6)])
     subject = cpu.Subject("m", theirs, {"fp32": model}, cpu.decided(), [case], tmp_path, {})
-    broken = cpu.peers.Peer(lambda b: b, lambda b: 1 / 0)
-    loaded = {"OpenVINO": broken}
+    loaded = {"OpenVINO": SimpleNamespace(prepare=lambda b: 1 / 0)}
     with torch.inference_mode():
         rows = cpu.Bench(0, [], "now", tmp_path).case(subject, case, loaded, {})
     assert loaded == {}
     assert "OpenVINO is left out from here on: ZeroDivisionError" in capsys.readouterr().out
     assert rows == []  # and ours, which has other weights than theirs here, is red
+
+
+@pytest.mark.slow
+def test_a_peer_apart_stands_still_between_questions(tmp_path):
+    theirs = random_classifier(layers=2)
+    b = texts.batch([texts.uniform(1, n, 60)[0] for n in (4, 6)])
+    theirs.save_pretrained(tmp_path / "hf")
+    with apart.Apart("Hugging Face sdpa", tmp_path, {}) as peer:
+        peer.wait()
+        state = Path(f"/proc/{peer._process.pid}/stat").read_text().rpartition(") ")[2][0]
+        assert state == "T"
+        batch = peer.prepare(b)
+        (logits,) = peer.run([batch])
+        with torch.inference_mode():
+            expected = theirs.eval()(b.input_ids, b.attention_mask).logits
+        torch.testing.assert_close(logits, expected)
+        assert peer.time_ms([batch, batch]) > 0
+        with pytest.raises(RuntimeError, match="IndexError"):
+            peer.run([3])
+    assert not peer._process.is_alive()
+    failed = {"model.onnx": "no exporter"}
+    with apart.Apart("ONNX Runtime", tmp_path, failed) as peer:
+        with pytest.raises(cpu.peers.Unavailable, match="no exporter"):
+            peer.wait()
