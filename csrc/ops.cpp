@@ -32,6 +32,12 @@ STABLE_TORCH_LIBRARY(tokenexit, m) {
       "exit_layer(Tensor h, Tensor active, Tensor cu_active, Tensor cu_tokens, Tensor[] weights, "
       "Tensor[] scales, float[] costs, int heads, float scale, float eps, bool pre_norm, Tensor? bias, "
       "Tensor? positions) -> Tensor");
+  m.def(
+      "exit_loop(Tensor h, Tensor positions, Tensor cu_tokens, Tensor cu_words, "
+      "Tensor word_of_token, Tensor word_at, Tensor[] weights, Tensor[] scales, "
+      "Tensor[] classifiers, float[] costs, int heads, float scale, float[] eps, Tensor window, "
+      "Tensor min_active, Tensor threshold, bool max_prob, Tensor? bias, Tensor? exit_layer) "
+      "-> (Tensor, Tensor)");
 }
 
 // An empty module: importing it loads this library, and loading registers the ops.

@@ -22,6 +22,7 @@ _BATCHES = ((16, 16, 1), (16, 64, 1), (4, 16, 4), (8, 32, 4), (2, 256, 16), (1, 
 _ROUNDS = 8
 
 
+@torch.compiler.assume_constant_result
 def costs(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]:
     """Costs of `tokenexit.ops.exit_layer`, in microseconds, for layers of these sizes here.
 

@@ -27,6 +27,7 @@ _PRODUCTS_AND_NORMS = (
     "down",
     "output_norm",
 )
+_KINDS = (nn.Linear, Int8Linear, nn.LayerNorm)
 
 
 class ExitLayer(nn.Module):
@@ -96,23 +97,14 @@ class ExitLayer(nn.Module):
             `[A, d]`.
         """
         scale = (self.query.out_features // self.num_heads) ** -0.5
-        if self._compiled(h):
-            # Straight from the dictionaries: Module.__getattr__ 28 times would take longer than a
-            # product of a few rows.
-            parts = [self._modules[name] for name in _PRODUCTS_AND_NORMS]
-            int8 = isinstance(parts[0], Int8Linear)
-            weights, scales = [], []
-            for part in parts:
-                values = part._buffers or part._parameters
-                weights += (values["weight"], values["bias"])
-                if int8:
-                    scales += (values.get("scale", h[:0]), values.get("offset", h[:0]))
+        if self.is_compiled(h):
+            weights, scales = self.tensors(h)
             return exit_layer(
                 h,
                 active,
                 weights,
                 scales,
-                costs(h.shape[1], weights[9].shape[0], self.num_heads, int8),
+                costs(h.shape[1], weights[9].shape[0], self.num_heads, self.is_int8),
                 self.num_heads,
                 scale,
                 self.output_norm.eps,
@@ -148,8 +140,16 @@ class ExitLayer(nn.Module):
         norm = self.output_norm
         return add_layer_norm(update, h, norm.weight, norm.bias, norm.eps)
 
-    def _compiled(self, h):
-        """Whether the compiled layer can run: no gradient, no dropout, its kind of layer."""
+    @property
+    def is_int8(self) -> bool:
+        """Whether `tokenexit.quantize` has been here."""
+        return isinstance(self._modules["query"], Int8Linear)
+
+    def is_compiled(self, h: torch.Tensor) -> bool:
+        """Whether the compiled layer can run: no gradient, no dropout, its kind of layer and parts.
+
+        Parts of another class, such as those of adapters, run as they are.
+        """
         drops = self.training and (self.dropout.p or self.attention_dropout)
         return (
             h.device.type in DEVICES
@@ -157,7 +157,20 @@ class ExitLayer(nn.Module):
             and not torch.is_grad_enabled()
             and self.activation is F.gelu
             and not drops
+            and all(type(self._modules[name]) in _KINDS for name in _PRODUCTS_AND_NORMS)
         )
+
+    def tensors(self, h: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The weights, and the scales of int8, that `tokenexit.ops.exit_layer` takes for h."""
+        # Straight from the dictionaries: Module.__getattr__ 28 times would take longer than a
+        # product of a few rows.
+        parts = [self._modules[name] for name in _PRODUCTS_AND_NORMS]
+        values = [part._buffers or part._parameters for part in parts]
+        weights = [v[name] for v in values for name in ("weight", "bias")]
+        if not self.is_int8:
+            return weights, []
+        none = h[:0]
+        return weights, [v.get(name, none) for v in values for name in ("scale", "offset")]
 
     def _attention_dropout(self):
         if not self.training or not self.attention_dropout:

@@ -5,12 +5,12 @@
 
 #include "../active.h"
 #include "../checks.h"
+#include "ops.h"
 
 namespace tokenexit {
 namespace {
 
-// On one thread: a pass over so few integers takes less time than waking others.
-std::tuple<Tensor, Tensor> compact_active(
+std::tuple<Tensor, Tensor> compact_active_op(
     const Tensor& active_, const Tensor& cu_active_, const Tensor& word_of_token_,
     const Tensor& exit_layer_) {
   const int64_t num_active = active_.numel(), num_sentences = cu_active_.numel() - 1;
@@ -40,6 +40,17 @@ std::tuple<Tensor, Tensor> compact_active(
 
   auto* kept = active_out.mutable_data_ptr<int64_t>();
   auto* first_kept = cu_out.mutable_data_ptr<int64_t>();
+  const int64_t n = compact_active(token, first, num_sentences, word, left, kept, first_kept);
+  std::fill(kept + n, kept + num_active, 0);
+  return {active_out, cu_out};
+}
+
+}  // namespace
+
+// On one thread: a pass over so few integers takes less time than waking others.
+int64_t compact_active(
+    const int64_t* token, const int64_t* first, int64_t num_sentences, const int64_t* word,
+    const int64_t* left, int64_t* kept, int64_t* first_kept) {
   int64_t n = 0;
   first_kept[0] = 0;
   for (int64_t b = 0; b < num_sentences; ++b) {
@@ -52,14 +63,11 @@ std::tuple<Tensor, Tensor> compact_active(
     }
     first_kept[b + 1] = n;
   }
-  std::fill(kept + n, kept + num_active, 0);
-  return {active_out, cu_out};
+  return n;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(tokenexit, CPU, m) {
-  m.impl("compact_active", TORCH_BOX(&compact_active));
+  m.impl("compact_active", TORCH_BOX(&compact_active_op));
 }
 
 }  // namespace tokenexit

@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/Dispatch.h>
 
 #include "../checks.h"
+#include "ops.h"
 
 namespace tokenexit {
 namespace {
@@ -62,7 +63,33 @@ void exit_sentence(
   }
 }
 
-std::tuple<Tensor, Tensor> exit_decision(
+}  // namespace
+
+template <class scalar_t, class acc_t>
+void exit_decision(
+    const scalar_t* logits, const Asked& a, const acc_t* threshold, acc_t* uncertainty,
+    int64_t* exit_layer) {
+  // The exponentials are the work; some 4,096 of them are worth waking a thread.
+  const int64_t grain = std::max<int64_t>(1, 4096 / a.num_labels);
+  torch::stable::parallel_for(0, a.num_rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      if (a.words[r] < 0) continue;
+      uncertainty[a.words[r]] =
+          uncertainty_of<acc_t>(logits + r * a.num_labels, a.num_labels, a.max_prob);
+    }
+  });
+  for (int64_t b = 0; b < a.num_sentences; ++b) {
+    const int64_t first = a.cu_words[b], num_words = a.cu_words[b + 1] - first;
+    exit_sentence(
+        uncertainty + first, exit_layer + first, num_words, a.window[b], threshold[b],
+        a.min_active ? a.min_active[b] : 1, a.layer);
+  }
+}
+template void exit_decision(const float*, const Asked&, const float*, float*, int64_t*);
+
+namespace {
+
+std::tuple<Tensor, Tensor> exit_decision_op(
     const Tensor& logits_, const Tensor& words_, const Tensor& uncertainty_,
     const Tensor& exit_layer_, const Tensor& cu_words_, const Tensor& window_,
     const Tensor& threshold_, int64_t layer, bool max_prob,
@@ -101,26 +128,13 @@ std::tuple<Tensor, Tensor> exit_decision(
     STD_TORCH_CHECK(k[b] >= 0, "got window ", k[b], " at sentence ", b, "; expected 0 or more");
   }
 
+  const Asked asked = {word, num_rows, num_labels, first, k, least, num_sentences, layer, max_prob};
   const auto run = [&](auto zero) {
     using scalar_t = decltype(zero);
     using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    const auto* x = logits.const_data_ptr<scalar_t>();
-    auto* u = uncertainty.mutable_data_ptr<acc_t>();
-    // The exponentials are the work; some 4,096 of them are worth waking a thread.
-    const int64_t grain = std::max<int64_t>(1, 4096 / num_labels);
-    torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        if (word[r] < 0) continue;
-        u[word[r]] = uncertainty_of<acc_t>(x + r * num_labels, num_labels, max_prob);
-      }
-    });
-    auto* left = exit_layer.mutable_data_ptr<int64_t>();
-    const auto* limit = threshold.const_data_ptr<acc_t>();
-    for (int64_t b = 0; b < num_sentences; ++b) {
-      exit_sentence(
-          u + first[b], left + first[b], first[b + 1] - first[b], k[b], limit[b],
-          least ? least[b] : 1, layer);
-    }
+    exit_decision<scalar_t, acc_t>(
+        logits.const_data_ptr<scalar_t>(), asked, threshold.const_data_ptr<acc_t>(),
+        uncertainty.mutable_data_ptr<acc_t>(), exit_layer.mutable_data_ptr<int64_t>());
   };
   THO_DISPATCH_SWITCH(
       dtype, "exit_decision",
@@ -134,7 +148,7 @@ std::tuple<Tensor, Tensor> exit_decision(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tokenexit, CPU, m) {
-  m.impl("exit_decision", TORCH_BOX(&exit_decision));
+  m.impl("exit_decision", TORCH_BOX(&exit_decision_op));
 }
 
 }  // namespace tokenexit

@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "int8.h"
+#include "ops.h"
 
 namespace tokenexit {
 namespace {
@@ -14,6 +15,7 @@ constexpr int64_t UNIT = 12;        // features a thread takes at least: whole t
 
 // Weights as torch.nn.Linear and LayerNorm hold them, in the order of the op's list.
 enum Weight { QUERY, KEY_VALUE, OUTPUT, NORM, UP, DOWN, LAST_NORM, NUM_WEIGHTS };
+static_assert(LAYER_TENSORS == 2 * NUM_WEIGHTS);
 
 // Times that the choice between projected and absorbed attention weighs, in one unit.
 enum Cost { KEY_ROW, PROJECTED_BLOCK, ACTIVE_ROW, ABSORBED_BLOCK, NUM_COSTS };
@@ -44,6 +46,7 @@ struct Work {
   const CheckedBias* bias;   // of all active tokens
   int64_t first_active = 0;  // of this group
   float* out;
+  bool in_place;  // out is h, else the rows of this group
   int64_t d, heads, dim, inner;
   float eps, scale;
   bool pre_norm;
@@ -337,8 +340,11 @@ struct Finish {
     for (int64_t p = begin; p < end; ++p) {
       float* panel = w->x.x + p * w->d * LANES;
       if (!w->pre_norm) normalize<S>(panel, w->d, norm.weight, norm.bias, w->eps);
-      unpack_panel(panel, w->d, [&](int64_t i) { return w->out + (p * LANES + i) * w->d; }, 0,
-                   std::min(LANES, w->rows - p * LANES));
+      const auto row = [&](int64_t i) {
+        const int64_t r = p * LANES + i;
+        return w->out + (w->in_place ? w->active[r] : r) * w->d;
+      };
+      unpack_panel(panel, w->d, row, 0, std::min(LANES, w->rows - p * LANES));
     }
   }
 };
@@ -460,65 +466,23 @@ void run_group(Work& w, bool all_active) {
   parallel<Finish>(w, panels);
 }
 
-Tensor exit_layer(
+Tensor exit_layer_op(
     const Tensor& h_, const Tensor& active_, const Tensor& cu_active_, const Tensor& cu_tokens_,
     std::vector<Tensor> weights, std::vector<Tensor> scales, std::vector<double> costs,
     int64_t heads, double scale, double eps, bool pre_norm, const std::optional<Tensor>& bias_,
     const std::optional<Tensor>& positions_) {
   STD_TORCH_CHECK(
-      h_.dim() == 2 && h_.scalar_type() == ScalarType::Float && cu_active_.numel() > 0 && heads > 0,
-      "got h of ", h_.dim(), " dimensions; expected [T, d] of Float, offsets and heads");
+      h_.dim() == 2 && h_.scalar_type() == ScalarType::Float && cu_active_.numel() > 0,
+      "got h of ", h_.dim(), " dimensions; expected [T, d] of Float, and offsets");
   STD_TORCH_CHECK(
-      weights.size() == 2 * NUM_WEIGHTS && costs.size() == NUM_COSTS &&
-          (scales.empty() || scales.size() == 2 * NUM_WEIGHTS),
-      "got ", weights.size(), " weights, ", scales.size(), " scales and ", costs.size(),
-      " costs; expected ", 2 * NUM_WEIGHTS, ", as many or none, and ", int(NUM_COSTS));
+      weights.size() == LAYER_TENSORS && (scales.empty() || scales.size() == LAYER_TENSORS),
+      "got ", weights.size(), " weights and ", scales.size(), " scales; expected ", LAYER_TENSORS,
+      ", and as many or none");
   const int64_t num_sentences = cu_active_.numel() - 1;
   const Tensor h = torch::stable::contiguous(h_);
   const Tensor active = checked_vector(active_, "active", active_.numel());
   const Tensor cu_active = checked_vector(cu_active_, "cu_active", num_sentences + 1);
   const Tensor cu_tokens = checked_vector(cu_tokens_, "cu_tokens", num_sentences + 1);
-  Work w;
-  w.d = h.size(1);
-  w.heads = heads;
-  w.dim = w.d / heads;
-  w.wide = panels_of(w.d) * LANES;
-  w.inner = weights[2 * UP + 1].numel();
-  w.int8 = !scales.empty();
-  const int64_t d = w.d;
-  STD_TORCH_CHECK(
-      d > 0 && w.inner > 0 && d == w.dim * heads && !(w.int8 && (d % 4 || w.inner % 4)), "got widths ", d, " and ", w.inner,
-      " for ", heads, " heads; expected whole heads and, in int8, multiples of 4");
-  const auto values = [](const Tensor& x, int64_t rows, int64_t columns = 1,
-                         ScalarType dtype = ScalarType::Float) {
-    STD_TORCH_CHECK(
-        x.scalar_type() == dtype && x.is_contiguous() && x.numel() == rows * columns &&
-            x.size(0) == rows,
-        "got a weight of ", x.numel(), " elements, ", x.dim() ? x.size(0) : 0, " rows and dtype ",
-        torch::headeronly::toString(x.scalar_type()), "; expected ", rows, " rows of ", columns,
-        ", contiguous, of ", torch::headeronly::toString(dtype));
-    return x.const_data_ptr();
-  };
-  const int64_t out_in[][2] = {{d, d}, {2 * d, d}, {d, d}, {d, 1}, {w.inner, d}, {d, w.inner}, {d, 1}};
-  for (int i = 0; i < NUM_WEIGHTS; ++i) {
-    const auto [rows, columns] = out_in[i];
-    Linear& to = w.w[i];
-    const bool bits = w.int8 && columns > 1;
-    const void* weight = values(
-        weights[2 * i], rows, columns, bits ? ScalarType::Char : ScalarType::Float);
-    to.bias = static_cast<const float*>(values(weights[2 * i + 1], rows));
-    if (!bits) {
-      to.weight = static_cast<const float*>(weight);
-      continue;
-    }
-    to.bits.weight = static_cast<const int8_t*>(weight);
-    to.bits.scale = static_cast<const float*>(values(scales[2 * i], rows));
-    to.bits.offset = static_cast<const float*>(values(scales[2 * i + 1], rows));
-  }
-  w.h = h.const_data_ptr<float>();
-  w.scale = static_cast<float>(scale);
-  w.eps = static_cast<float>(eps);
-  w.pre_norm = pre_norm;
   const auto* first = cu_active.const_data_ptr<int64_t>();
   const auto* start = cu_tokens.const_data_ptr<int64_t>();
   const auto* token = active.const_data_ptr<int64_t>();
@@ -538,36 +502,92 @@ Tensor exit_layer(
     }
   }
   const CheckedBias bias(bias_, positions_, heads, active.numel());
-  w.bias = &bias;
-  Tensor out = torch::stable::new_empty(h, {active.numel(), d});
-
-  std::vector<Sentence> group;
-  int64_t from = 0, tokens = 0;  // of the group: its first active row, all its tokens
-  const auto flush = [&] {
-    if (group.empty()) return;
-    w.active = token + from;
-    w.first_active = from;
-    w.out = out.mutable_data_ptr<float>() + from * d;
-    w.rows = group.back().first_active + group.back().active;
-    choose(w, group, costs);
-    run_group(w, w.rows == tokens);
-    from += w.rows;
-    tokens = 0;
-    group.clear();
-  };
-  for (int64_t b = 0; b < num_sentences; ++b) {
-    const int64_t count = first[b + 1] - first[b], length = start[b + 1] - start[b];
-    if (!count) continue;
-    if (first[b + 1] - from > MOST_ROWS || tokens + length > MOST_TOKENS) flush();
-    group.push_back({first[b] - from, count, w.h + start[b] * d, length, 0});
-    tokens += length;
-  }
-  flush();
+  const LayerCall call = {h.size(1), heads, num_sentences, start, costs, scale, pre_norm, &bias};
+  Tensor out = torch::stable::new_empty(h, {active.numel(), h.size(1)});
+  exit_layer(call, weights.data(), scales.empty() ? nullptr : scales.data(), eps,
+             h.const_data_ptr<float>(), token, first, out.mutable_data_ptr<float>());
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenexit, CPU, m) { m.impl("exit_layer", TORCH_BOX(&exit_layer)); }
+void exit_layer(
+    const LayerCall& call, const Tensor* weights, const Tensor* scales, double eps, const float* h,
+    const int64_t* active, const int64_t* cu_active, float* out) {
+  Work w;
+  w.d = call.d;
+  w.heads = call.heads;
+  w.dim = call.heads > 0 ? call.d / call.heads : 0;
+  w.wide = panels_of(w.d) * LANES;
+  w.inner = weights[2 * UP + 1].numel();
+  w.int8 = scales != nullptr;
+  const int64_t d = w.d;
+  STD_TORCH_CHECK(
+      d > 0 && w.inner > 0 && d == w.dim * w.heads && !(w.int8 && (d % 4 || w.inner % 4)),
+      "got widths ", d, " and ", w.inner, " for ", w.heads,
+      " heads; expected whole heads and, in int8, multiples of 4");
+  STD_TORCH_CHECK(
+      call.costs.size() == NUM_COSTS, "got ", call.costs.size(), " costs; expected ",
+      int(NUM_COSTS));
+  const auto values = [](const Tensor& x, int64_t rows, int64_t columns = 1,
+                         ScalarType dtype = ScalarType::Float) {
+    STD_TORCH_CHECK(
+        x.scalar_type() == dtype && x.is_contiguous() && x.numel() == rows * columns &&
+            x.size(0) == rows,
+        "got a weight of ", x.numel(), " elements, ", x.dim() ? x.size(0) : 0, " rows and dtype ",
+        torch::headeronly::toString(x.scalar_type()), "; expected ", rows, " rows of ", columns,
+        ", contiguous, of ", torch::headeronly::toString(dtype));
+    return x.const_data_ptr();
+  };
+  const int64_t out_in[][2] = {
+      {d, d}, {2 * d, d}, {d, d}, {d, 1}, {w.inner, d}, {d, w.inner}, {d, 1}};
+  for (int i = 0; i < NUM_WEIGHTS; ++i) {
+    const auto [rows, columns] = out_in[i];
+    Linear& to = w.w[i];
+    const bool bits = w.int8 && columns > 1;
+    const void* weight = values(
+        weights[2 * i], rows, columns, bits ? ScalarType::Char : ScalarType::Float);
+    to.bias = static_cast<const float*>(values(weights[2 * i + 1], rows));
+    if (!bits) {
+      to.weight = static_cast<const float*>(weight);
+      continue;
+    }
+    to.bits.weight = static_cast<const int8_t*>(weight);
+    to.bits.scale = static_cast<const float*>(values(scales[2 * i], rows));
+    to.bits.offset = static_cast<const float*>(values(scales[2 * i + 1], rows));
+  }
+  w.h = h;
+  w.scale = static_cast<float>(call.scale);
+  w.eps = static_cast<float>(eps);
+  w.pre_norm = call.pre_norm;
+  w.bias = call.bias;
+  w.in_place = out == h;
+
+  std::vector<Sentence> group;
+  int64_t from = 0, tokens = 0;  // of the group: its first active row, all its tokens
+  const auto flush = [&] {
+    if (group.empty()) return;
+    w.active = active + from;
+    w.first_active = from;
+    w.out = w.in_place ? out : out + from * d;
+    w.rows = group.back().first_active + group.back().active;
+    choose(w, group, call.costs);
+    run_group(w, w.rows == tokens);
+    from += w.rows;
+    tokens = 0;
+    group.clear();
+  };
+  for (int64_t b = 0; b < call.num_sentences; ++b) {
+    const int64_t start = call.cu_tokens[b], length = call.cu_tokens[b + 1] - start;
+    const int64_t count = cu_active[b + 1] - cu_active[b];
+    if (!count) continue;
+    if (cu_active[b + 1] - from > MOST_ROWS || tokens + length > MOST_TOKENS) flush();
+    group.push_back({cu_active[b] - from, count, h + start * d, length, 0});
+    tokens += length;
+  }
+  flush();
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tokenexit, CPU, m) { m.impl("exit_layer", TORCH_BOX(&exit_layer_op)); }
 
 }  // namespace tokenexit

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from tokenexit import reference, static
+from tokenexit import compiled, reference, static
 from tokenexit.encoder import ExitEncoder, Schedule, Trace, last_of
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized
@@ -324,7 +324,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
     def _run(
         self, input_ids, token_type_ids, position_ids, packed, policy, exit_layers, every_layer
     ) -> tuple[Trace, tuple[torch.Tensor, torch.Tensor] | None]:
-        """The trace; or, of the loop with static shapes, none, but what tokens left with."""
+        """The trace; or, of a loop that keeps none, what tokens left with."""
         ids = packed.pack(input_ids)
         if position_ids is not None:
             positions = packed.pack(position_ids)
@@ -362,10 +362,15 @@ class TokenExitForTokenClassification(PreTrainedModel):
             )
             return trace, None
         modules = self.encoder.layers, self.encoder.heads
-        if not every_layer and static.applies(*modules, h, schedule):
+        # After a NaN, which is in what tokens left with, the trace tells of it.
+        if not every_layer and compiled.applies(*modules, h, schedule):
+            left_with = compiled.exit_loop(*modules, h, packed, schedule, bias, exit_layers)
+            if not left_with[0].isnan().any():
+                return [], left_with
+        elif not every_layer and static.applies(*modules, h, schedule):
             loop = self._graphed_loop if self.cuda_graphs else static.exit_loop
             left_with = loop(*modules, h, packed, schedule, bias, exit_layers)
-            if static.is_sound(self.encoder.heads, left_with[0]):  # else the trace tells of NaN
+            if static.is_sound(self.encoder.heads, left_with[0]):
                 return [], left_with
         return self.encoder(h, packed, schedule, bias, exit_layers), None
 

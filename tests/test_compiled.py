@@ -1,0 +1,167 @@
+"""The loop of all layers in one op: the same bits as layer by layer, and when it stands back."""
+
+import pytest
+import torch
+from random_models import FAMILIES, random_batch, random_tagger
+from torch import nn
+
+import tokenexit
+from tokenexit import ExitPolicy, compiled
+from tokenexit.encoder import Schedule
+from tokenexit.packing import pack
+
+POLICIES = [
+    ExitPolicy.never(),
+    ExitPolicy(threshold=0.7, window=1),
+    ExitPolicy(threshold=0.9, window=0, min_active=4),
+    ExitPolicy(threshold=(0.0, 0.8, 0.0, 0.5), window=0, criterion="max_prob"),
+    ExitPolicy.sentence(0.95),
+]
+LENGTHS = (19, 1, 3, 40, 7, 2, 25)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls of the loop."""
+    made, loop = [], compiled.exit_loop
+    monkeypatch.setattr(compiled, "exit_loop", lambda *a: made.append(1) or loop(*a))
+    return made
+
+
+def layer_by_layer(model, **call):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "applies", lambda *_: False)
+        return model(**call)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_same_bits_as_layer_by_layer(family, policy, given, kind, calls):
+    model = random_tagger(family, torch.float32)
+    if kind == "int8":
+        model = tokenexit.quantize(model)
+    call = {**random_batch(LENGTHS), "policy": policy}
+    if given:
+        generator = torch.Generator().manual_seed(0)
+        shape = call["input_ids"].shape
+        call["exit_layers"] = torch.randint(1, 5, shape, generator=generator)
+    got, expected = model(**call), layer_by_layer(model, **call)
+    assert calls == [1]
+    assert torch.equal(got.logits, expected.logits)
+    assert torch.equal(got.exit_layers, expected.exit_layers)
+    if given:
+        assert len(got.exit_layers.unique()) == 5
+
+
+@torch.no_grad()
+def test_leaves_its_input_alone(calls):
+    model = random_tagger(dtype=torch.float32)
+    batch = random_batch((5, 9))
+    packed = pack(batch["attention_mask"], batch["word_ids"])
+    h = torch.randn(14, 32)
+    before = h.clone()
+    schedule = Schedule.of(POLICIES[1], 4, 2, h)
+    compiled.exit_loop(model.encoder.layers, model.encoder.heads, h, packed, schedule)
+    assert torch.equal(h, before)
+
+
+@torch.no_grad()
+def test_nan_of_a_head_whose_words_leave_later_is_told(calls):
+    model = random_tagger(dtype=torch.float32)
+    model.exit_heads[1].bias[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN logits at layer 2.*encoder.heads.1.bias"):
+        model(**random_batch((5, 9)), policy=ExitPolicy.never())
+    assert calls == [1]
+
+
+class Adapted(nn.Linear):
+    """As adapters do it: the same weights, another forward."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def wrap_query(model):
+    layer = model.encoder.layers[1]
+    layer.query = Adapted(32, 32)
+
+
+def hook_a_head(model):
+    model.exit_heads[0].register_forward_hook(lambda module, inputs, out: out + 1)
+
+
+def other_eps(model):
+    model.encoder.layers[2].output_norm.eps = 0.1
+
+
+@pytest.mark.parametrize("change, applies", [(wrap_query, 0), (hook_a_head, 0), (other_eps, 1)])
+@torch.no_grad()
+def test_changed_parts_count(change, applies, calls):
+    model, call = random_tagger(dtype=torch.float32), random_batch(LENGTHS)
+    call["policy"] = ExitPolicy.never()
+    before = model(**call).logits
+    change(model)
+    changed = model(**call).logits
+    assert len(calls) == 1 + applies
+    expected = layer_by_layer(model, **call).logits
+    assert torch.equal(changed, expected)
+    # What the last layer's logits hang on is seen in them.
+    assert (change is hook_a_head) == torch.equal(before, changed)
+
+
+@pytest.mark.parametrize("change", [{"copy": "pre_norm"}, {"neighbors": "recompute"}])
+@torch.no_grad()
+def test_other_policies_go_layer_by_layer(change, calls):
+    model = random_tagger(dtype=torch.float32)
+    model(**random_batch((5, 9)), policy=ExitPolicy(threshold=0.7, **change))
+    model.double()(**random_batch((5, 9)))
+    assert calls == []
+
+
+def test_gradients_go_layer_by_layer(calls):
+    random_tagger(dtype=torch.float32)(**random_batch((5, 9))).logits.sum().backward()
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("word_at", torch.full((14,), 99), "got word 99 of"),
+        ("cu_tokens", torch.tensor([0, 5, 20]), "cu_tokens ends at 20; expected 14"),
+        ("cu_words", torch.tensor([0, 9, 3]), "cu_words falls from 9 to 3"),
+        ("word_of_token", torch.zeros(3, dtype=torch.int64), r"got word_of_token \[3\]"),
+        ("positions", torch.zeros(14), "got positions of torch.float32"),
+    ],
+)
+@torch.no_grad()
+def test_refuses_what_does_not_fit(name, value, message):
+    model = random_tagger(dtype=torch.float32)
+    batch = random_batch((5, 9))
+    packed = pack(batch["attention_mask"], batch["word_ids"])
+    object.__setattr__(packed, name, value)
+    h = torch.randn(14, 32)
+    schedule = Schedule.of(POLICIES[1], 4, 2, h)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        compiled.exit_loop(model.encoder.layers, model.encoder.heads, h, packed, schedule)
+
+
+@torch.no_grad()
+def test_one_graph_for_torch_compile():
+    torch._dynamo.reset()
+    model = random_tagger(dtype=torch.float32)
+    batch = random_batch((5, 9))
+    packed = pack(batch["attention_mask"], batch["word_ids"])
+    h = torch.randn(14, 32)
+    schedule = Schedule.of(POLICIES[1], 4, 2, h)
+    modules = model.encoder.layers, model.encoder.heads
+
+    def loop(h):
+        assert compiled.applies(*modules, h, schedule)
+        return compiled.exit_loop(*modules, h, packed, schedule)
+
+    expected = loop(h)
+    got = torch.compile(loop, fullgraph=True, backend="aot_eager")(h)
+    assert all(map(torch.equal, got, expected))
