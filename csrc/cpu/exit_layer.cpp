@@ -206,8 +206,10 @@ struct CarryQueries {
         const int64_t at = (head * dim + c) * d + first;
         float* to = strip + c * STRIP;
         if (kv.bits.weight) {
-          const float scale = kv.bits.scale[head * dim + c];
-          for (int64_t i = 0; i < width; ++i) to[i] = kv.bits.weight[at + i] * scale;
+          // A strip of bytes is a line a row. What comes after this head lies in one piece.
+          const int64_t beyond = (std::min(head + 1, w->heads) * dim + c) * d;
+          __builtin_prefetch(kv.bits.weight + beyond + first);
+          dequantize<S>(kv.bits.weight + at, width, kv.bits.scale[head * dim + c], to);
         } else {
           for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(kv.weight + at + STRIP + i);
           std::memcpy(to, kv.weight + at, width * sizeof(float));

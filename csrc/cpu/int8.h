@@ -90,6 +90,57 @@ __attribute__((target("avx2"))) void tile8_avx2(
     }
   }
 }
+
+__attribute__((target("avx2"))) inline void dequantize_avx2(
+    const int8_t* from, int64_t count, float scale, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i));
+    const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    _mm256_storeu_ps(to + i, _mm256_mul_ps(x, _mm256_set1_ps(scale)));
+  }
+  for (; i < count; ++i) to[i] = from[i] * scale;
+}
+
+// sums[r][lane] of 4 weight rows and ROWS lanes, whose bytes are few[lane][depth].
+template <int ROWS>
+__attribute__((target("avx2"))) void few8_avx2(
+    const int8_t* w, const uint8_t* few, int64_t depth, const int8_t* next, int32_t* sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i total[4][ROWS] = {};
+  int64_t k = 0;
+  for (; k + 32 <= depth; k += 32) {
+    __builtin_prefetch(next + k * 4);
+    __builtin_prefetch(next + k * 4 + 64);
+    __m256i x[ROWS];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      x[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(few + i * depth + k));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + r * depth + k));
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) {
+        const __m256i pairs = _mm256_maddubs_epi16(x[i], row);
+        total[r][i] = _mm256_add_epi32(total[r][i], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) {
+    const __m256i low = _mm256_hadd_epi32(total[0][i], total[1][i]);
+    const __m256i high = _mm256_hadd_epi32(total[2][i], total[3][i]);
+    const __m256i all = _mm256_hadd_epi32(low, high);
+    int32_t halves[8];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves), all);
+    for (int r = 0; r < 4; ++r) {
+      int32_t sum = halves[r] + halves[r + 4];
+      for (int64_t j = k; j < depth; ++j) sum += w[r * depth + j] * few[i * depth + j];
+      sums[r * LANES + i] = sum;
+    }
+  }
+}
 #endif
 
 template <class S, int R, int LANES_>
@@ -99,6 +150,15 @@ INLINE void tile8(
   if constexpr (S::ROWS > Portable::ROWS) return tile8_avx2<R, LANES_>(w, x, depth, next, sums);
 #endif
   tile8_portable<R, LANES_>(w, x, depth, next, sums);
+}
+
+// Weights of one row, as floats.
+template <class S>
+INLINE void dequantize(const int8_t* from, int64_t count, float scale, float* to) {
+#ifdef __x86_64__
+  if constexpr (S::ROWS > Portable::ROWS) return dequantize_avx2(from, count, scale, to);
+#endif
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * scale;
 }
 
 // 8-bit weights [out][depth]: value = integer * scale; offset = 128 * scale * sum of the integers,
@@ -140,6 +200,26 @@ INLINE void product8(
   };
   alignas(64) int32_t sums[2 * R * LANES] = {};
   int64_t n = n0;
+#ifdef __x86_64__
+  if constexpr (R > 1 && S::ROWS > Portable::ROWS) {
+    if (rows <= 4) {  // row by row is faster than lane by lane
+      static thread_local std::vector<uint8_t> few;
+      few.resize(4 * depth);
+      for (int64_t k = 0; k < depth; k += 4) {
+        for (int64_t i = 0; i < rows; ++i) {
+          std::memcpy(&few[i * depth + k], x.bytes + k * LANES + i * 4, 4);
+        }
+      }
+      const auto tile = rows == 1 ? few8_avx2<1> : rows == 2 ? few8_avx2<2>
+                      : rows == 3 ? few8_avx2<3> : few8_avx2<4>;
+      for (; n + 4 <= n1; n += 4) {
+        const int8_t* w = m.weight + n * depth;
+        tile(w, few.data(), depth, n + 8 <= n1 ? w + 4 * depth : w, sums);
+        finish(sums, n, 4, 0);
+      }
+    }
+  }
+#endif
   for (; n + R <= n1; n += R) {
     const int8_t* w = m.weight + n * depth;
     const int8_t* next = n + 2 * R <= n1 ? w + R * depth : w;

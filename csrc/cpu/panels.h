@@ -50,11 +50,18 @@ INLINE void tile(
       for (int v = 0; v < VECS; ++v) sums[r][v] += x * lanes[v];
     }
   };
-  int64_t k = 0;
-  for (; k + 16 <= depth; k += 16) {  // 16 floats are a line of memory
+  const int64_t lines = depth / 16;  // of memory, 16 floats each
+  int64_t line = 0, k = 0;
+  for (; k + 16 <= depth; k += 16) {
     if (PREFETCH) {
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * next_row + k);
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(next + line * 16);
+        if (++line == lines) {
+          next += next_row;
+          line = 0;
+        }
+      }
     }
 #pragma GCC unroll 4
     for (int64_t j = k; j < k + 16; ++j) step(j);
@@ -180,6 +187,15 @@ struct Factors {
   Epilogue epilogue;
 };
 
+// A vector of whole sums of a feature, to where it belongs.
+template <class S>
+INLINE void finish(const Factors& f, int64_t feature, int64_t at, typename S::Vec sum) {
+  if (f.epilogue.bias) sum += f.epilogue.bias[feature];
+  if (f.epilogue.residual) sum += S::load(f.epilogue.residual + at);
+  if (f.epilogue.gelu) sum = gelu<S>(sum);
+  S::store(f.y + at, sum);
+}
+
 // R output features from n against the first VECS vectors of a panel. `rows` has their weights.
 template <class S, int R, int VECS, bool PREFETCH = false>
 INLINE void product_tile(
@@ -201,15 +217,80 @@ INLINE void product_tile(
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) {
       const int64_t lane = at + r * LANES + v * S::WIDTH;
-      typename S::Vec sum = sums[r][v];
       if (f.to == f.depth) {
-        if (f.epilogue.bias) sum += f.epilogue.bias[n + r];
-        if (f.epilogue.residual) sum += S::load(f.epilogue.residual + lane);
-        if (f.epilogue.gelu) sum = gelu<S>(sum);
+        finish<S>(f, n + r, lane, sums[r][v]);
+      } else {
+        S::store(f.y + lane, sums[r][v]);
       }
-      S::store(f.y + lane, sum);
     }
   }
+}
+
+typedef float Eight __attribute__((vector_size(32), aligned(4)));
+
+// ROWS rows against 8 output features, which lie beside each other: weights are transposed on their
+// way from memory. The sums are those of product_tile, added in the same order.
+template <class S, int ROWS>
+INLINE void few_tile(const Factors& f, int64_t n, const float* next) {
+  const int64_t ld = f.depth;
+  const float* w = f.weight + n * ld;
+  Eight sums[ROWS] = {};
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
+    Eight x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[i] = __builtin_shufflevector(
+          *reinterpret_cast<const Four*>(w + i * ld + k),
+          *reinterpret_cast<const Four*>(w + (i + 4) * ld + k), 0, 1, 2, 3, 4, 5, 6, 7);
+    }
+    const Eight a = __builtin_shufflevector(x[0], x[1], 0, 8, 1, 9, 4, 12, 5, 13);
+    const Eight b = __builtin_shufflevector(x[2], x[3], 0, 8, 1, 9, 4, 12, 5, 13);
+    const Eight c = __builtin_shufflevector(x[0], x[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    const Eight d = __builtin_shufflevector(x[2], x[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    const Eight columns[4] = {
+        __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13),
+        __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15),
+        __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13),
+        __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) sums[r] += f.x[(k + i) * LANES + r] * columns[i];
+    }
+  };
+  int64_t k = 0;
+  for (; k + 16 <= f.depth; k += 16) {  // a line of memory
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) __builtin_prefetch(next + k * 8 + i * 16);
+#pragma GCC unroll 4
+    for (int64_t j = k; j < k + 16; j += 4) step(j);
+  }
+  for (; k + 4 <= f.depth; k += 4) step(k);
+  for (; k < f.depth; ++k) {
+    for (int64_t j = 0; j < 8; ++j) {
+      for (int r = 0; r < ROWS; ++r) sums[r][j] += f.x[k * LANES + r] * w[j * ld + k];
+    }
+  }
+  for (int64_t j = 0; j < 8; ++j) {
+    alignas(64) float lanes[LANES] = {};
+    for (int r = 0; r < ROWS; ++r) lanes[r] = sums[r][j];
+    for (int64_t i = 0; i < LANES; i += S::WIDTH) {
+      finish<S>(f, n + j, (n + j) * LANES + i, S::load(lanes + i));
+    }
+  }
+}
+
+// Features n0 .. n1 - 1 but a rest of less than 8; returns where it starts.
+template <class S, int ROWS = LANES / 2>
+INLINE int64_t few_rows(const Factors& f, int64_t rows, int64_t n0, int64_t n1) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return few_rows<S, ROWS - 1>(f, rows, n0, n1);
+  }
+  int64_t n = n0;
+  for (; n + 8 <= n1; n += 8) {
+    few_tile<S, ROWS>(f, n, f.weight + (n + 16 <= n1 ? n + 8 : n) * f.depth);
+  }
+  return n;
 }
 
 // Output features n0 .. n1 - 1 of `weight` [*, depth] times `rows` rows, x [panels][depth][16], into
@@ -229,6 +310,13 @@ INLINE void product(
   const int64_t part = ((depth + parts - 1) / parts + 15) / 16 * 16;
   Factors f = {weight, x, y, depth, out, 0, 0, epilogue};
   int64_t n = n0;
+  if constexpr (R == S::ROWS && S::WIDTH >= 8) {
+    if (rows <= LANES / 2) {
+      n = few_rows<S>(f, rows, n0, n1);
+      if (n < n1) product<S, 1>(weight, depth, x, rows, y, out, n, n1, epilogue);
+      return;
+    }
+  }
   for (f.from = 0; f.from < depth; f.from = f.to) {
     f.to = std::min(depth, f.from + part);
     for (n = n0; n + R <= n1; n += R) {

@@ -45,6 +45,15 @@ def test_a_row_has_the_same_bits_in_any_company():
 
 
 @compiled
+@pytest.mark.parametrize("rows", range(1, 10))
+@pytest.mark.parametrize("width, features", [(768, 16), (3072, 8), (35, 27), (3, 9)])
+@torch.no_grad()
+def test_few_rows_have_the_bits_that_many_have(rows, width, features):
+    x, weight, bias = arguments(16, width, features)
+    assert torch.equal(linear(x[:rows], weight, bias), linear(x, weight, bias)[:rows])
+
+
+@compiled
 def test_opcheck():
     torch.library.opcheck(torch.ops.tokenexit.linear.default, tuple(arguments(20, 7, 3)))
 
