@@ -27,6 +27,7 @@ class Gpu:
         sms: multiprocessors.
         ours, library: share of tflops that large products in Triton and in cuBLAS reach.
         resident: programs with tiles of 128 x 128 that a multiprocessor holds, by shared memory.
+        few_tiles: of kernels/linear.py; 0: tiles of 128 rows whatever the count.
         whole_tiles: False for a bound: tiles as fine as would be needed to keep all busy.
     """
 
@@ -37,6 +38,7 @@ class Gpu:
     ours: float
     library: float
     resident: int
+    few_tiles: int = 128
     whole_tiles: bool = True
 
 
@@ -48,7 +50,7 @@ GAP_US = 1.5  # of a launch within a graph or a full queue, with filling and dra
 EAGER_US = 7.0  # of the host, for a launch that PyTorch makes
 TRITON_US = 40.0  # of the host, for a launch through torch.library.triton_op
 WAIT_US = 15.0  # of the host, for a value from the device
-OUTSIDE = 60, 10  # launches and waits of a call beside its layers: checks, packing, embedding
+OUTSIDE = 70, 10  # launches and waits of a call beside its layers: checks, packing, embedding
 STEP_US = 0.25  # of a chain of loads: about 0.75 us of latency, three in flight
 EMPTY_US = 0.3  # that a program that leaves at once holds its place
 MEMORY, ATTENTION, ABSORBED = 0.8, 0.35, 0.25  # shares of bandwidth and of tflops reached
@@ -79,16 +81,25 @@ def launch(gpu, name, flop, size, programs=0, empty=0, share=1.0, steps=0, resid
     return Launch(name, flop / 1e9, size / 1e6, us)
 
 
-def product(gpu, name, parts, k, capacity, extra=0):
-    """A matrix product; parts are (blocks of rows, rows, columns), the rest of capacity leaves."""
+def product(gpu, name, parts, k, capacity, extra=0, branch=False):
+    """A matrix product; parts are (blocks of rows, rows, columns), the rest of capacity leaves.
+
+    Blocks of None are as many as the rows fill. With `branch`, few tiles have half as many rows.
+    """
     rows, cols, depth = (128, 128, 64) if capacity > 256 else (32, 32, 128)  # see kernels/linear.py
-    tiles = sum(blocks * ceil(n / cols) for blocks, _, n in parts)
-    empty = sum(ceil(capacity / rows) * ceil(n / cols) for *_, n in parts) - tiles
+    columns = [ceil(n / cols) for *_, n in parts]
+    grid = ceil(capacity / rows) * sum(columns)
+    if branch and rows == 128:
+        half = ceil(parts[0][1] / 64) * columns[0]
+        grid = max(grid, min(ceil(capacity / 64) * columns[0], gpu.few_tiles))
+        rows = 64 if half <= gpu.few_tiles else rows
+    tiles = sum((p[0] or ceil(p[1] / rows)) * c for p, c in zip(parts, columns, strict=True))
     size = SIZE * sum(m * k + n * k + m * n for _, m, n in parts) + extra
-    share, resident = (1, 0) if rows == 128 else (4, 2)  # small tiles: a quarter of the rate
+    # Operations for each byte, of those of 128 x 128; shared memory is that of the larger tiles.
+    share, resident = rows * cols / (rows + cols) / 64, 2 if rows == 32 else 0
     chain = k / depth, gpu.resident + resident
     flop = 2 * tiles * rows * cols * k
-    return launch(gpu, name, flop, size, tiles, empty, gpu.ours / share, *chain)
+    return launch(gpu, name, flop, size, tiles, grid - tiles, gpu.ours * share, *chain)
 
 
 def layer(gpu, sentences, n, active=1.0, alive=1.0, decide=True, compact=True, keys="projected"):
@@ -104,13 +115,13 @@ def layer(gpu, sentences, n, active=1.0, alive=1.0, decide=True, compact=True, k
     a, s = ceil(active * capacity), max(1, round(alive * sentences))
     each = ceil(a / s)  # active tokens of a sentence that is not finished
     blocks = ceil(a / block)
-    parts, attend, sides = [(blocks, a, D)], (ATTENTION, n / 32, 4), []
+    parts, attend, sides = [(None, a, D)], (ATTENTION, n / 32, 4), []
     tile, rows, rows_all = min(64, max(16, n)), each, n
     if keys == "projected":  # of a block if any of its sentences is alive
         alive_blocks = 1 - (1 - s / sentences) ** max(1, block / n)
         parts.append((ceil(ceil(capacity / block) * alive_blocks), s * n, 2 * D))
     elif keys == "active":
-        parts.append((blocks, a, 2 * D))
+        parts.append((None, a, 2 * D))
     else:  # a head's queries are carried over to D numbers and back
         carry = 2 * a * D * D, SIZE * (D * D + a * D * (HEADS + 1)), blocks * HEADS * 6
         sides = [launch(gpu, f"carry_{to}", *carry, 0, gpu.ours) for to in ("in", "out")]
@@ -123,17 +134,18 @@ def layer(gpu, sentences, n, active=1.0, alive=1.0, decide=True, compact=True, k
     ends, all_ends = s * ceil(each / 16), sentences * ceil(n / 16)
     end = 2 * a * D * LABELS, 2 * row + SIZE * LABELS * (a + D), ends, all_ends - ends
     # The last program of a sentence decides on 32 words at a time, in two steps.
+    scan_us = GAP_US + 8 * STEP_US  # a memset before it
     last_us = ceil(n / 32) * 2 * STEP_US if decide else 0
     return [
         product(gpu, "query_key_value", parts, D, capacity),
         *sides[:1],
         launch(gpu, "exit_attention", flop, size, programs, most - programs, *attend),
         *sides[1:],
-        product(gpu, "output", [(blocks, a, D)], D, capacity, row),
-        product(gpu, "up", [(blocks, a, F)], D, capacity),
-        product(gpu, "down", [(blocks, a, D)], F, capacity, row),
+        product(gpu, "output", [(None, a, D)], D, capacity, row, True),
+        product(gpu, "up", [(None, a, F)], D, capacity, 0, True),
+        product(gpu, "down", [(None, a, D)], F, capacity, row, True),
         launch(gpu, "exit_step", *end, 0.02, D / 64, 16, last_us),
-        *([launch(gpu, "compact_active", 0, 32 * a, fixed_us=8 * STEP_US)] * (decide and compact)),
+        *([launch(gpu, "compact_active", 0, 32 * a, fixed_us=scan_us)] * (decide and compact)),
     ]
 
 
@@ -214,11 +226,13 @@ def goal():
         full, fewer = (loop(gpu, 64, 128, *exits) for exits in ((), (4, kind, keys)))
         return (total_us(full) + more_us) / (total_us(fewer) + more_us)
 
-    ideal = replace(H100, whole_tiles=False)
+    fixed = replace(H100, few_tiles=0)
+    ideal = replace(fixed, whole_tiles=False)
     lines = {
         "operations, keys and values of tokens that left for nothing": lambda k: ops(k, "active"),
         "operations": lambda k: ops(k, "projected"),
         "time, if small products kept the GPU as busy as large ones": lambda k: speed(k, ideal),
+        "time, with tiles of 128 rows whatever the count": lambda k: speed(k, fixed),
         "**time of the layers, the prediction**": speed,
         "the same, projected or absorbed, the faster": lambda k: speed(k, keys="best"),
         "the same, keys and values of tokens that left for nothing": lambda k: speed(

@@ -429,6 +429,10 @@ def _backward(ctx, grad, _lse):
 exit_attention.register_autograd(_backward, setup_context=_setup)
 
 
+# Of a row of states: tokenexit.ops leaves wider ones to PyTorch, for want of shared memory.
+ABSORBED_BYTES = 2048
+
+
 @triton_op("tokenexit_triton::absorbed_attention", mutates_args={})
 def absorbed_attention(
     q: torch.Tensor, h: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, scale: float,
@@ -450,9 +454,10 @@ def absorbed_attention(
     q, h = _dense(q), _dense(h)
     (num_q, heads, d), num_k = q.shape, h.shape[0]
     out, (bias, reach) = q.new_empty(q.shape), _bias(bias)
-    # A block of rows of q and one of h have to fit the shared memory, whole.
+    # A block of rows of q and one of h have to fit the shared memory, whole: 99 KiB on most GPUs.
     size = d * q.element_size()
-    block_r, block_k = 32 if size <= 2048 else 16, 32 if size <= 1536 else 16
+    half = q.element_size() == 2
+    block_r, block_k = 32 if half and size <= 2048 else 16, 32 if half and size <= 1536 else 16
     grid = (triton.cdiv((max_length or max(num_q, num_k)) * heads, block_r), cu_q.shape[0] - 1)
     block_d = max(16, triton.next_power_of_2(triton.cdiv(d, triton.cdiv(d, 256))))
     if out.numel() and grid[1]:
@@ -475,4 +480,5 @@ def compile_cases(hidden, num_heads, dtype):
     yield "training", exit_attention, (q, k, v, *training)
     yield "training", exit_attention_backward, (q, q, k, v, q, lse, *training)
     wide, h = q.new_empty(4096, num_heads, hidden), q.new_empty(8192, hidden)
-    yield "", absorbed_attention, (wide, h, cu, cu, 0.125, None, None, 128)
+    if hidden * wide.element_size() <= ABSORBED_BYTES:
+        yield "", absorbed_attention, (wide, h, cu, cu, 0.125, None, None, 128)

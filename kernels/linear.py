@@ -1,8 +1,9 @@
 """Matrix products over the first rows of a buffer; how many they are is read on the device.
 
 A grid fits the capacity, and the programs of row blocks beyond the count leave at once. Tiles
-follow from the capacity alone, without autotuning: results must not change from run to run, and the
-best tile depends on a count that the host never knows.
+follow from the capacity, without autotuning: results must not change from run to run. If tiles of
+64 rows are at most FEW_TILES for the count that a program reads, it takes those. Both sizes sum
+along K in the same steps: a row may differ by rounding at most, and `stats` fit both.
 
 LayerNorm has no launch of its own: the product that makes a row leaves a mean and a sum of squares
 for each of its column blocks (`stats`), and the products that read the row normalize it on the way.
@@ -15,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+
+FEW_TILES = 128  # about one for each multiprocessor
 
 
 def tiles_of(num_rows, itemsize):
@@ -77,16 +80,34 @@ def _linear_kernel(
     residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, stats_ptr,
     num_rows, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
     NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
-    S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    S: tl.constexpr, FEW_M: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     num_blocks = tl.cdiv(N, BLOCK_N)
     pid_m = tl.program_id(0) // num_blocks
-    pid_n = tl.program_id(0) % num_blocks
     count = num_rows
     if count_ptr is not None:
         count = tl.minimum(tl.load(count_ptr), num_rows)
-    if pid_m * BLOCK_M >= count:
-        return
+    rest = (
+        pid_m, tl.program_id(0) % num_blocks, x_ptr, w_ptr, bias_ptr, out_ptr, gather_ptr,
+        scatter_ptr, residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr,
+        norm_bias_ptr, stats_ptr, count, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
+    )  # fmt: skip
+    if FEW_M < BLOCK_M and tl.cdiv(count, FEW_M) * num_blocks <= FEW:
+        if pid_m * FEW_M < count:
+            _linear_tile(*rest, NORM_X, NORM_RESIDUAL, GELU, PRECISION, S, FEW_M, BLOCK_N, BLOCK_K)
+    elif pid_m * BLOCK_M < count:
+        _linear_tile(*rest, NORM_X, NORM_RESIDUAL, GELU, PRECISION, S, BLOCK_M, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def _linear_tile(
+    pid_m, pid_n, x_ptr, w_ptr, bias_ptr, out_ptr, gather_ptr, scatter_ptr,
+    residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, stats_ptr,
+    count, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
+    NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < count
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -95,8 +116,7 @@ def _linear_kernel(
     rows = offs_m
     if gather_ptr is not None:
         rows = tl.load(gather_ptr + offs_m, mask=mask_m, other=0)
-    mean = tl.zeros((BLOCK_M,), tl.float32)
-    rstd = mean
+    mean, rstd = 0, 0
     if NORM_X:
         mean, rstd = mean_rstd(stats_in_ptr, rows, mask_m, K, num_stats, eps, BLOCK_N, S)
     acc = _product(
@@ -127,9 +147,9 @@ def _linear_kernel(
     if stats_ptr is not None:
         value = tl.where(mask_n[None, :], out.to(tl.float32), 0.0)
         total = tl.sum(value, 1)
-        size = tl.minimum(N - pid_n * BLOCK_N, BLOCK_N).to(tl.float32)
-        apart = tl.where(mask_n[None, :], value - (total / size)[:, None], 0.0)
-        at = stats_ptr + (to * num_blocks + pid_n) * 2
+        mean = total / tl.minimum(N - pid_n * BLOCK_N, BLOCK_N)
+        apart = tl.where(mask_n[None, :], value - mean[:, None], 0.0)
+        at = stats_ptr + (to * tl.cdiv(N, BLOCK_N) + pid_n) * 2
         tl.store(at, total, mask=mask_m)
         tl.store(at + 1, tl.sum(apart * apart, 1), mask=mask_m)
 
@@ -221,14 +241,16 @@ def linear_(
     if norm_on != "none" and (norm_stats is None or norm_stats.shape[1] != num_stats):
         got = None if norm_stats is None else tuple(norm_stats.shape)
         raise ValueError(f"got norm_stats {got}; expected [R, {num_stats}, 2], of as many rows")
-    grid = (triton.cdiv(num_rows, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
+    few_m, blocks = min(64, tiles["BLOCK_M"]), triton.cdiv(n, tiles["BLOCK_N"])
+    many, few = (triton.cdiv(num_rows, rows) * blocks for rows in (tiles["BLOCK_M"], few_m))
     if num_rows:
-        wrap_triton(_linear_kernel)[grid](
+        wrap_triton(_linear_kernel)[(max(many, min(few, FEW_TILES)),)](
             x, weight, bias, out, count, gather, scatter, residual, residual_gather,
             norm_stats, norm_weight, norm_bias, stats,
             num_rows, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
             out.stride(0), num_stats, eps, norm_on == "x", norm_on == "residual",
-            activation == "gelu", precision, triton.next_power_of_2(num_stats), **tiles,
+            activation == "gelu", precision, triton.next_power_of_2(num_stats),
+            few_m, FEW_TILES, **tiles,
         )  # fmt: skip
 
 
@@ -236,10 +258,8 @@ def linear(x, weight, bias=None, count=None, gather=None, want_stats=False, **op
     """`linear_` into new tensors: out `[A, N]`, or (out, stats) if wanted; options are its own."""
     num_rows = len(x) if gather is None else len(gather)
     out = x.new_empty(num_rows, len(weight))
-    stats = None
-    if want_stats:
-        blocks = triton.cdiv(len(weight), tiles_of(num_rows, x.element_size())["BLOCK_N"])
-        stats = x.new_empty(num_rows, blocks, 2, dtype=torch.float32)
+    blocks = triton.cdiv(len(weight), tiles_of(num_rows, x.element_size())["BLOCK_N"])
+    stats = x.new_empty(num_rows, blocks, 2, dtype=torch.float32) if want_stats else None
     linear_(out, stats, x, weight, bias, count, gather, **options)
     return (out, stats) if want_stats else out
 
@@ -290,8 +310,7 @@ def compile_cases(hidden, num_heads, dtype):
         up, down = x.new_empty(4 * hidden, hidden), x.new_empty(hidden, 4 * hidden)
         blocks = triton.cdiv(hidden, tiles_of(rows, x.element_size())["BLOCK_N"])
         norm = dict(norm_stats=torch.empty(rows, blocks, 2), norm_weight=bias, norm_bias=bias)
-        qkv = (x, square, bias, pair, bias, index, index[:65], index)
-        yield size, query_key_value, qkv
+        yield size, query_key_value, (x, square, bias, pair, bias, index, index[:65], index)
         output = partial(linear, residual=x, residual_gather=index, want_stats=True)
         yield f"output_{size}", output, (x, square, bias, index)
         first = partial(linear, **norm, norm_on="x", activation="gelu")

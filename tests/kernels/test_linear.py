@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from assertions import assert_as_exact
+from tokenexit.kernels import linear as module
 from tokenexit.kernels.linear import linear, linear_, query_key_value
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -122,6 +123,45 @@ def test_layer_norm_on_the_way(make, device, rows, d):
         return h + F.linear(F.gelu(F.linear(h, up)), down)
 
     check(ours[:rows], exact, context, h, output, up, down, gamma, beta)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 128, 129, 192, 193, 300])
+def test_tiles_by_the_count(make, device, monkeypatch, rows):
+    """Two column blocks, so that up to 192 rows are 6 tiles of 64 rows; stats fit both sizes."""
+    capacity, k, n = 300, 70, 150
+    x, weight, bias = make(capacity, k), make(n, k, scale=k**-0.5), make(n, shift=3)
+    x[rows:] = NAN
+    ours, stats = [], []
+    for few in (6, 0, 999):  # by the count, never, always
+        monkeypatch.setattr(module, "FEW_TILES", few)
+        options = dict(want_stats=True, precision="ieee")
+        out, found = linear(x, weight, bias, number(rows, device), **options)
+        check(out[:rows], F.linear, x[:rows], weight, bias)
+        assert out[rows:].isnan().all() and found[rows:].isnan().all()
+        ours, stats = [*ours, out[:rows]], [*stats, found[:rows]]
+    for out, found in zip(ours, stats, strict=True):
+        torch.testing.assert_close(out, ours[0], atol=1e-3, rtol=1e-3)
+        parts = out.float().split(128, 1)
+        total = torch.stack([p.sum(1) for p in parts], 1)
+        apart = torch.stack([(p - p.mean(1, True)).square().sum(1) for p in parts], 1)
+        torch.testing.assert_close(found, torch.stack([total, apart], 2), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("few", [(999, 0), (0, 999)], ids=["few then many", "many then few"])
+def test_stats_of_one_size_of_tiles_read_by_the_other(make, device, monkeypatch, few):
+    d, rows = 150, 193
+    x, weight, up = make(300, d), make(d, d, scale=0.1), make(70, d, scale=0.1)
+    gamma, beta, count = make(d, shift=1), make(d), number(rows, device)
+    monkeypatch.setattr(module, "FEW_TILES", few[0])
+    s, stats = linear(x, weight, count=count, want_stats=True, precision="ieee")
+    monkeypatch.setattr(module, "FEW_TILES", few[1])
+    norm = dict(norm_stats=stats, norm_weight=gamma, norm_bias=beta, eps=1e-5, norm_on="x")
+    ours = linear(s, up, None, count, precision="ieee", **norm)
+
+    def exact(x, weight, up, gamma, beta):
+        return F.linear(F.layer_norm(F.linear(x, weight), [d], gamma, beta, 1e-5), up)
+
+    check(ours[:rows], exact, x[:rows], weight, up, gamma, beta)
 
 
 @pytest.mark.parametrize("lengths", [[1], [63, 129, 1], [300, 40]])

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+from assertions import assert_as_exact
 from random_models import FAMILIES, random_batch, random_tagger
 from test_reference import POLICIES
 
-from tokenexit import ExitPolicy, static
+from tokenexit import ExitPolicy, compiled, static
 from tokenexit.encoder import Schedule
 from tokenexit.packing import pack
 
@@ -19,6 +20,7 @@ MINE = [p for p in POLICIES if (p.copy, p.neighbors) == ("post_norm", "frozen")]
 def taken(device, monkeypatch):
     """The calls of the loop, which the interpreter runs on a CPU."""
     calls, loop = [], static.exit_loop
+    monkeypatch.setattr(compiled, "applies", lambda *a: False)
     monkeypatch.setattr(static, "_DEVICES", {device})
     monkeypatch.setattr(static, "exit_loop", lambda *a: calls.append(a) or loop(*a))
     return calls
@@ -67,6 +69,22 @@ def test_given_exits(device, taken):
     assert len(taken) == 1
     assert torch.equal(ours.exit_layers, truth.exit_layers)
     torch.testing.assert_close(ours.logits, truth.logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_half_precision(device, taken):
+    """The whole loop in fp16, with given exits, errs little more than the reference in fp16."""
+    half = random_tagger(dtype=torch.float16).to(device)
+    truth = random_tagger(dtype=torch.float16).double().to(device)  # of the same rounded weights
+    batch = {name: value.to(device) for name, value in random_batch(LENGTHS).items()}
+    generator = torch.Generator().manual_seed(0)
+    layers = torch.randint(1, 5, batch["input_ids"].shape, generator=generator).to(device)
+    ours, plain = both(half, batch, exit_layers=layers)
+    assert len(taken) == 1
+    truth.backend = "reference"
+    exact = truth(**batch, exit_layers=layers)
+    assert torch.equal(ours.exit_layers, exact.exit_layers)
+    assert_as_exact(ours.logits, exact.logits, plain.logits)
 
 
 @torch.no_grad()

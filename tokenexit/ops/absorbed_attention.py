@@ -64,7 +64,8 @@ def absorbed_attention(
         )
     check_bias(bias, positions, q)
     arguments = (q, h, cu_q, cu_k, scale, bias, positions)
-    if use_triton(backend, q, h):
+    # Wider rows would not fit the shared memory of every GPU.
+    if h.shape[1] * h.element_size() <= 2048 and use_triton(backend, q, h):
         run = torch.ops.tokenexit_triton.absorbed_attention
         return run(*arguments, max_length, float32_precision())
     if use_compiled(backend, q.device, _DEVICES) and q.dtype == torch.float32:
