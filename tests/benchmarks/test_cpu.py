@@ -181,6 +181,23 @@ def test_goals():
     assert report.Goal("", 3, 4, at_most=True).reached == "**no**"
 
 
+def test_goals_beside_what_the_roofline_allows():
+    floors = {report.FULL: 60.0, report.STRONG: 20.0}
+    common = {"text": report.CONLL, "sentences": 32}
+    roof = [
+        {**common, "exits": exits, "phase": phase, "floor_ms": ms * share, "measured_ms": measured}
+        for exits, ms in floors.items()
+        for phase, share, measured in (("q", 0.9, None), ("layers", 0.9, 99.0), ("head", 0.1, 9.0))
+    ]
+    allowed = {goal.text: goal.allowed for goal in report.goals(report.Rows(rows()), roof)}
+    assert allowed["eta, 32 ragged sentences, strong exits"] == pytest.approx(60 / 20 * 0.25)
+    assert allowed["wall-clock speed-up over that in FLOPs, strong"] == pytest.approx(1)
+    assert allowed["full depth over ONNX Runtime fp32, 32 ragged"] == pytest.approx(100 / 60)
+    assert allowed["strong exits, fp32, over ONNX Runtime int8"] == pytest.approx(60 / 20)
+    assert allowed["eta, 32 ragged sentences, extreme exits"] is None
+    assert allowed["strong exits, int8, over ONNX Runtime int8"] is None
+
+
 def test_tables_say_what_was_best_and_where_we_lose():
     slow = row(report.OURS, [150.0, 300.0, 150.0], exits="sentence exit, strong")
     text = report.tables([*rows(), slow])
