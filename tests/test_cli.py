@@ -126,6 +126,8 @@ def test_predict_keeps_order_in_every_format(trained, folder, capsys, tmp_path):
 
 
 def run_predict(*arguments, **kwargs):
+    # A shell's background jobs, and so their children, ignore SIGINT.
+    kwargs["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
         [sys.executable, "-m", "tokenexit.cli", "predict", *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
