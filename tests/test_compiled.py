@@ -1,5 +1,7 @@
 """The loop of all layers in one op: the same bits as layer by layer, and when it stands back."""
 
+import dataclasses
+
 import pytest
 import torch
 from random_models import FAMILIES, random_batch, random_tagger
@@ -26,6 +28,14 @@ def calls(monkeypatch):
     made, loop = [], compiled.exit_loop
     monkeypatch.setattr(compiled, "exit_loop", lambda *a: made.append(1) or loop(*a))
     return made
+
+
+def arguments():
+    """Of the loop: two sentences, 14 tokens, 4 layers."""
+    model, batch = random_tagger(dtype=torch.float32), random_batch((5, 9))
+    packed, h = pack(batch["attention_mask"], batch["word_ids"]), torch.randn(14, 32)
+    modules = model.encoder.layers, model.encoder.heads
+    return *modules, h, packed, Schedule.of(POLICIES[1], 4, 2, h)
 
 
 def layer_by_layer(model, **call):
@@ -58,13 +68,9 @@ def test_same_bits_as_layer_by_layer(family, policy, given, kind, calls):
 
 @torch.no_grad()
 def test_leaves_its_input_alone(calls):
-    model = random_tagger(dtype=torch.float32)
-    batch = random_batch((5, 9))
-    packed = pack(batch["attention_mask"], batch["word_ids"])
-    h = torch.randn(14, 32)
+    *modules, h, packed, schedule = arguments()
     before = h.clone()
-    schedule = Schedule.of(POLICIES[1], 4, 2, h)
-    compiled.exit_loop(model.encoder.layers, model.encoder.heads, h, packed, schedule)
+    compiled.exit_loop(*modules, h, packed, schedule)
     assert torch.equal(h, before)
 
 
@@ -138,25 +144,16 @@ def test_gradients_go_layer_by_layer(calls):
 )
 @torch.no_grad()
 def test_refuses_what_does_not_fit(name, value, message):
-    model = random_tagger(dtype=torch.float32)
-    batch = random_batch((5, 9))
-    packed = pack(batch["attention_mask"], batch["word_ids"])
-    object.__setattr__(packed, name, value)
-    h = torch.randn(14, 32)
-    schedule = Schedule.of(POLICIES[1], 4, 2, h)
+    *others, packed, schedule = arguments()
+    packed = dataclasses.replace(packed, **{name: value})
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
-        compiled.exit_loop(model.encoder.layers, model.encoder.heads, h, packed, schedule)
+        compiled.exit_loop(*others, packed, schedule)
 
 
 @torch.no_grad()
 def test_one_graph_for_torch_compile():
     torch._dynamo.reset()
-    model = random_tagger(dtype=torch.float32)
-    batch = random_batch((5, 9))
-    packed = pack(batch["attention_mask"], batch["word_ids"])
-    h = torch.randn(14, 32)
-    schedule = Schedule.of(POLICIES[1], 4, 2, h)
-    modules = model.encoder.layers, model.encoder.heads
+    *modules, h, packed, schedule = arguments()
 
     def loop(h):
         assert compiled.applies(*modules, h, schedule)

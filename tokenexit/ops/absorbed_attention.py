@@ -64,10 +64,12 @@ def absorbed_attention(
         )
     check_bias(bias, positions, q)
     arguments = (q, h, cu_q, cu_k, scale, bias, positions)
-    # Wider rows would not fit the shared memory of every GPU.
-    if h.shape[1] * h.element_size() <= 2048 and use_triton(backend, q, h):
-        run = torch.ops.tokenexit_triton.absorbed_attention
-        return run(*arguments, max_length, float32_precision())
+    if use_triton(backend, q, h):
+        from tokenexit.kernels.attention import ABSORBED_BYTES
+
+        if h.shape[1] * h.element_size() <= ABSORBED_BYTES:
+            run = torch.ops.tokenexit_triton.absorbed_attention
+            return run(*arguments, max_length, float32_precision())
     if use_compiled(backend, q.device, _DEVICES) and q.dtype == torch.float32:
         return torch.ops.tokenexit.absorbed_attention(*arguments, max_length)
     return reference.absorbed_attention(*arguments)
