@@ -1,5 +1,7 @@
 // A whole layer of inference, for the active tokens of a packed batch, panel by panel: what a product
 // leaves is what the next one reads. See tokenexit/ops/exit_layer.py.
+#include <atomic>
+
 #include <torch/csrc/stable/library.h>
 
 #include "attention.h"
@@ -351,11 +353,21 @@ struct Finish {
   }
 };
 
+// Threads take part after part until none is left: they wait for each other after every phase, and
+// equal shares would leave all waiting for the one that is held up.
 template <class Body>
 void parallel(const Work& work, int64_t items, int64_t grain = 1) {
+  constexpr int64_t PARTS = 8;
   const Work* w = &work;
-  torch::stable::parallel_for(0, items, grain, [w](int64_t begin, int64_t end) {
-    dispatch<Body>(w, begin, end);
+  const int64_t most = torch::stable::get_num_threads();
+  const int64_t threads = std::min(most, (items + grain - 1) / grain);
+  if (threads <= 1) return dispatch<Body>(w, int64_t(0), items);
+  const int64_t part = std::max(grain, items / (threads * PARTS));
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(part)) < items;) {
+      dispatch<Body>(w, begin, std::min(items, begin + part));
+    }
   });
 }
 

@@ -69,34 +69,41 @@ INLINE void tile(
   for (; k < depth; ++k) step(k);
 }
 
-// row(r)[lane] (+)= sum over k of a(r, k) * b[k * ldb + lane], for `rows` rows and VECS vectors.
+// row(r)[lane] (+)= sum over k of a(r, k) * b[k * ldb + lane], for `rows` <= R rows from r0 and VECS
+// vectors.
+template <class S, int R, int VECS, class Row>
+INLINE void some_rows(
+    Strided a, const float* b, int64_t ldb, const Row& row, int64_t r0, int64_t rows,
+    int64_t depth, bool add) {
+  if constexpr (R > 1) {
+    if (rows < R) return some_rows<S, R - 1, VECS>(a, b, ldb, row, r0, rows, depth, add);
+  }
+  typename S::Vec sums[R][VECS];
+#pragma GCC unroll 24
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) {
+      sums[i][v] = add ? S::load(row(r0 + i) + v * S::WIDTH) : typename S::Vec{};
+    }
+  }
+  tile<S, R, VECS>(sums, {a.data + r0 * a.row, a.row, a.col}, b, ldb, depth);
+#pragma GCC unroll 24
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) S::store(row(r0 + i) + v * S::WIDTH, sums[i][v]);
+  }
+}
+
+// The same for any number of rows, in tiles of about the same size: one of a row or two would take
+// almost as long as a whole one.
 template <class S, int R = S::ROWS, int VECS = S::VECS, class Row>
 INLINE void multiply_rows(
     Strided a, const float* b, int64_t ldb, const Row& row, int64_t rows, int64_t depth,
     bool add = false) {
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) {
-    typename S::Vec sums[R][VECS];
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) {
-        sums[i][v] = add ? S::load(row(r + i) + v * S::WIDTH) : typename S::Vec{};
-      }
-    }
-    tile<S, R, VECS>(sums, {a.data + r * a.row, a.row, a.col}, b, ldb, depth);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) S::store(row(r + i) + v * S::WIDTH, sums[i][v]);
-    }
-  }
-  if constexpr (R > 1) {
-    if (r < rows) {
-      multiply_rows<S, R / 2, VECS>(
-          {a.data + r * a.row, a.row, a.col}, b, ldb, [&](int64_t i) { return row(r + i); },
-          rows - r, depth, add);
-    }
+  int64_t tiles = (rows + R - 1) / R;
+  for (int64_t r = 0, count; r < rows; r += count) {
+    count = (rows - r + tiles - 1) / tiles--;
+    some_rows<S, R, VECS>(a, b, ldb, row, r, count, depth, add);
   }
 }
 
