@@ -48,7 +48,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16)
 CLOSE = 1e-3
 ROUNDS, HEADLINE_ROUNDS = 5, 3
 TEST_SENTENCES, DEV_SENTENCES, TUNED_SENTENCES = 1000, 1500, 32
-MAX_LOSS = 0.0  # of F1 on development data, for the real exits: on others it may be more
+MAX_LOSS = 0.002  # of F1 on development data, for the real exits: on others it may be more
 HEADLINES = ("Hugging Face sdpa", "ONNX Runtime", "ONNX Runtime int8")
 PADDED_TOO = HEADLINES
 # Ways to leave: a batch to the arguments of the model's call.
@@ -441,12 +441,12 @@ def random_bert(
                 f"uniform {length}",
                 batch,
                 texts.uniform(batch, length, vocab),
-                length * batch > 128,
+                length > 32,
             )
             for length, batch in ((32, 1), (128, 1), (128, 8), (512, 1))
         ]
         sizes = ((1, 16), (8, 16), (32, 32))
-    cases = [Case("CoNLL-2003", b, texts.sample(conll, n)) for b, n in sizes]
+    cases = [Case("CoNLL-2003", b, texts.sample(conll, n), b == 8) for b, n in sizes]
     if not quick:
         cases.append(Case("CoNLL-2003", 128, texts.sample(conll, 128), True))
     cases.append(Case("People's Daily", sizes[-1][0], texts.sample(chinese, sizes[-1][1]), True))
@@ -493,7 +493,7 @@ def tagger(folder: Path, quick: bool) -> Subject:
         test = read_sentences(assets.conll / "test.txt").shuffle(0).take(TEST_SENTENCES).to_dict()
         sizes = ((1, 32), (8, 32), (32, 64), (128, 128))
     sentences = texts.tokenized(tokenizer, test["words"])
-    cases = [Case("CoNLL-2003", batch, sentences[:count]) for batch, count in sizes]
+    cases = [Case("CoNLL-2003", b, sentences[:n], b in (8, 128)) for b, n in sizes]
     failed = peers.export(theirs, tokenizer, folder)
     scored = (sentences, test["labels"])
     name = "MiniLM-L6 tagger"
@@ -601,7 +601,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny models, made-up text")
     parser.add_argument("--memory", action="store_true", help="peak memory too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--budget", type=float, default=4, help="seconds a case may take")
+    parser.add_argument("--budget", type=float, default=2, help="seconds a case may take")
     parser.add_argument("--skip", nargs="*", default=[], choices=peers.PEERS)
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="a folder")
     parser.add_argument("--document", type=Path, default=root / "docs" / "cpu.md")
