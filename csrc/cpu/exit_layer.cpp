@@ -62,7 +62,8 @@ struct Work {
   float *q, *kv_panels, *kv;     // likewise, and kv [2][heads][rows][dim]
   // Absorbed rows: [rows][d], [heads][rows][wide], [heads][rows][d].
   float *q_rows, *carried, *mixed;
-  int64_t wide;  // d, rounded up to whole lanes
+  int64_t wide;   // d, rounded up to whole lanes
+  int64_t block;  // pairs of a query and a head that attend together
 
   int64_t panels() const { return panels_of(rows); }
 
@@ -84,12 +85,13 @@ INLINE void linear(
   }
 }
 
-// The bytes of panel p, if they are read.
+// The bytes of panel p of those of `rows` rows, if they are read.
 template <class S>
-INLINE void quantize(const Panels& to, int64_t p, int64_t depth) {
+INLINE void quantize(const Panels& to, int64_t p, int64_t rows, int64_t depth) {
   if (!to.bits.bytes) return;
-  quantize_panel<S>(to.x + p * depth * LANES, depth, to.bits.bytes + p * depth * LANES,
-                    to.bits.scale + p * LANES);
+  quantize_panel<S>(
+      to.x + p * depth * LANES, std::min(LANES, rows - p * LANES), by_rows<S>(rows), depth,
+      to.bits.bytes + p * depth * LANES, to.bits.scale + p * LANES);
 }
 
 // Each phase of the layer runs over a range of its items: panels, units of features, heads, ...
@@ -100,7 +102,7 @@ struct PackActive {
     for (int64_t p = begin; p < end; ++p) {
       pack_panel([&](int64_t i) { return w->h + w->active[p * LANES + i] * w->d; },
                  std::min(LANES, w->rows - p * LANES), w->d, w->x.x + p * w->d * LANES);
-      quantize<S>(w->x, p, w->d);
+      quantize<S>(w->x, p, w->rows, w->d);
     }
   }
 };
@@ -112,7 +114,7 @@ struct PackKeys {
     for (int64_t p = begin; p < end; ++p) {
       pack_panel([&](int64_t i) { return w->keys[p * LANES + i]; },
                  std::min(LANES, rows - p * LANES), w->d, w->xk.x + p * w->d * LANES);
-      quantize<S>(w->xk, p, w->d);
+      quantize<S>(w->xk, p, rows, w->d);
     }
   }
 };
@@ -181,13 +183,17 @@ struct AttendProjected {
   }
 };
 
-// Queries of absorbed rows, scaled.
+// Queries of absorbed rows, scaled; times what a key's feature has as its scale in 8 bits.
 struct UnpackQueries {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    const float* scale = w->w[KEY_VALUE].bits.scale;
     for (int64_t r = begin; r < end; ++r) {
       const float* from = w->q + w->lanes[r] / LANES * w->d * LANES + w->lanes[r] % LANES;
-      for (int64_t c = 0; c < w->d; ++c) w->q_rows[r * w->d + c] = from[c * LANES] * w->scale;
+      float* to = w->q_rows + r * w->d;
+      for (int64_t c = 0; c < w->d; ++c) {
+        to[c] = from[c * LANES] * (scale ? w->scale * scale[c] : w->scale);
+      }
     }
   }
 };
@@ -196,44 +202,57 @@ struct UnpackQueries {
 struct CarryQueries {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    constexpr int64_t STRIP = 64;
+    constexpr int64_t STRIP = 64;  // of bytes: a line a row
     const int64_t d = w->d, dim = w->dim, strips = (d + STRIP - 1) / STRIP;
+    const int64_t rows = w->lanes.size();
     static thread_local Scratch scratch;
     float* strip = scratch.get(dim * STRIP);
+    const Linear& kv = w->w[KEY_VALUE];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / strips, first = item % strips * STRIP;
       const int64_t width = std::min(STRIP, d - first);
-      const Linear& kv = w->w[KEY_VALUE];
-      for (int64_t c = 0; c < dim; ++c) {
-        const int64_t at = (head * dim + c) * d + first;
-        float* to = strip + c * STRIP;
-        if (kv.bits.weight) {
-          // A strip of bytes is a line a row. What comes after this head lies in one piece.
-          const int64_t beyond = (std::min(head + 1, w->heads) * dim + c) * d;
-          __builtin_prefetch(kv.bits.weight + beyond + first);
-          dequantize<S>(kv.bits.weight + at, width, kv.bits.scale[head * dim + c], to);
-        } else {
-          for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(kv.weight + at + STRIP + i);
-          std::memcpy(to, kv.weight + at, width * sizeof(float));
+      const int64_t at = head * dim * d + first;
+      const int64_t ahead = item + 2, beyond = ahead / strips * dim * d + ahead % strips * STRIP;
+      const Strided q = {w->q_rows + head * dim, d, 1};
+      float* to = w->carried + head * rows * w->wide + first;
+      if (kv.bits.weight &&
+          few_floats<S>(q, kv.bits.weight + at, d, kv.bits.weight + beyond, to, w->wide, rows,
+                        width, dim)) {
+        continue;
+      }
+      if (kv.weight && rows <= S::ROWS && width % LANES == 0) {  // a strip is read once
+        for (int64_t i = 0; i < width; i += LANES) {
+          for (int64_t c = 0; c < dim; ++c) __builtin_prefetch(kv.weight + beyond + c * d + i);
+          multiply<S>(q, kv.weight + at + i, d, to + i, w->wide, rows, dim);
         }
-        std::fill(to + width, to + STRIP, 0.0f);
+        continue;
+      }
+      for (int64_t c = 0; c < dim; ++c) {
+        float* copy = strip + c * STRIP;
+        if (kv.bits.weight) {
+          __builtin_prefetch(kv.bits.weight + beyond + c * d);
+          to_floats<S>(kv.bits.weight + at + c * d, width, copy);
+        } else {
+          const float* from = kv.weight + at + c * d;
+          for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(from + STRIP + i);
+          std::memcpy(copy, from, width * sizeof(float));
+        }
+        std::fill(copy + width, copy + STRIP, 0.0f);
       }
       for (int64_t i = 0; i < width; i += LANES) {
-        multiply<S>({w->q_rows + head * dim, d, 1}, strip + i, STRIP,
-                    w->carried + head * w->lanes.size() * w->wide + first + i, w->wide,
-                    w->lanes.size(), dim);
+        multiply<S>(q, strip + i, STRIP, to + i, w->wide, rows, dim);
       }
     }
   }
 };
 
-// Up to PAIRS pairs of a query and a head of one sentence attend over its hidden states.
+// A block of pairs of a query and a head of one sentence attends over its hidden states.
 struct AttendAbsorbed {
   template <class S>
   static INLINE void run(const Work* w, const Sentence* s, int64_t block) {
     static thread_local Scratch scratch;
-    const int64_t d = w->d, first = block * PAIRS;
-    const int64_t pairs = std::min(PAIRS, s->active * w->heads - first);
+    const int64_t d = w->d, first = block * w->block;
+    const int64_t pairs = std::min(w->block, s->active * w->heads - first);
     const auto relate = [&](RelativeBias& bias, int64_t lane, int64_t i) {
       w->relate(bias, lane, (first + i) % w->heads, s->first_active + (first + i) / w->heads);
     };
@@ -266,7 +285,7 @@ struct BringBack {
         pack_panel(
             [&](int64_t i) { return w->mixed + (head * rows + p * LANES + i) * d; },
             std::min(LANES, rows - p * LANES), d, x.x + p * d * LANES);
-        quantize<S>(x, p, d);
+        quantize<S>(x, p, rows, d);
       }
       const int64_t feature = d + head * dim;
       Linear value = w->w[KEY_VALUE];
@@ -292,7 +311,7 @@ struct BringBack {
 struct QuantizeContext {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) quantize<S>(w->ctx, p, w->d);
+    for (int64_t p = begin; p < end; ++p) quantize<S>(w->ctx, p, w->rows, w->d);
   }
 };
 
@@ -309,7 +328,7 @@ struct Normalize {
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       normalize<S>(w->y.x + p * w->d * LANES, w->d, w->w[NORM].weight, w->w[NORM].bias, w->eps);
-      quantize<S>(w->y, p, w->d);
+      quantize<S>(w->y, p, w->rows, w->d);
     }
   }
 };
@@ -325,7 +344,7 @@ struct Up {
 struct QuantizeInner {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) quantize<S>(w->u, p, w->inner);
+    for (int64_t p = begin; p < end; ++p) quantize<S>(w->u, p, w->rows, w->inner);
   }
 };
 
@@ -357,12 +376,13 @@ struct Finish {
 // equal shares would leave all waiting for the one that is held up.
 template <class Body>
 void parallel(const Work& work, int64_t items, int64_t grain = 1) {
-  constexpr int64_t PARTS = 8;
+  // Few rows wait for weights from memory, and what a thread asks for ahead is to be its own.
+  const int64_t parts = work.rows <= LANES / 2 ? 1 : 8;
   const Work* w = &work;
   const int64_t most = torch::stable::get_num_threads();
   const int64_t threads = std::min(most, (items + grain - 1) / grain);
   if (threads <= 1) return dispatch<Body>(w, int64_t(0), items);
-  const int64_t part = std::max(grain, items / (threads * PARTS));
+  const int64_t part = std::max(grain, (items + threads * parts - 1) / (threads * parts));
   std::atomic<int64_t> next = 0;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t begin; (begin = next.fetch_add(part)) < items;) {
@@ -457,11 +477,13 @@ void run_group(Work& w, bool all_active) {
     parallel<CarryQueries>(w, w.heads * ((d + 63) / 64));
     std::vector<int64_t> start = {0};
     std::vector<std::pair<const Sentence*, int64_t>> blocks;
+    // Smaller blocks are slower, but each thread is to have one.
+    w.block = absorbed * w.heads > PAIRS * torch::stable::get_num_threads() ? PAIRS : LANES;
     for (const Sentence& s : w.absorbed) {
       const int64_t pairs = s.active * w.heads;
-      for (int64_t i = 0; i * PAIRS < pairs; ++i) {
+      for (int64_t i = 0; i * w.block < pairs; ++i) {
         blocks.emplace_back(&s, i);
-        start.push_back(start.back() + (s.tokens + 1) * d * std::min(PAIRS, pairs - i * PAIRS));
+        start.push_back(start.back() + (s.tokens + 1) * d * std::min(w.block, pairs - i * w.block));
       }
     }
     const Work* work = &w;

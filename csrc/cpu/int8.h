@@ -3,7 +3,9 @@
 //
 // Weights are within +-63, so that two products of 16 bits never overflow (AVX2 adds pairs in 16
 // bits). Activations are scaled row by row: value = (byte - 128) * scale. A panel's bytes are
-// [depth / 4][16 lanes][4], four features of a row beside each other.
+// [depth / 4][16 lanes][4], four features of a row beside each other; those of few rows [row][depth].
+#include <numeric>
+
 #include "panels.h"
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -11,20 +13,33 @@
 
 namespace tokenexit {
 
-// A panel [depth][16] to bytes, and each lane's scale; NaN if the lane has a NaN or an infinity.
+// Whether a product of so many rows goes row by row: faster than lane by lane.
 template <class S>
-INLINE void quantize_panel(const float* panel, int64_t depth, uint8_t* bytes, float* scales) {
+INLINE bool by_rows(int64_t rows) {
+  return S::ROWS > Portable::ROWS && rows <= 4;
+}
+
+// The first lanes of a panel [depth][16] to bytes, and each lane's scale; NaN if the lane has a NaN
+// or an infinity.
+template <class S>
+INLINE void quantize_panel(
+    const float* panel, int64_t lanes, bool rows, int64_t depth, uint8_t* bytes, float* scales) {
   using V = typename S::Vec;
   using U = typename S::UInt;
-  for (int64_t at = 0; at < LANES; at += S::WIDTH) {
-    V top = {}, nan = {};
-    for (int64_t k = 0; k < depth; ++k) {
-      const V x = S::load(panel + k * LANES + at);
-      const V size = x < 0 ? -x : x;
-      top = size > top ? size : top;
-      nan += x * 0.0f;
+  std::fill_n(scales, LANES, 0.0f);
+  for (int64_t at = 0; at < lanes; at += S::WIDTH) {
+    V tops[4] = {}, nans[4] = {};  // four, so that one need not wait for the one before
+    for (int64_t k = 0; k < depth; k += 4) {
+      for (int64_t j = 0; j < 4; ++j) {
+        const V x = S::load(panel + (k + j) * LANES + at);
+        const V size = x < 0 ? -x : x;
+        tops[j] = size > tops[j] ? size : tops[j];
+        nans[j] += x * 0.0f;
+      }
     }
-    const V scale = top * (1.0f / 127) + nan;
+    V top = tops[0];
+    for (int64_t j = 1; j < 4; ++j) top = tops[j] > top ? tops[j] : top;
+    const V scale = top * (1.0f / 127) + (nans[0] + nans[1] + nans[2] + nans[3]);
     const V inverse = top > 0 ? 127.0f / top : V{};
     S::store(scales + at, scale);
     // Added to a float, 1.5 * 2^23 leaves the nearest integer in its last bits.
@@ -33,7 +48,14 @@ INLINE void quantize_panel(const float* panel, int64_t depth, uint8_t* bytes, fl
     };
     for (int64_t k = 0; k < depth; k += 4) {
       const U four = byte(k) | byte(k + 1) << 8 | byte(k + 2) << 16 | byte(k + 3) << 24;
-      std::memcpy(bytes + (k * LANES + at * 4), &four, sizeof(four));
+      if (!rows) {
+        std::memcpy(bytes + (k * LANES + at * 4), &four, sizeof(four));
+        continue;
+      }
+      for (int64_t i = 0; i < lanes; ++i) {
+        const uint32_t word = four[i];
+        std::memcpy(bytes + i * depth + k, &word, sizeof(word));
+      }
     }
   }
 }
@@ -91,15 +113,42 @@ __attribute__((target("avx2"))) void tile8_avx2(
   }
 }
 
-__attribute__((target("avx2"))) inline void dequantize_avx2(
-    const int8_t* from, int64_t count, float scale, float* to) {
+__attribute__((target("avx2"))) inline __m256 eight_floats(const int8_t* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+
+__attribute__((target("avx2"))) inline void to_floats_avx2(
+    const int8_t* from, int64_t count, float* to) {
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i));
-    const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-    _mm256_storeu_ps(to + i, _mm256_mul_ps(x, _mm256_set1_ps(scale)));
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, eight_floats(from + i));
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+// c[r * ldc + i] = sum over k of a(r, k) * w[k * ldw + i], for R rows and 8 * VECS of i. `next` is
+// what comes after, as far apart.
+template <int R, int VECS>
+__attribute__((target("avx2,fma"))) void few_floats_avx2(
+    Strided a, const int8_t* w, int64_t ldw, const int8_t* next, float* c, int64_t ldc,
+    int64_t depth) {
+  __m256 sums[R][VECS] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(next + k * ldw);
+    __m256 x[VECS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) x[v] = eight_floats(w + k * ldw + v * 8);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m256 y = _mm256_set1_ps(a.data[r * a.row + k * a.col]);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) sums[r][v] = _mm256_fmadd_ps(y, x[v], sums[r][v]);
+    }
   }
-  for (; i < count; ++i) to[i] = from[i] * scale;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) _mm256_storeu_ps(c + r * ldc + v * 8, sums[r][v]);
+  }
 }
 
 // sums[r][lane] of 4 weight rows and ROWS lanes, whose bytes are few[lane][depth].
@@ -152,13 +201,34 @@ INLINE void tile8(
   tile8_portable<R, LANES_>(w, x, depth, next, sums);
 }
 
-// Weights of one row, as floats.
+// Bytes of a weight's row as floats, not scaled.
 template <class S>
-INLINE void dequantize(const int8_t* from, int64_t count, float scale, float* to) {
+INLINE void to_floats(const int8_t* from, int64_t count, float* to) {
 #ifdef __x86_64__
-  if constexpr (S::ROWS > Portable::ROWS) return dequantize_avx2(from, count, scale, to);
+  if constexpr (S::ROWS > Portable::ROWS) return to_floats_avx2(from, count, to);
 #endif
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * scale;
+  std::copy_n(from, count, to);
+}
+
+// A few fp32 rows times `width` columns of bytes, see few_floats_avx2; false if it is not for these.
+template <class S>
+INLINE bool few_floats(
+    Strided a, const int8_t* w, int64_t ldw, const int8_t* next, float* c, int64_t ldc,
+    int64_t rows, int64_t width, int64_t depth) {
+#ifdef __x86_64__
+  if constexpr (S::ROWS > Portable::ROWS) {
+    if (rows > 6 || width % 32) return false;
+    constexpr decltype(&few_floats_avx2<1, 4>) by_count[] = {
+        few_floats_avx2<1, 4>, few_floats_avx2<2, 4>, few_floats_avx2<3, 4>,
+        few_floats_avx2<4, 2>, few_floats_avx2<5, 2>, few_floats_avx2<6, 2>};
+    const int64_t step = rows > 3 ? 16 : 32;
+    for (int64_t i = 0; i < width; i += step) {
+      by_count[rows - 1](a, w + i, ldw, next, c + i, ldc, depth);
+    }
+    return true;
+  }
+#endif
+  return false;
 }
 
 // 8-bit weights [out][depth]: value = integer * scale; offset = 128 * scale * sum of the integers,
@@ -169,7 +239,7 @@ struct Matrix8 {
 };
 
 struct Panels8 {
-  uint8_t* bytes = nullptr;  // [panels][depth][16]
+  uint8_t* bytes = nullptr;  // [panels][depth / 4][16][4] or, by_rows, [rows][depth]
   float* scale = nullptr;    // [panels][16]
 };
 
@@ -202,21 +272,22 @@ INLINE void product8(
   int64_t n = n0;
 #ifdef __x86_64__
   if constexpr (R > 1 && S::ROWS > Portable::ROWS) {
-    if (rows <= 4) {  // row by row is faster than lane by lane
-      static thread_local std::vector<uint8_t> few;
-      few.resize(4 * depth);
-      for (int64_t k = 0; k < depth; k += 4) {
-        for (int64_t i = 0; i < rows; ++i) {
-          std::memcpy(&few[i * depth + k], x.bytes + k * LANES + i * 4, 4);
-        }
-      }
+    if (by_rows<S>(rows)) {
       const auto tile = rows == 1 ? few8_avx2<1> : rows == 2 ? few8_avx2<2>
                       : rows == 3 ? few8_avx2<3> : few8_avx2<4>;
       for (; n + 4 <= n1; n += 4) {
         const int8_t* w = m.weight + n * depth;
-        tile(w, few.data(), depth, n + 8 <= n1 ? w + 4 * depth : w, sums);
+        tile(w, x.bytes, depth, n + 8 <= n1 ? w + 4 * depth : w, sums);
         finish(sums, n, 4, 0);
       }
+      for (; n < n1; ++n) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const uint8_t* row = x.bytes + i * depth;
+          sums[i] = std::inner_product(row, row + depth, m.weight + n * depth, 0);
+        }
+        finish(sums, n, 1, 0);
+      }
+      return;
     }
   }
 #endif

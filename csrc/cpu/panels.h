@@ -136,7 +136,7 @@ INLINE void transpose4(const float* const (&from)[4], float* const (&to)[4]) {
 // 16 rows of `width` features to a panel; lanes beyond `lanes` become 0. Lane i is at row(i).
 template <class Row>
 INLINE void pack_panel(const Row& row, int64_t lanes, int64_t width, float* panel) {
-  for (int64_t i = 0; i < LANES; i += 4) {
+  for (int64_t i = 0; i < lanes; i += 4) {
     const float* x[4];
     for (int64_t j = 0; j < 4; ++j) x[j] = row(std::min(i + j, lanes - 1));
     int64_t k = 0;
