@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(tokenexit, m) {
+  m.def("pack_tokens(Tensor mask, Tensor word_ids) -> (Tensor, Tensor, Tensor)");
   m.def(
       "exit_decision(Tensor logits, Tensor words, Tensor uncertainty, Tensor exit_layer, "
       "Tensor cu_words, Tensor window, Tensor threshold, int layer, bool max_prob, "

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from tokenexit.ops.pack_tokens import pack_tokens
+
 # What a vocabulary entry is, as `token_kinds` marks it.
 STARTS_WORD, CONTINUES_WORD, SPECIAL = 0, 1, 2
 
@@ -101,31 +103,19 @@ def pack(attention_mask: torch.Tensor, word_ids: torch.Tensor) -> Packed:
         word_ids: `[B, N]` integers; a word is a run of neighboring real tokens with the same
             id, -1 is no word's token. Ids may start anew within a row (sentence pairs).
     """
-    mask = attention_mask != 0
-    slots = mask.flatten().nonzero().squeeze(1)
-    lengths = mask.sum(1)
-    cu_tokens = F.pad(lengths.cumsum(0), (1, 0))
-    sentence = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths)
-    positions = torch.arange(len(slots), device=mask.device) - cu_tokens[sentence]
-
-    ids = word_ids.flatten()[slots]
-    first_of_sentence = positions == 0
-    starts = (ids >= 0) & (first_of_sentence | (ids != ids.roll(1)))
-    words = starts.new_zeros(len(lengths), dtype=torch.int64).index_add_(0, sentence, starts.long())
-    stand_in = first_of_sentence & (words == 0)[sentence]
-    starts |= stand_in
-    words += (words == 0) & (lengths > 0)
-    word_of_token = (starts.cumsum(0) - 1).masked_fill((ids < 0) & ~stand_in, -1)
+    by_token, offsets, first_token = pack_tokens(attention_mask != 0, word_ids.long())
+    slots, positions, sentence_of_token, word_of_token, word_at = by_token.unbind()
+    cu_tokens, cu_words = offsets.unbind()
     return Packed(
-        shape=tuple(mask.shape),
+        shape=tuple(attention_mask.shape),
         slots=slots,
         positions=positions,
         cu_tokens=cu_tokens,
-        cu_words=F.pad(words.cumsum(0), (1, 0)),
-        first_token=starts.nonzero().squeeze(1),
+        cu_words=cu_words,
+        first_token=first_token,
         word_of_token=word_of_token,
-        word_at=word_of_token.masked_fill(~starts, -1),
-        sentence_of_token=sentence,
+        word_at=word_at,
+        sentence_of_token=sentence_of_token,
     )
 
 

@@ -16,6 +16,30 @@ import torch
 import torch.nn.functional as F
 
 
+def pack_tokens(mask, word_ids):
+    """The layout of a padded batch, see `tokenexit.ops.pack_tokens`."""
+    slots = mask.flatten().nonzero().squeeze(1)
+    lengths = mask.sum(1)
+    cu_tokens = F.pad(lengths.cumsum(0), (1, 0))
+    sentence = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths)
+    positions = torch.arange(len(slots), device=mask.device) - cu_tokens[sentence]
+
+    ids = word_ids.flatten()[slots]
+    first_of_sentence = positions == 0
+    starts = (ids >= 0) & (first_of_sentence | (ids != ids.roll(1)))
+    words = starts.new_zeros(len(lengths), dtype=torch.int64).index_add_(0, sentence, starts.long())
+    stand_in = first_of_sentence & (words == 0)[sentence]
+    starts |= stand_in
+    words += (words == 0) & (lengths > 0)
+    word_of_token = (starts.cumsum(0) - 1).masked_fill((ids < 0) & ~stand_in, -1)
+    word_at = word_of_token.masked_fill(~starts, -1)
+    return (
+        torch.stack([slots, positions, sentence, word_of_token, word_at]),
+        torch.stack([cu_tokens, F.pad(words.cumsum(0), (1, 0))]),
+        starts.nonzero().squeeze(1),
+    )
+
+
 def uncertainty(logits, max_prob=False):
     """How unsure each row of logits is, in [0, 1]: `[..., C] -> [...]`, in fp32 or fp64.
 
