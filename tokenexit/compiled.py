@@ -30,9 +30,11 @@ def applies(
         and not schedule.pre_norm
         and not schedule.recompute
         and all(type(layer) is ExitLayer and layer.is_compiled(h) for layer in layers)
-        and all(type(head) is ExitHead and not head.training for head in heads)
-        and all(head.weight.dtype == torch.float32 for head in heads)
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in (*layers, *heads))
+        and all(
+            type(head) is ExitHead and not head.training and head.weight.dtype == torch.float32
+            for head in heads
+        )
+        and not any([m._forward_hooks or m._forward_pre_hooks for m in (*layers, *heads)])
         and len({layer.is_int8 for layer in layers}) == 1
     )
 
@@ -89,11 +91,11 @@ def exit_loop(
         packed.word_at,
         weights,
         scales,
-        [x for head in heads for x in (head.weight, head.bias)],
+        [x for head in heads for x in head._parameters.values()],  # weight, bias
         costs(h.shape[1], len(weights[9]), first.num_heads, first.is_int8),
         first.num_heads,
         (h.shape[1] // first.num_heads) ** -0.5,
-        [layer.output_norm.eps for layer in layers],
+        [layer._modules["output_norm"].eps for layer in layers],
         schedule.window,
         schedule.min_active,
         schedule.threshold,

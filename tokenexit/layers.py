@@ -27,7 +27,7 @@ _PRODUCTS_AND_NORMS = (
     "down",
     "output_norm",
 )
-_KINDS = (nn.Linear, Int8Linear, nn.LayerNorm)
+_KINDS = {nn.Linear, Int8Linear, nn.LayerNorm}
 
 
 class ExitLayer(nn.Module):
@@ -150,27 +150,30 @@ class ExitLayer(nn.Module):
 
         Parts of another class, such as those of adapters, run as they are.
         """
-        drops = self.training and (self.dropout.p or self.attention_dropout)
-        return (
-            h.device.type in DEVICES
-            and h.dtype == self.attention_norm.weight.dtype == torch.float32
-            and not torch.is_grad_enabled()
-            and self.activation is F.gelu
-            and not drops
-            and all(type(self._modules[name]) in _KINDS for name in _PRODUCTS_AND_NORMS)
-        )
+        if (
+            h.device.type not in DEVICES
+            or h.dtype != torch.float32
+            or torch.is_grad_enabled()
+            or self.activation is not F.gelu
+            or self.training and (self.dropout.p or self.attention_dropout)
+        ):
+            return False
+        norm = self._modules["attention_norm"]
+        return _KINDS.issuperset(map(type, self._parts())) and norm.weight.dtype == torch.float32
 
     def tensors(self, h: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The weights, and the scales of int8, that `tokenexit.ops.exit_layer` takes for h."""
-        # Straight from the dictionaries: Module.__getattr__ 28 times would take longer than a
-        # product of a few rows.
-        parts = [self._modules[name] for name in _PRODUCTS_AND_NORMS]
-        values = [part._buffers or part._parameters for part in parts]
+        values = [part._buffers or part._parameters for part in self._parts()]
         weights = [v[name] for v in values for name in ("weight", "bias")]
         if not self.is_int8:
             return weights, []
         none = h[:0]
         return weights, [v.get(name, none) for v in values for name in ("scale", "offset")]
+
+    def _parts(self) -> list[nn.Module]:
+        # Straight from the dictionary: Module.__getattr__ 28 times would take longer than a product
+        # of a few rows.
+        return [self._modules[name] for name in _PRODUCTS_AND_NORMS]
 
     def _attention_dropout(self):
         if not self.training or not self.attention_dropout:

@@ -51,7 +51,9 @@ class Packed:
         return padded.flatten(0, 1)[self.slots]
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """`[T, ...] -> [B, N, ...]`, zero at padding."""
+        """`[T, ...] -> [B, N, ...]`, zero at padding; a view of values if there is none."""
+        if len(self.slots) == self.shape[0] * self.shape[1]:
+            return values.unflatten(0, self.shape)
         padded = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
         return padded.index_copy(0, self.slots, values).unflatten(0, self.shape)
 

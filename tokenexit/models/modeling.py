@@ -31,7 +31,7 @@ from tokenexit.int8 import is_quantized
 from tokenexit.layers import ExitHead, ExitLayer
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import FAMILIES
-from tokenexit.packing import STARTS_WORD, pack, word_ids_from_kinds
+from tokenexit.packing import STARTS_WORD, Packed, pack, word_ids_from_kinds
 from tokenexit.policy import ExitPolicy
 
 BACKENDS = ("auto", "reference")
@@ -278,13 +278,12 @@ class TokenExitForTokenClassification(PreTrainedModel):
             ValueError: an empty batch, shapes that do not fit, a sentence longer than the model's
                 positions, ids or labels out of range, NaN logits (in evaluation).
         """
-        attention_mask, word_ids = self._check(
+        packed, ids = self._pack(
             input_ids, attention_mask, word_ids, token_type_ids, position_ids, labels, exit_layers
         )
-        packed = pack(attention_mask, word_ids)
         every_layer = output_layer_logits or self.training
         trace, left_with = self._run(
-            input_ids, token_type_ids, position_ids, packed, policy, exit_layers, every_layer
+            ids, token_type_ids, position_ids, packed, policy, exit_layers, every_layer
         )
         logits, layers = left_with or last_of(trace, len(packed.slots))
         if not self.training and any(values.isnan().any() for _, values in trace):
@@ -322,10 +321,9 @@ class TokenExitForTokenClassification(PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _run(
-        self, input_ids, token_type_ids, position_ids, packed, policy, exit_layers, every_layer
+        self, ids, token_type_ids, position_ids, packed, policy, exit_layers, every_layer
     ) -> tuple[Trace, tuple[torch.Tensor, torch.Tensor] | None]:
         """The trace; or, of a loop that keeps none, what tokens left with."""
-        ids = packed.pack(input_ids)
         if position_ids is not None:
             positions = packed.pack(position_ids)
         elif (padding := self.config.position_padding_id) is not None:
@@ -374,10 +372,10 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 return [], left_with
         return self.encoder(h, packed, schedule, bias, exit_layers), None
 
-    def _check(
+    def _pack(
         self, input_ids, attention_mask, word_ids, token_type_ids, position_ids, labels, exit_layers
-    ):
-        """Reject what cannot be tagged; fill in the mask and the words."""
+    ) -> tuple[Packed, torch.Tensor]:
+        """Reject what cannot be tagged; the layout of the rest and its packed ids."""
         others = {
             "attention_mask": attention_mask,
             "word_ids": word_ids,
@@ -404,16 +402,23 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        real = attention_mask != 0
-        if not real.any():
+        real, last_id = attention_mask != 0, self.config.vocab_size - 1
+        if word_ids is None:
+            known = input_ids.masked_fill(~real, 0)
+            _check_range("input_ids", known, 0, last_id)
+            word_ids = word_ids_from_kinds(self.token_kinds[known], real)
+        packed = pack(real, word_ids)
+        ids = packed.pack(input_ids)
+        if not len(ids):
             raise ValueError("attention_mask is 0 everywhere; expected at least one token")
-        longest, row = (int(x) for x in real.sum(1).max(0))
+        longest = int(packed.positions.max()) + 1
         if longest > self.config.max_tokens:
+            row = int(packed.sentence_of_token[packed.positions.argmax()])
             raise ValueError(
                 f"sentence {row} has {longest} tokens; expected at most {self.config.max_tokens} "
                 "(tokenexit.Tagger cuts longer sentences into overlapping windows)"
             )
-        _check_range("input_ids", input_ids[real], 0, self.config.vocab_size - 1)
+        _check_range("input_ids", ids, 0, last_id)
         if labels is not None:
             used = labels != -100
             if (used & ~real).any():
@@ -424,10 +429,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         if position_ids is not None:
             last = self.config.max_position_embeddings - 1
             _check_range("position_ids", position_ids[real], 0, last)
-        if word_ids is None:
-            ids = input_ids.masked_fill(~real, 0)
-            word_ids = word_ids_from_kinds(self.token_kinds[ids], attention_mask)
-        return attention_mask, word_ids
+        return packed, ids
 
     def _explain_nan(self, trace, packed) -> str:
         layer, (active, values) = next(
