@@ -2,18 +2,21 @@
 
     PYTHONPATH=benchmarks python -m roofline          (part of make bench)
 
-The floor of a phase is `max(operations / peak, weight bytes / bandwidth)` in each layer, with peak
-and bandwidth measured here. The engine is watched through hooks on its modules. A layer is one op,
+The floor of a phase is `max(operations / peak, weight bytes / bandwidth)` in each layer, with peaks
+and bandwidth measured here. With 8-bit weights, products have the peak of bytes and a fourth of the
+bytes; all else is fp32. The engine is watched through hooks on its modules. A layer is one op,
 whose feed-forward part is what the same op saves when its inner width is next to nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cpu
@@ -27,9 +30,11 @@ from torch import nn
 import tokenexit
 from tokenexit.costs import costs
 from tokenexit.flops import active_tokens
+from tokenexit.int8 import LARGEST, Int8Linear
 from tokenexit.ops.exit_layer import DEVICES, exit_layer
 
 ATTENTION, FEED_FORWARD = ("q", "kv", "attention", "output", "norm"), ("up", "down")
+PRODUCTS = ("q", "kv", "output", "up", "down")  # with weights that may have 8 bits
 THIN = 16  # inner width of a layer that has hardly any feed-forward part
 ROUNDS = 7
 
@@ -42,6 +47,23 @@ def peak_gflops(quick: bool = False) -> float:
     return 2 * rows * d * f / best / 1e6
 
 
+def peak_gops8(quick: bool = False) -> float:
+    """The same of bytes, as the fastest of torch's libraries here does them."""
+    rows, d, f = (64, 64, 64) if quick else (1024, 768, 3072)
+    x, w = torch.randn(rows, d), torch.randn(f, d)
+    w = torch.quantize_per_channel(
+        w, w.abs().amax(1) / LARGEST, torch.zeros(f, dtype=torch.int64), 0, torch.qint8
+    )
+    times, before = [], torch.backends.quantized.engine
+    for engine in {"fbgemm", "onednn"}.intersection(torch.backends.quantized.supported_engines):
+        torch.backends.quantized.engine = engine
+        packed = torch.ops.quantized.linear_prepack(w, None)
+        run = torch.ops.quantized.linear_dynamic
+        times += [harness.time_ms(lambda: run(x, packed)) for _ in range(20)]  # noqa: B023
+    torch.backends.quantized.engine = before
+    return 2 * rows * d * f / min(times) / 1e6
+
+
 def bandwidth_gbs(quick: bool = False) -> float:
     """Bytes a second of reading a matrix that no cache holds, the best of some."""
     w = torch.ones(64 if quick else 2**15, 2**12)
@@ -50,7 +72,20 @@ def bandwidth_gbs(quick: bool = False) -> float:
     return w.numel() * 4 / best / 1e6
 
 
-def operations(active: Sequence[int], tokens: Sequence[int], config) -> dict[str, tuple]:
+@dataclass(frozen=True)
+class Machine:
+    """What it does at best: operations of products with weights and of all else, bytes from memory,
+    in 10^9 a second, for weights of so many bytes."""
+
+    products: float
+    rest: float
+    bandwidth: float
+    weight_bytes: int = 4
+
+
+def operations(
+    active: Sequence[int], tokens: Sequence[int], config, machine: Machine
+) -> dict[str, tuple]:
     """Operations and weight bytes of each phase of one layer.
 
     Args:
@@ -70,23 +105,24 @@ def operations(active: Sequence[int], tokens: Sequence[int], config) -> dict[str
         if a_s:  # the cheaper of projected and absorbed attention
             projected = (4 * n_s * d * d, 4 * a_s * n_s * d)
             absorbed = (4 * a_s * d * d, 4 * a_s * heads * n_s * d)
-            ops = min(projected, absorbed, key=sum)
+            ops = min(
+                projected, absorbed, key=lambda o: o[0] / machine.products + o[1] / machine.rest
+            )
             kv, attention = kv + ops[0], attention + ops[1]
+    size = machine.weight_bytes
     return {
-        "q": (2 * a * d * d, 4 * d * d),
-        "kv": (kv, 8 * d * d),
+        "q": (2 * a * d * d, size * d * d),
+        "kv": (kv, 2 * size * d * d),
         "attention": (attention, 0),
-        "output": (2 * a * d * d, 4 * d * d),
-        "up": (2 * a * d * f, 4 * d * f),
-        "down": (2 * a * d * f, 4 * d * f),
+        "output": (2 * a * d * d, size * d * d),
+        "up": (2 * a * d * f, size * d * f),
+        "down": (2 * a * d * f, size * d * f),
         "norm": (16 * a * d, 16 * d),
         "head": (2 * a * d * labels, 4 * d * labels),
     }
 
 
-def floors(
-    active: torch.Tensor, tokens: torch.Tensor, config, gflops: float, gbs: float
-) -> dict[str, dict]:
+def floors(active: torch.Tensor, tokens: torch.Tensor, config, machine: Machine) -> dict[str, dict]:
     """Each phase's work and least time, summed over layers.
 
     Args:
@@ -95,11 +131,12 @@ def floors(
     """
     result = {}
     for layer in active.T.tolist():
-        for phase, (ops, size) in operations(layer, tokens.tolist(), config).items():
+        for phase, (ops, size) in operations(layer, tokens.tolist(), config, machine).items():
+            peak = machine.products if phase in PRODUCTS else machine.rest
             row = result.setdefault(phase, {"gflop": 0.0, "weight_mb": 0.0, "floor_ms": 0.0})
             row["gflop"] += ops / 1e9
             row["weight_mb"] += size / 1e6
-            row["floor_ms"] += max(ops / gflops, size / gbs) / 1e6
+            row["floor_ms"] += max(ops / peak, size / machine.bandwidth) / 1e6
     return result
 
 
@@ -149,15 +186,16 @@ def feed_forward_share(inputs: list[tuple], rounds: int) -> float:
     systems = {"whole": [], "thin": []}
     for layer, h, active in inputs:
         d, f = layer.down.weight.shape
-        how = costs(d, f, layer.num_heads)
-        linears = (layer.query, layer.key_value, layer.attention_output, layer.attention_norm)
-        thin = (nn.Linear(d, THIN), nn.Linear(THIN, d))
-        for name, inner in (("whole", (layer.up, layer.down)), ("thin", thin)):
-            parts = (*linears, *inner, layer.output_norm)
-            weights = [weight for part in parts for weight in (part.weight, part.bias)]
+        how = costs(d, f, layer.num_heads, layer.is_int8)
+        inner = {"up": nn.Linear(d, THIN), "down": nn.Linear(THIN, d)}
+        if layer.is_int8:
+            inner = {name: Int8Linear(part) for name, part in inner.items()}
+        thin = copy.copy(layer)
+        thin._modules = {**layer._modules, **inner}
+        for name, form in (("whole", layer), ("thin", thin)):
             scale = (d // layer.num_heads) ** -0.5
             systems[name].append(
-                (h, active, weights, [], how, layer.num_heads, scale, layer.output_norm.eps)
+                (h, active, *form.tensors(h), how, layer.num_heads, scale, layer.output_norm.eps)
             )
 
     def clock(calls):
@@ -168,7 +206,7 @@ def feed_forward_share(inputs: list[tuple], rounds: int) -> float:
     return max(0.0, 1 - statistics.median(thin / whole for thin, whole in pairs))
 
 
-def phases(model, call, gflops: float, gbs: float, rounds: int = ROUNDS) -> list[dict]:
+def phases(model, call, machine: Machine, rounds: int = ROUNDS) -> list[dict]:
     """Rows of one batch: each phase's floor, each part's time."""
     out = model(**call)
     tokens = (out.exit_layers > 0).sum(1)
@@ -176,8 +214,7 @@ def phases(model, call, gflops: float, gbs: float, rounds: int = ROUNDS) -> list
         active_tokens(out.exit_layers, model.config.num_hidden_layers),
         tokens,
         model.config,
-        gflops,
-        gbs,
+        machine,
     )
     passes = []
     for _ in range(rounds):
@@ -221,7 +258,15 @@ def main(arguments: Sequence[str] | None = None):
     theirs, _, cases = cpu.random_bert(args.quick)
     model = tokenexit.convert(theirs)
     gflops, gbs = peak_gflops(args.quick), bandwidth_gbs(args.quick)
-    common = {"model": report.BASE, "dtype": "fp32", "peak_gflops": round(gflops, 1)}
+    machines = {
+        "fp32": (model, Machine(gflops, gflops, gbs)),
+        "int8": (
+            tokenexit.quantize(copy.deepcopy(model)),
+            Machine(peak_gops8(args.quick), gflops, gbs, weight_bytes=1),
+        ),
+    }
+    common = {"model": report.BASE, "peak_gflops": round(gflops, 1)}
+    common |= {"peak_gops8": round(machines["int8"][1].products, 1)}
     common |= {"bandwidth_gbs": round(gbs, 1), **harness.origin()}
     wanted = (
         cases
@@ -241,11 +286,11 @@ def main(arguments: Sequence[str] | None = None):
             if exits.startswith("sentence"):
                 continue
             whole = {**call, "word_ids": b.word_ids, **chosen(b)}
-            for row in phases(model, whole, gflops, gbs):
-                row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-                rows.append(
-                    {"run": common["date"], **case.facts(), "exits": exits, **row, **common}
-                )
+            for dtype, (tagger, machine) in machines.items():
+                facts = {"run": common["date"], **case.facts(), "exits": exits, "dtype": dtype}
+                for row in phases(tagger, whole, machine):
+                    row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+                    rows.append({**facts, **row, **common})
     harness.write("roofline", rows, args.results)
 
 

@@ -155,7 +155,8 @@ class ExitLayer(nn.Module):
             or h.dtype != torch.float32
             or torch.is_grad_enabled()
             or self.activation is not F.gelu
-            or self.training and (self.dropout.p or self.attention_dropout)
+            or self.training
+            and (self.dropout.p or self.attention_dropout)
         ):
             return False
         norm = self._modules["attention_norm"]

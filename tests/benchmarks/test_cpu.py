@@ -184,10 +184,13 @@ def test_goals():
 def test_goals_beside_what_the_roofline_allows():
     floors = {report.FULL: 60.0, report.STRONG: 20.0}
     common = {"text": report.CONLL, "sentences": 32}
+    measured = (("q", 0.9, None), ("layers", 0.9, 99.0), ("head", 0.1, 9.0))
     roof = [
-        {**common, "exits": exits, "phase": phase, "floor_ms": ms * share, "measured_ms": measured}
+        {**common, "dtype": dtype, "exits": exits, "phase": phase, "floor_ms": ms * share * faster}
+        | {"measured_ms": taken}
+        for dtype, faster in (("fp32", 1), ("int8", 0.5))
         for exits, ms in floors.items()
-        for phase, share, measured in (("q", 0.9, None), ("layers", 0.9, 99.0), ("head", 0.1, 9.0))
+        for phase, share, taken in measured
     ]
     allowed = {goal.text: goal.allowed for goal in report.goals(report.Rows(rows()), roof)}
     assert allowed["eta, 32 ragged sentences, strong exits"] == pytest.approx(60 / 20 * 0.25)
@@ -195,7 +198,7 @@ def test_goals_beside_what_the_roofline_allows():
     assert allowed["full depth over ONNX Runtime fp32, 32 ragged"] == pytest.approx(100 / 60)
     assert allowed["strong exits, fp32, over ONNX Runtime int8"] == pytest.approx(60 / 20)
     assert allowed["eta, 32 ragged sentences, extreme exits"] is None
-    assert allowed["strong exits, int8, over ONNX Runtime int8"] is None
+    assert allowed["strong exits, int8, over ONNX Runtime int8"] == pytest.approx(60 / 10)
 
 
 def test_tables_say_what_was_best_and_where_we_lose():
@@ -224,16 +227,20 @@ def test_floors():
     config = random_classifier(hidden=8, heads=2, layers=2, labels=3).config
     active, tokens = torch.tensor([[4, 1], [6, 0]]), torch.tensor([4, 6])
     # 1 GFLOP/s and 1e9 GB/s: the time is that of operations; the other way round, of weights.
-    slow = roofline.floors(active, tokens, config, 1, 1e9)
+    slow = roofline.floors(active, tokens, config, roofline.Machine(1, 1, 1e9))
     assert slow["up"]["floor_ms"] == pytest.approx(2 * 11 * 8 * 16 / 1e6)
     assert slow["head"]["gflop"] == pytest.approx(2 * 11 * 8 * 3 / 1e9)
     # Layer 2 has one active token of 4: carried there (4 * 64 + 4 * 2 * 4 * 8) it costs less than
     # keys and values do (4 * 4 * 64 + 4 * 4 * 8).
     assert slow["kv"]["gflop"] == pytest.approx((4 * 10 * 64 + 4 * 64) / 1e9)
-    narrow = roofline.floors(active, tokens, config, 1e9, 1)
+    narrow = roofline.floors(active, tokens, config, roofline.Machine(1e9, 1e9, 1))
     assert narrow["up"]["floor_ms"] == pytest.approx(2 * 4 * 8 * 16 / 1e6)
     assert narrow["attention"]["floor_ms"] == pytest.approx(0, abs=1e-9)
-    assert roofline.operations([0, 0], [4, 6], config) == {}
+    bytes_ = roofline.floors(active, tokens, config, roofline.Machine(2, 1, 1e9, weight_bytes=1))
+    assert bytes_["up"]["weight_mb"] == pytest.approx(slow["up"]["weight_mb"] / 4)
+    assert bytes_["up"]["floor_ms"] == pytest.approx(slow["up"]["floor_ms"] / 2)
+    assert bytes_["head"] == slow["head"]
+    assert roofline.operations([0, 0], [4, 6], config, roofline.Machine(1, 1, 1)) == {}
 
 
 @pytest.mark.slow
