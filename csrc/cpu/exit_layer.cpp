@@ -60,8 +60,9 @@ struct Work {
 
   Panels x, xk, ctx, y, u;       // [panels][features][16]
   float *q, *kv_panels, *kv;     // likewise, and kv [2][heads][rows][dim]
-  // Absorbed rows: [rows][d], [heads][rows][wide], [heads][rows][d].
-  float *q_rows, *carried, *mixed;
+  // Absorbed rows: [rows][d], [heads][rows][wide], [heads][rows][d]; for 8-bit weights the last are
+  // bytes, each row with a scale, [heads][panels][16].
+  float *q_rows, *carried, *mixed, *mixed_scale;
   int64_t wide;   // d, rounded up to whole lanes
   int64_t block;  // pairs of a query and a head that attend together
 
@@ -260,10 +261,17 @@ struct AttendAbsorbed {
     const auto pair = [&](int64_t i) {
       return (first + i) % w->heads * rows + s->first + (first + i) / w->heads;
     };
+    float* space = scratch.get(d * (LANES + PAIRS) + s->tokens * PAIRS);
     attend_absorbed<S>(
         [&](int64_t i) { return w->carried + pair(i) * w->wide; }, s->states, s->tokens, d, pairs,
-        relate, [&](int64_t i) { return w->mixed + pair(i) * d; },
-        scratch.get(d * LANES + s->tokens * PAIRS));
+        relate, [&](int64_t i) { return w->int8 ? space + i * d : w->mixed + pair(i) * d; },
+        space + PAIRS * d);
+    if (!w->int8) return;
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int64_t head = pair(i) / rows, row = pair(i) % rows;
+      w->mixed_scale[head * panels_of(rows) * LANES + row] =
+          quantize_row<S>(space + i * d, d, reinterpret_cast<uint8_t*>(w->mixed) + pair(i) * d);
+    }
   }
 };
 
@@ -273,29 +281,29 @@ struct BringBack {
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     const int64_t d = w->d, dim = w->dim, rows = w->lanes.size(), panels = panels_of(rows);
-    Panels x;
-    x.x = scratch.get(panels * (2 * d + dim + 1) * LANES);
-    float* y = x.x + panels * d * LANES;
-    if (w->int8) {
-      x.bits.scale = y + panels * dim * LANES;
-      x.bits.bytes = reinterpret_cast<uint8_t*>(x.bits.scale + panels * LANES);
-    }
+    float* y = scratch.get(panels * (d + dim) * LANES);
+    float* packed = y + panels * dim * LANES;
+    const int64_t words = w->int8 ? d / 4 : d;  // of a row
     for (int64_t head = begin; head < end; ++head) {
-      for (int64_t p = 0; p < panels; ++p) {
-        pack_panel(
-            [&](int64_t i) { return w->mixed + (head * rows + p * LANES + i) * d; },
-            std::min(LANES, rows - p * LANES), d, x.x + p * d * LANES);
-        quantize<S>(x, p, rows, d);
+      const float* mixed = w->mixed + head * rows * words;
+      const bool as_it_is = w->int8 && by_rows<S>(rows);
+      for (int64_t p = 0; p < panels && !as_it_is; ++p) {
+        pack_panel([&](int64_t i) { return mixed + (p * LANES + i) * words; },
+                   std::min(LANES, rows - p * LANES), words, packed + p * words * LANES);
       }
       const int64_t feature = d + head * dim;
       Linear value = w->w[KEY_VALUE];
+      Panels x;
       value.bias += feature;
       if (w->int8) {
         value.bits.weight += feature * d;
         value.bits.scale += feature;
         value.bits.offset += feature;
+        x.bits.bytes = reinterpret_cast<uint8_t*>(as_it_is ? const_cast<float*>(mixed) : packed);
+        x.bits.scale = w->mixed_scale + head * panels * LANES;
       } else {
         value.weight += feature * d;
+        x.x = packed;
       }
       linear<S>(value, d, x, rows, y, dim, 0, dim);
       for (int64_t r = 0; r < rows; ++r) {
@@ -372,21 +380,25 @@ struct Finish {
   }
 };
 
-// Threads take part after part until none is left: they wait for each other after every phase, and
-// equal shares would leave all waiting for the one that is held up.
+// Threads take part after part until none is left, ever smaller ones: they wait for each other after
+// every phase, and equal shares would leave all waiting for the one that is held up. Few rows wait
+// for weights from memory, and what a thread asks for ahead is to be its own: equal shares.
 template <class Body>
 void parallel(const Work& work, int64_t items, int64_t grain = 1) {
-  // Few rows wait for weights from memory, and what a thread asks for ahead is to be its own.
-  const int64_t parts = work.rows <= LANES / 2 ? 1 : 8;
   const Work* w = &work;
   const int64_t most = torch::stable::get_num_threads();
   const int64_t threads = std::min(most, (items + grain - 1) / grain);
   if (threads <= 1) return dispatch<Body>(w, int64_t(0), items);
-  const int64_t part = std::max(grain, (items + threads * parts - 1) / (threads * parts));
+  const int64_t equal = (items + threads - 1) / threads, least = w->rows > LANES / 2 ? grain : equal;
   std::atomic<int64_t> next = 0;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(part)) < items;) {
-      dispatch<Body>(w, begin, std::min(items, begin + part));
+    int64_t begin = next;
+    while (begin < items) {
+      const int64_t part = std::max(least, (items - begin) / (2 * threads));
+      const int64_t end = std::min(items, begin + part);
+      if (!next.compare_exchange_weak(begin, end)) continue;
+      dispatch<Body>(w, begin, end);
+      begin = next;
     }
   });
 }
@@ -435,7 +447,7 @@ void run_group(Work& w, bool all_active) {
   float* at = scratch.get(
       size(panels, d) * 3 + size(panels, w.inner) + panels * row +
       (shared ? 0 : size(key_panels, d)) + key_panels * 2 * row + keys * 2 * d +
-      absorbed * (d + w.heads * (w.wide + d)));
+      absorbed * (d + w.heads * (w.wide + d)) + w.heads * panels_of(absorbed) * LANES);
   const auto take = [&](int64_t count) { return std::exchange(at, at + count); };
   const auto take_panels = [&](int64_t count, int64_t features) {
     Panels result;
@@ -456,6 +468,7 @@ void run_group(Work& w, bool all_active) {
   w.q_rows = take(absorbed * d);
   w.carried = take(absorbed * w.heads * w.wide);
   w.mixed = take(absorbed * w.heads * d);
+  w.mixed_scale = take(w.heads * panels_of(absorbed) * LANES);
 
   parallel<PackActive>(w, panels);
   if (!shared && keys) parallel<PackKeys>(w, key_panels);

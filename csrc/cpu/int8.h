@@ -60,6 +60,56 @@ INLINE void quantize_panel(
   }
 }
 
+#ifdef __x86_64__
+__attribute__((target("avx2"))) inline void bytes_avx2(
+    const float* row, int64_t depth, float inverse, uint8_t* bytes) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  int64_t k = 0;
+  for (; k + 32 <= depth; k += 32) {
+    __m256i x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(row + k + i * 8), _mm256_set1_ps(inverse));
+      x[i] = _mm256_add_epi32(_mm256_cvtps_epi32(scaled), _mm256_set1_epi32(128));
+    }
+    const __m256i four = _mm256_packus_epi16(
+        _mm256_packus_epi32(x[0], x[1]), _mm256_packus_epi32(x[2], x[3]));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(bytes + k), _mm256_permutevar8x32_epi32(four, order));
+  }
+  for (; k < depth; ++k) bytes[k] = _mm_cvtss_si32(_mm_set_ss(row[k] * inverse)) + 128;
+}
+#endif
+
+// One row [depth] likewise, and its scale.
+template <class S>
+INLINE float quantize_row(const float* row, int64_t depth, uint8_t* bytes) {
+  float tops[LANES] = {}, nans[LANES] = {};
+  int64_t k = 0;
+  for (; k + LANES <= depth; k += LANES) {
+    for (int64_t i = 0; i < LANES; ++i) {
+      const float size = std::fabs(row[k + i]);
+      tops[i] = size > tops[i] ? size : tops[i];
+      nans[i] += row[k + i] * 0.0f;
+    }
+  }
+  for (; k < depth; ++k) {
+    tops[0] = std::max(tops[0], std::fabs(row[k]));
+    nans[0] += row[k] * 0.0f;
+  }
+  const float top = *std::max_element(tops, tops + LANES);
+  const float inverse = top > 0 ? 127.0f / top : 0.0f;
+  const float scale = top * (1.0f / 127) + std::accumulate(nans, nans + LANES, 0.0f);
+#ifdef __x86_64__
+  if constexpr (S::ROWS > Portable::ROWS) {
+    bytes_avx2(row, depth, inverse, bytes);
+    return scale;
+  }
+#endif
+  for (k = 0; k < depth; ++k) bytes[k] = std::nearbyint(row[k] * inverse) + 128;
+  return scale;
+}
+
 // sums[r][lane] = sum over depth of w[r * depth + k] * byte k of lane, for R rows, `LANES_` lanes.
 // `next` is what the following tile reads.
 template <int R, int LANES_>
