@@ -108,14 +108,14 @@ def test_both_ways_of_attention_agree_but_for_rounding(monkeypatch):
 def test_the_same_bits_among_any_number_of_rows(d, way, monkeypatch):
     monkeypatch.setattr("tokenexit.layers.costs", lambda *_: way)
     layer = int8_layer(d)
-    counts = range(1, 10)
-    h, active = batch([12] * len(counts), counts, d)
+    counts, length = range(1, 15), 16
+    h, active = batch([length] * len(counts), counts, d)
     whole = layer(h, active)
     for b, count in enumerate(counts):
         rows = slice(*active.cu_tokens[b : b + 2])
-        packed = pack(torch.ones(1, 12), torch.arange(12)[None])
-        alone = Active(packed, active.tokens[rows] - 12 * b, torch.tensor([0, count]))
-        assert torch.equal(layer(h[12 * b : 12 * b + 12], alone), whole[rows])
+        packed = pack(torch.ones(1, length), torch.arange(length)[None])
+        alone = Active(packed, active.tokens[rows] - length * b, torch.tensor([0, count]))
+        assert torch.equal(layer(h[length * b : length * (b + 1)], alone), whole[rows])
 
 
 @compiled

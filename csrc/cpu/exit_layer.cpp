@@ -491,7 +491,9 @@ void run_group(Work& w, bool all_active) {
     std::vector<int64_t> start = {0};
     std::vector<std::pair<const Sentence*, int64_t>> blocks;
     // Smaller blocks are slower, but each thread is to have one.
-    w.block = absorbed * w.heads > PAIRS * torch::stable::get_num_threads() ? PAIRS : LANES;
+    const int64_t threads = torch::stable::get_num_threads(), half = LANES / 2;
+    const int64_t share = (absorbed * w.heads + threads - 1) / threads;
+    w.block = std::min(PAIRS, (share + half - 1) / half * half);
     for (const Sentence& s : w.absorbed) {
       const int64_t pairs = s.active * w.heads;
       for (int64_t i = 0; i * w.block < pairs; ++i) {

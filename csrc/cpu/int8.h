@@ -16,7 +16,7 @@ namespace tokenexit {
 // Whether a product of so many rows goes row by row: faster than lane by lane.
 template <class S>
 INLINE bool by_rows(int64_t rows) {
-  return S::ROWS > Portable::ROWS && rows <= 4;
+  return S::ROWS > Portable::ROWS && rows <= 12;
 }
 
 // The first lanes of a panel [depth][16] to bytes, and each lane's scale; NaN if the lane has a NaN
@@ -52,8 +52,8 @@ INLINE void quantize_panel(
         std::memcpy(bytes + (k * LANES + at * 4), &four, sizeof(four));
         continue;
       }
-      for (int64_t i = 0; i < lanes; ++i) {
-        const uint32_t word = four[i];
+      for (int64_t i = at; i < std::min<int64_t>(lanes, at + S::WIDTH); ++i) {
+        const uint32_t word = four[i - at];
         std::memcpy(bytes + i * depth + k, &word, sizeof(word));
       }
     }
@@ -205,25 +205,38 @@ __attribute__((target("avx2,fma"))) void few_floats_avx2(
 template <int ROWS>
 __attribute__((target("avx2"))) void few8_avx2(
     const int8_t* w, const uint8_t* few, int64_t depth, const int8_t* next, int32_t* sums) {
+  constexpr int AT_ONCE = ROWS > 2 ? 2 : 4;  // weight rows: as the registers allow
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256i total[4][ROWS] = {};
-  int64_t k = 0;
-  for (; k + 32 <= depth; k += 32) {
-    __builtin_prefetch(next + k * 4);
-    __builtin_prefetch(next + k * 4 + 64);
-    __m256i x[ROWS];
-#pragma GCC unroll 4
-    for (int i = 0; i < ROWS; ++i) {
-      x[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(few + i * depth + k));
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + r * depth + k));
+  __m256i total[4][ROWS];
+  const int64_t k = depth / 32 * 32;
+#pragma GCC unroll 2
+  for (int first = 0; first < 4; first += AT_ONCE) {
+    __m256i sums[AT_ONCE][ROWS] = {};
+    for (int64_t j = 0; j < k; j += 32) {
+#pragma GCC unroll 2
+      for (int i = 0; i < AT_ONCE / 2; ++i) {
+        __builtin_prefetch(next + first * depth + j * AT_ONCE + i * 64);
+      }
+      __m256i x[ROWS];
 #pragma GCC unroll 4
       for (int i = 0; i < ROWS; ++i) {
-        const __m256i pairs = _mm256_maddubs_epi16(x[i], row);
-        total[r][i] = _mm256_add_epi32(total[r][i], _mm256_madd_epi16(pairs, ones));
+        x[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(few + i * depth + j));
       }
+#pragma GCC unroll 4
+      for (int r = 0; r < AT_ONCE; ++r) {
+        const int8_t* at = w + (first + r) * depth + j;
+        const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+          const __m256i pairs = _mm256_maddubs_epi16(x[i], row);
+          sums[r][i] = _mm256_add_epi32(sums[r][i], _mm256_madd_epi16(pairs, ones));
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < AT_ONCE; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) total[first + r][i] = sums[r][i];
     }
   }
 #pragma GCC unroll 4
@@ -269,9 +282,9 @@ INLINE bool few_floats(
   if constexpr (S::ROWS > Portable::ROWS) {
     if (rows > 6 || width % 32) return false;
     constexpr decltype(&few_floats_avx2<1, 4>) by_count[] = {
-        few_floats_avx2<1, 4>, few_floats_avx2<2, 4>, few_floats_avx2<3, 4>,
+        few_floats_avx2<1, 4>, few_floats_avx2<2, 4>, few_floats_avx2<3, 2>,
         few_floats_avx2<4, 2>, few_floats_avx2<5, 2>, few_floats_avx2<6, 2>};
-    const int64_t step = rows > 3 ? 16 : 32;
+    const int64_t step = rows > 2 ? 16 : 32;
     for (int64_t i = 0; i < width; i += step) {
       by_count[rows - 1](a, w + i, ldw, next, c + i, ldc, depth);
     }
@@ -306,7 +319,9 @@ INLINE void product8(
     for (int64_t r = 0; r < count; ++r) {
       const int64_t at = (p * out + n + r) * LANES;
       const float bias = epilogue.bias ? epilogue.bias[n + r] : 0;
-      for (int64_t i = 0; i < LANES; i += S::WIDTH) {
+      const int64_t lanes = std::min(LANES, rows - p * LANES);
+      for (int64_t i = lanes; i < LANES; ++i) y[at + i] = 0;
+      for (int64_t i = 0; i < lanes; i += S::WIDTH) {
         typename S::Int exact;
         std::memcpy(&exact, sums + r * LANES + i, sizeof(exact));
         const auto sum = __builtin_convertvector(exact, typename S::Vec);
@@ -323,11 +338,16 @@ INLINE void product8(
 #ifdef __x86_64__
   if constexpr (R > 1 && S::ROWS > Portable::ROWS) {
     if (by_rows<S>(rows)) {
-      const auto tile = rows == 1 ? few8_avx2<1> : rows == 2 ? few8_avx2<2>
-                      : rows == 3 ? few8_avx2<3> : few8_avx2<4>;
+      constexpr decltype(&few8_avx2<1>) tiles[] = {
+          few8_avx2<1>, few8_avx2<2>, few8_avx2<3>, few8_avx2<4>};
       for (; n + 4 <= n1; n += 4) {
         const int8_t* w = m.weight + n * depth;
-        tile(w, x.bytes, depth, n + 8 <= n1 ? w + 4 * depth : w, sums);
+        const int8_t* next = n + 8 <= n1 ? w + 4 * depth : w;
+        int64_t left = (rows + 3) / 4;  // tiles of about the same size
+        for (int64_t i = 0, count; i < rows; i += count, --left) {
+          count = (rows - i + left - 1) / left;
+          tiles[count - 1](w, x.bytes + i * depth, depth, i ? w : next, sums + i);
+        }
         finish(sums, n, 4, 0);
       }
       for (; n < n1; ++n) {

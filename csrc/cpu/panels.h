@@ -282,7 +282,8 @@ INLINE void few_tile(const Factors& f, int64_t n, const float* next) {
     alignas(64) float lanes[LANES] = {};
     for (int r = 0; r < ROWS; ++r) lanes[r] = sums[r][j];
     for (int64_t i = 0; i < LANES; i += S::WIDTH) {
-      finish<S>(f, n + j, (n + j) * LANES + i, S::load(lanes + i));
+      const int64_t at = (n + j) * LANES + i;
+      i < ROWS ? finish<S>(f, n + j, at, S::load(lanes + i)) : S::store(f.y + at, typename S::Vec{});
     }
   }
 }
