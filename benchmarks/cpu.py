@@ -51,6 +51,7 @@ TEST_SENTENCES, DEV_SENTENCES, TUNED_SENTENCES = 1000, 1500, 32
 MAX_LOSS = 0.002  # of F1 on development data, for the real exits: on others it may be more
 HEADLINES = ("Hugging Face sdpa", "ONNX Runtime", "ONNX Runtime int8")
 PADDED_TOO = HEADLINES
+LONG_TEXTS = (report.CHINESE, "uniform 128", "uniform 512")
 # Ways to leave: a batch to the arguments of the model's call.
 Exits = Mapping[str, Callable[[Batch], dict]]
 
@@ -63,13 +64,16 @@ class Case:
         text: where the sentences are from.
         batch: how many of them are there at a time, to be run as each system likes.
         sentences: a multiple of batch.
-        headlines: only the peers of `HEADLINES`, to save time.
     """
 
     text: str
     batch: int
     sentences: Sequence[Sentence]
-    headlines: bool = False
+
+    @property
+    def headlines(self) -> bool:
+        """Whether it gets the peers of `HEADLINES` only, to save time."""
+        return self.batch in (8, 128) or self.text in LONG_TEXTS
 
     @property
     def ragged(self) -> bool:
@@ -437,19 +441,14 @@ def random_bert(
         conll = texts.tokenized(tokenizer, read_sentences(assets.conll / "test.txt")["words"])
         chinese = texts.newspaper(cache_folder(), vocab)
         uniform = [
-            Case(
-                f"uniform {length}",
-                batch,
-                texts.uniform(batch, length, vocab),
-                length > 32,
-            )
+            Case(f"uniform {length}", batch, texts.uniform(batch, length, vocab))
             for length, batch in ((32, 1), (128, 1), (128, 8), (512, 1))
         ]
         sizes = ((1, 16), (8, 16), (32, 32))
-    cases = [Case("CoNLL-2003", b, texts.sample(conll, n), b == 8) for b, n in sizes]
+    cases = [Case(report.CONLL, b, texts.sample(conll, n)) for b, n in sizes]
     if not quick:
-        cases.append(Case("CoNLL-2003", 128, texts.sample(conll, 128), True))
-    cases.append(Case("People's Daily", sizes[-1][0], texts.sample(chinese, sizes[-1][1]), True))
+        cases.append(Case(report.CONLL, 128, texts.sample(conll, 128)))
+    cases.append(Case(report.CHINESE, sizes[-1][0], texts.sample(chinese, sizes[-1][1])))
     return model, tokenizer, cases + uniform
 
 
@@ -493,7 +492,7 @@ def tagger(folder: Path, quick: bool) -> Subject:
         test = read_sentences(assets.conll / "test.txt").shuffle(0).take(TEST_SENTENCES).to_dict()
         sizes = ((1, 32), (8, 32), (32, 64), (128, 128))
     sentences = texts.tokenized(tokenizer, test["words"])
-    cases = [Case("CoNLL-2003", b, sentences[:n], b in (8, 128)) for b, n in sizes]
+    cases = [Case(report.CONLL, b, sentences[:n]) for b, n in sizes]
     failed = peers.export(theirs, tokenizer, folder)
     scored = (sentences, test["labels"])
     name = "MiniLM-L6 tagger"

@@ -106,7 +106,10 @@ INLINE float quantize_row(const float* row, int64_t depth, uint8_t* bytes) {
     return scale;
   }
 #endif
-  for (k = 0; k < depth; ++k) bytes[k] = std::nearbyint(row[k] * inverse) + 128;
+  for (k = 0; k < depth; ++k) {
+    const float x = row[k] * inverse;
+    bytes[k] = x == x ? std::nearbyint(x) + 128 : 0;
+  }
   return scale;
 }
 
