@@ -31,7 +31,7 @@ import tokenexit
 from tokenexit import ExitPolicy, static
 from tokenexit.encoder import Schedule
 from tokenexit.flops import active_tokens
-from tokenexit.packing import pack
+from tokenexit.ops.pack_tokens import pack
 
 HF, OURS, PAPER, LAYERS = "Hugging Face sdpa", "tokenexit graph", "the paper's way", "layers, graph"
 EXIT_RATES, LEAVES_AFTER = (0.0, 0.5, 0.75, 0.9, 0.95), 2

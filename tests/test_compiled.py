@@ -10,7 +10,7 @@ from torch import nn
 import tokenexit
 from tokenexit import ExitPolicy, compiled
 from tokenexit.encoder import Schedule
-from tokenexit.packing import pack
+from tokenexit.ops.pack_tokens import pack
 
 POLICIES = [
     ExitPolicy.never(),

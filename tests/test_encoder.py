@@ -174,7 +174,7 @@ def test_inference_leaves_its_input_and_earlier_logits_alone():
     batch = random_batch(LENGTHS)
     policy = ExitPolicy(threshold=0.4, window=0)
     h = torch.randn(int(batch["attention_mask"].sum()), 32, dtype=torch.float64)
-    from tokenexit.packing import pack
+    from tokenexit.ops.pack_tokens import pack
 
     packed = pack(batch["attention_mask"], batch["word_ids"])
     before = h.clone()

@@ -12,7 +12,8 @@ from tokenexit import ExitPolicy
 from tokenexit.int8 import LARGEST, Int8Linear
 from tokenexit.layers import ExitLayer
 from tokenexit.ops import extension_available, extension_error
-from tokenexit.packing import Active, pack
+from tokenexit.ops.pack_tokens import pack
+from tokenexit.packing import Active
 
 compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 PROJECTED, ABSORBED = [0.0, 0.0, 1e30, 1e30], [1e30, 1e30, 0.0, 0.0]

@@ -2,12 +2,12 @@
 
 import torch
 
+from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import (
     CONTINUES_WORD,
     SPECIAL,
     STARTS_WORD,
     Active,
-    pack,
     word_ids_from_kinds,
 )
 

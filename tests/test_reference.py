@@ -9,7 +9,7 @@ from random_models import FAMILIES, random_batch, random_tagger
 
 from tokenexit import ExitPolicy, reference
 from tokenexit.models.modeling import _relative_buckets
-from tokenexit.packing import pack
+from tokenexit.ops.pack_tokens import pack
 
 POLICIES = [
     ExitPolicy(level, window, criterion, threshold, schedule, copy, neighbors)

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tokenexit import ExitPolicy, static
 from tokenexit.encoder import Schedule
 from tokenexit.ops import extension_available, extension_error
-from tokenexit.packing import pack
+from tokenexit.ops.pack_tokens import pack
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),

@@ -14,7 +14,8 @@ from torch import nn
 from tokenexit.files import cache_folder, write_aside
 from tokenexit.int8 import Int8Linear
 from tokenexit.ops.exit_layer import exit_layer
-from tokenexit.packing import Active, pack
+from tokenexit.ops.pack_tokens import pack
+from tokenexit.packing import Active
 
 NAMES = ("key_row", "projected_block", "active_row", "absorbed_block")
 # (sentences, tokens, active tokens) of the batches that are timed

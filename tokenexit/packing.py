@@ -8,8 +8,6 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from tokenexit.ops.pack_tokens import pack_tokens
-
 # What a vocabulary entry is, as `token_kinds` marks it.
 STARTS_WORD, CONTINUES_WORD, SPECIAL = 0, 1, 2
 
@@ -95,30 +93,6 @@ class Active:
     def positions(self) -> torch.Tensor:
         """`[A]`, the tokens' positions in their sentences."""
         return self.rows(self.packed.positions)
-
-
-def pack(attention_mask: torch.Tensor, word_ids: torch.Tensor) -> Packed:
-    """Lay out a padded batch without its padding.
-
-    Args:
-        attention_mask: `[B, N]`, nonzero at real tokens, wherever in the row they stand.
-        word_ids: `[B, N]` integers; a word is a run of neighboring real tokens with the same
-            id, -1 is no word's token. Ids may start anew within a row (sentence pairs).
-    """
-    by_token, offsets, first_token = pack_tokens(attention_mask != 0, word_ids.long())
-    slots, positions, sentence_of_token, word_of_token, word_at = by_token.unbind()
-    cu_tokens, cu_words = offsets.unbind()
-    return Packed(
-        shape=tuple(attention_mask.shape),
-        slots=slots,
-        positions=positions,
-        cu_tokens=cu_tokens,
-        cu_words=cu_words,
-        first_token=first_token,
-        word_of_token=word_of_token,
-        word_at=word_at,
-        sentence_of_token=sentence_of_token,
-    )
 
 
 def word_ids_from_kinds(kinds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

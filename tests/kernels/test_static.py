@@ -10,7 +10,7 @@ from test_reference import POLICIES
 
 from tokenexit import ExitPolicy, compiled, static
 from tokenexit.encoder import Schedule
-from tokenexit.packing import pack
+from tokenexit.ops.pack_tokens import pack
 
 LENGTHS = [5, 17, 1, 9, 2, 33]
 MINE = [p for p in POLICIES if (p.copy, p.neighbors) == ("post_norm", "frozen")]

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenexit
 from tokenexit import flops
 from tokenexit.layers import ExitHead, ExitLayer
-from tokenexit.packing import Active, pack
+from tokenexit.ops.pack_tokens import pack
+from tokenexit.packing import Active
 
 
 def test_all_tokens_active_is_a_bert_layer():

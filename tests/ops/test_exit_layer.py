@@ -13,7 +13,8 @@ from tokenexit import reference
 from tokenexit.layers import ExitLayer
 from tokenexit.ops import extension_available, extension_error
 from tokenexit.ops.exit_layer import exit_layer
-from tokenexit.packing import Active, pack
+from tokenexit.ops.pack_tokens import pack
+from tokenexit.packing import Active
 
 pytestmark = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 
@@ -277,7 +278,8 @@ def test_no_width_is_right_or_refused():
     code = f"""
 import torch
 from tokenexit.ops.exit_layer import exit_layer
-from tokenexit.packing import Active, pack
+from tokenexit.ops.pack_tokens import pack
+from tokenexit.packing import Active
 active = Active.all(pack(torch.ones(1, 4), torch.arange(4)[None]))
 for d, f in ((0, 8), (8, 0)):
     shapes = [(d, d), d, (2 * d, d), 2 * d, (d, d), d, d, d, (f, d), f, (d, f), d, d, d]

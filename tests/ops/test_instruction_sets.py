@@ -19,7 +19,8 @@ from tokenexit.ops.add_layer_norm import add_layer_norm
 from tokenexit.ops.bias_gelu import bias_gelu
 from tokenexit.ops.exit_attention import exit_attention
 from tokenexit.ops.linear import linear
-from tokenexit.packing import Active, pack
+from tokenexit.ops.pack_tokens import pack
+from tokenexit.packing import Active
 
 pytestmark = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 

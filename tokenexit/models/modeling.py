@@ -31,7 +31,8 @@ from tokenexit.int8 import is_quantized
 from tokenexit.layers import ExitHead, ExitLayer
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import FAMILIES
-from tokenexit.packing import STARTS_WORD, Packed, pack, word_ids_from_kinds
+from tokenexit.ops.pack_tokens import pack
+from tokenexit.packing import STARTS_WORD, Packed, word_ids_from_kinds
 from tokenexit.policy import ExitPolicy
 
 BACKENDS = ("auto", "reference")

@@ -6,6 +6,7 @@ import torch
 
 from tokenexit import reference
 from tokenexit.ops import compiled_devices, use_compiled
+from tokenexit.packing import Packed
 
 _DEVICES = compiled_devices("pack_tokens")
 
@@ -39,6 +40,30 @@ def pack_tokens(
     compiled = use_compiled(backend, mask.device, _DEVICES)
     run = torch.ops.tokenexit.pack_tokens if compiled else reference.pack_tokens
     return run(mask, word_ids)
+
+
+def pack(attention_mask: torch.Tensor, word_ids: torch.Tensor) -> Packed:
+    """Lay out a padded batch without its padding.
+
+    Args:
+        attention_mask: `[B, N]`, nonzero at real tokens, wherever in the row they stand.
+        word_ids: `[B, N]` integers; a word is a run of neighboring real tokens with the same
+            id, -1 is no word's token. Ids may start anew within a row (sentence pairs).
+    """
+    by_token, offsets, first_token = pack_tokens(attention_mask != 0, word_ids.long())
+    slots, positions, sentence_of_token, word_of_token, word_at = by_token.unbind()
+    cu_tokens, cu_words = offsets.unbind()
+    return Packed(
+        shape=tuple(attention_mask.shape),
+        slots=slots,
+        positions=positions,
+        cu_tokens=cu_tokens,
+        cu_words=cu_words,
+        first_token=first_token,
+        word_of_token=word_of_token,
+        word_at=word_at,
+        sentence_of_token=sentence_of_token,
+    )
 
 
 if _DEVICES:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tokenexit.encoder import Schedule, simulate_exits
 from tokenexit.models.encoding import Window
 from tokenexit.models.tagger import Tagger
-from tokenexit.packing import pack
+from tokenexit.ops.pack_tokens import pack
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import uncertainty
 
