@@ -1,5 +1,5 @@
 // The layers of inference one after the other, without a return to Python between them.
-// See tokenexit/ops/exit_loop.py.
+// See tokenexit/compiled.py.
 #include <algorithm>
 #include <cmath>
 #include <limits>
