@@ -101,8 +101,8 @@ INLINE void multiply_rows(
     Strided a, const float* b, int64_t ldb, const Row& row, int64_t rows, int64_t depth,
     bool add = false) {
   int64_t tiles = (rows + R - 1) / R;
-  for (int64_t r = 0, count; r < rows; r += count) {
-    count = (rows - r + tiles - 1) / tiles--;
+  for (int64_t r = 0, count; r < rows; r += count, --tiles) {
+    count = (rows - r + tiles - 1) / tiles;
     some_rows<S, R, VECS>(a, b, ldb, row, r, count, depth, add);
   }
 }
