@@ -403,10 +403,10 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        real, last_id = attention_mask != 0, self.config.vocab_size - 1
+        real = attention_mask != 0
+        known = input_ids.masked_fill(~real, 0)
+        _check_range("input_ids", known, 0, self.config.vocab_size - 1)
         if word_ids is None:
-            known = input_ids.masked_fill(~real, 0)
-            _check_range("input_ids", known, 0, last_id)
             word_ids = word_ids_from_kinds(self.token_kinds[known], real)
         packed = pack(real, word_ids)
         ids = packed.pack(input_ids)
@@ -419,7 +419,6 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 f"sentence {row} has {longest} tokens; expected at most {self.config.max_tokens} "
                 "(tokenexit.Tagger cuts longer sentences into overlapping windows)"
             )
-        _check_range("input_ids", ids, 0, last_id)
         if labels is not None:
             used = labels != -100
             if (used & ~real).any():
