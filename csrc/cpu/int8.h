@@ -194,7 +194,7 @@ __attribute__((target("avx2,fma"))) void few_floats_avx2(
     for (int r = 0; r < R; ++r) {
       const __m256 y = _mm256_set1_ps(a.data[r * a.row + k * a.col]);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) sums[r][v] = _mm256_fmadd_ps(y, x[v], sums[r][v]);
+      for (int v = 0; v < VECS; ++v) sums[r][v] += y * x[v];
     }
   }
 #pragma GCC unroll 8
