@@ -468,17 +468,3 @@ def absorbed_attention(
             num_warps=4 if torch.version.hip else 8, num_stages=2,
         )  # fmt: skip
     return out
-
-
-def compile_cases(hidden, num_heads, dtype):
-    """See `tokenexit.kernels.report`: plain inference, and training with all options."""
-    q = torch.empty(4096, num_heads, hidden // num_heads, dtype=dtype)
-    k, v = q.new_empty(8192, 2, *q.shape[1:]).unbind(1)
-    cu, positions, lse = torch.empty(65).long(), torch.empty(4096).long(), torch.empty(q.shape[:2])
-    yield "", exit_attention, (q, k, v, cu, cu, 0.125, None, None, 0.0, 0, 128)
-    training = (cu, cu, 0.125, q.new_empty(num_heads, 255), positions, 0.1, 7, 128)
-    yield "training", exit_attention, (q, k, v, *training)
-    yield "training", exit_attention_backward, (q, q, k, v, q, lse, *training)
-    wide, h = q.new_empty(4096, num_heads, hidden), q.new_empty(8192, hidden)
-    if hidden * wide.element_size() <= ABSORBED_BYTES:
-        yield "", absorbed_attention, (wide, h, cu, cu, 0.125, None, None, 128)

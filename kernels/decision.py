@@ -249,16 +249,3 @@ def exit_step_(
             _ROWS, 128 // x.element_size(), max(16, triton.next_power_of_2(labels)), _WORDS,
             num_stages=2,
         )  # fmt: skip
-
-
-def compile_cases(hidden, num_heads, dtype):
-    """See `tokenexit.kernels.report`."""
-    x, u, i = torch.empty(8192, hidden, dtype=dtype), torch.empty(8192), torch.empty(8192).long()
-    blocks = triton.cdiv(hidden, tiles_of(len(x), x.element_size())["BLOCK_N"])
-    stats, arrived, b = torch.empty(8192, blocks, 2), torch.empty(64).int(), i[:65]
-    for labels in (9, 44):
-        logits, head = x.new_empty(8192, labels), x.new_empty(labels, hidden)
-        rest = (b, i[:64], u[:64], 3, False, i[:64], i)
-        yield f"{labels}", exit_decision, (logits, i, u, i, *rest)
-        step = (x, stats, x[0], x[0], 1e-12, head, x[0], i, b, i, x, logits, i, u, i)
-        yield f"{labels}", exit_step_, (*step, b, i[:64], u[:64], i[:64], arrived, 3, 128)

@@ -1,15 +1,13 @@
 """Matrix products over the first rows of a buffer; how many they are is read on the device.
 
-A grid fits the capacity, and the programs of row blocks beyond the count leave at once. Tiles
-follow from the capacity, without autotuning: results must not change from run to run. If tiles of
-64 rows are at most FEW_TILES for the count that a program reads, it takes those. Both sizes sum
-along K in the same steps: a row may differ by rounding at most, and `stats` fit both.
+Programs are persistent: as many as the GPU holds at a time take the count's tiles in turn. Tiles
+follow from the capacity, without autotuning: results must not change from run to run. Where tiles
+are few they are split along K, and whichever program of a tile is the last adds its parts up, in
+their order. So nobody waits for anybody, and a row hangs on the count by rounding at most.
 
 LayerNorm has no launch of its own: the product that makes a row leaves a mean and a sum of squares
 for each of its column blocks (`stats`), and the products that read the row normalize it on the way.
 """
-
-from functools import partial
 
 import torch
 import triton
@@ -17,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-FEW_TILES = 128  # about one for each multiprocessor
+MOST_SPLITS = 8
 
 
 def tiles_of(num_rows, itemsize):
@@ -28,6 +26,13 @@ def tiles_of(num_rows, itemsize):
     # 128 rows of fp32 would not fit the registers of sm_100 beside a residual's LayerNorm.
     rows = 128 if itemsize == 2 else 64
     return dict(BLOCK_M=rows, BLOCK_N=128, BLOCK_K=128 // itemsize, num_warps=8, num_stages=stages)
+
+
+def slots_of(x, tiles):
+    """How many programs with such tiles x's GPU holds by registers; without one, an H100."""
+    cuda = x.device.type == "cuda"
+    sms = torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 132
+    return sms * (4 if tiles["BLOCK_M"] == 32 else 1)
 
 
 @triton.jit
@@ -54,13 +59,12 @@ def normalize(x, mean, rstd, weight_ptr, bias_ptr, cols, mask_n):
 
 @triton.jit
 def _product(
-    x_ptr, rows, mask_m, w_ptr, cols, mask_n, K, stride_xm,
+    acc, x_ptr, rows, mask_m, w_ptr, cols, mask_n, first_k, last_k, K, stride_xm,
     mean, rstd, norm_weight_ptr, norm_bias_ptr, NORM: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`x[rows] @ w[cols].T` in fp32; with NORM, of x normalized."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
+    """`acc + x[rows] @ w[cols].T` from first_k to last_k; with NORM, of x normalized."""
+    for k in range(first_k, last_k, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         x_at = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
@@ -75,83 +79,97 @@ def _product(
 
 
 @triton.jit
-def _linear_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, count_ptr, gather_ptr, scatter_ptr,
-    residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, stats_ptr,
-    num_rows, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
-    NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
-    S: tl.constexpr, FEW_M: tl.constexpr, FEW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    num_blocks = tl.cdiv(N, BLOCK_N)
-    pid_m = tl.program_id(0) // num_blocks
-    count = num_rows
-    if count_ptr is not None:
-        count = tl.minimum(tl.load(count_ptr), num_rows)
-    rest = (
-        pid_m, tl.program_id(0) % num_blocks, x_ptr, w_ptr, bias_ptr, out_ptr, gather_ptr,
-        scatter_ptr, residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr,
-        norm_bias_ptr, stats_ptr, count, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
-    )  # fmt: skip
-    if FEW_M < BLOCK_M and tl.cdiv(count, FEW_M) * num_blocks <= FEW:
-        if pid_m * FEW_M < count:
-            _linear_tile(*rest, NORM_X, NORM_RESIDUAL, GELU, PRECISION, S, FEW_M, BLOCK_N, BLOCK_K)
-    elif pid_m * BLOCK_M < count:
-        _linear_tile(*rest, NORM_X, NORM_RESIDUAL, GELU, PRECISION, S, BLOCK_M, BLOCK_N, BLOCK_K)
+def _splits(tiles, steps, slots, MOST: tl.constexpr):
+    """Parts to split K into, with which the slowest program has the fewest steps to do.
+
+    To store a part takes about as long as a step, to read it as another, to arrive as two.
+    """
+    best, least = 1, tl.cdiv(tiles, slots) * steps
+    for splits in tl.static_range(2, MOST + 1):
+        cost = tl.cdiv(tiles * splits, slots) * tl.cdiv(steps, splits) + 3 + splits
+        better = (cost < least) & (tiles * splits <= 2 * slots)
+        best, least = tl.where(better, splits, best), tl.where(better, cost, least)
+    return best
 
 
 @triton.jit
-def _linear_tile(
-    pid_m, pid_n, x_ptr, w_ptr, bias_ptr, out_ptr, gather_ptr, scatter_ptr,
+def _linear_kernel(
+    x_ptr, w_ptr, bias_ptr, out_ptr, count_ptr, gather_ptr, scatter_ptr,
     residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, stats_ptr,
-    count, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
+    parts_ptr, arrived_ptr,
+    slots, num_rows, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
     NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
-    S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    S: tl.constexpr, MOST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < count
-    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = cols < N
-    mask = mask_m[:, None] & mask_n[None, :]
-    rows = offs_m
-    if gather_ptr is not None:
-        rows = tl.load(gather_ptr + offs_m, mask=mask_m, other=0)
-    mean, rstd = 0, 0
-    if NORM_X:
-        mean, rstd = mean_rstd(stats_in_ptr, rows, mask_m, K, num_stats, eps, BLOCK_N, S)
-    acc = _product(
-        x_ptr, rows, mask_m, w_ptr, cols, mask_n, K, stride_xm,
-        mean, rstd, norm_weight_ptr, norm_bias_ptr, NORM_X, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if GELU:
-        acc = 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476))
-    if residual_ptr is not None:
-        near = offs_m
-        if residual_gather_ptr is not None:
-            near = tl.load(residual_gather_ptr + offs_m, mask=mask_m, other=0)
-        if NORM_RESIDUAL:
-            mean, rstd = mean_rstd(stats_in_ptr, near, mask_m, N, num_stats, eps, BLOCK_N, S)
-        at = residual_ptr + near[:, None] * stride_rm + cols[None, :]
-        residual = tl.load(at, mask=mask, other=0.0)
-        if NORM_RESIDUAL:
-            normal = normalize(residual, mean, rstd, norm_weight_ptr, norm_bias_ptr, cols, mask_n)
-            residual = normal.to(residual.dtype)  # fewer registers than fp32, else sm_120 spills
-        acc += residual
-    out = acc.to(out_ptr.dtype.element_ty)
-    to = offs_m
-    if scatter_ptr is not None:
-        to = tl.load(scatter_ptr + offs_m, mask=mask_m, other=0)
-    tl.store(out_ptr + to[:, None] * stride_om + cols[None, :], out, mask=mask)
-    if stats_ptr is not None:
-        value = tl.where(mask_n[None, :], out.to(tl.float32), 0.0)
-        total = tl.sum(value, 1)
-        mean = total / tl.minimum(N - pid_n * BLOCK_N, BLOCK_N)
-        apart = tl.where(mask_n[None, :], value - mean[:, None], 0.0)
-        at = stats_ptr + (to * tl.cdiv(N, BLOCK_N) + pid_n) * 2
-        tl.store(at, total, mask=mask_m)
-        tl.store(at + 1, tl.sum(apart * apart, 1), mask=mask_m)
+    count = num_rows
+    if count_ptr is not None:
+        count = tl.minimum(tl.load(count_ptr), num_rows)
+    tiles = (tl.cdiv(count, BLOCK_M) * tl.cdiv(N, BLOCK_N)).to(tl.int32)
+    splits = _splits(tiles, tl.cdiv(K, BLOCK_K), slots, MOST)
+    for part in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), disable_licm=True):
+        tile, num_blocks = part // splits, tl.cdiv(N, BLOCK_N)
+        pid_n = tile % num_blocks
+        offs_m = (tile // num_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < count
+        cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = cols < N
+        split, depth = part % splits, tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if split == 0:  # first of all, while registers are free
+            if bias_ptr is not None:
+                acc += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            if residual_ptr is not None:
+                near = offs_m
+                if residual_gather_ptr is not None:
+                    near = tl.load(residual_gather_ptr + offs_m, mask=mask_m, other=0)
+                at = residual_ptr + near[:, None] * stride_rm + cols[None, :]
+                r = tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+                if NORM_RESIDUAL:
+                    m, s = mean_rstd(stats_in_ptr, near, mask_m, N, num_stats, eps, BLOCK_N, S)
+                    r = normalize(r, m, s, norm_weight_ptr, norm_bias_ptr, cols, mask_n).to(r.dtype)
+                acc += r
+        rows = offs_m
+        if gather_ptr is not None:
+            rows = tl.load(gather_ptr + offs_m, mask=mask_m, other=0)
+        mean, rstd = 0, 0
+        if NORM_X:
+            mean, rstd = mean_rstd(stats_in_ptr, rows, mask_m, K, num_stats, eps, BLOCK_N, S)
+        acc = _product(
+            acc, x_ptr, rows, mask_m, w_ptr, cols, mask_n, split * depth,
+            tl.minimum(split * depth + depth, K), K, stride_xm,
+            mean, rstd, norm_weight_ptr, norm_bias_ptr, NORM_X, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if splits > 1:
+            size: tl.constexpr = BLOCK_M * BLOCK_N
+            offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(parts_ptr + part * size + offs, acc)
+            # Stored before it arrives, so that the last sees all; as in `_exit_step_kernel`.
+            tl.debug_barrier()
+            last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == splits - 1
+            tl.debug_barrier()
+            if last:
+                tl.store(arrived_ptr + tile, 0)
+            mask_m = offs_m < tl.where(last, count, 0)  # the others have nothing to store
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for i in range(tl.where(last, splits, 0)):
+                acc += tl.load(parts_ptr + (part - split + i) * size + offs)
+        if GELU:
+            acc = 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476))
+        out, to = acc.to(out_ptr.dtype.element_ty), offs_m
+        if scatter_ptr is not None:
+            to = tl.load(scatter_ptr + offs_m, mask=mask_m, other=0)
+        at = out_ptr + to[:, None] * stride_om + cols[None, :]
+        tl.store(at, out, mask=mask_m[:, None] & mask_n[None, :])
+        if stats_ptr is not None:
+            value = tl.where(mask_n[None, :], out.to(tl.float32), 0.0)
+            total = tl.sum(value, 1)
+            mean = total / tl.minimum(N - pid_n * BLOCK_N, BLOCK_N)
+            apart = tl.where(mask_n[None, :], value - mean[:, None], 0.0)
+            at = stats_ptr + (to * num_blocks + pid_n) * 2
+            tl.store(at, total, mask=mask_m)
+            tl.store(at + 1, tl.sum(apart * apart, 1), mask=mask_m)
 
 
 @triton.jit
@@ -183,18 +201,27 @@ def _query_key_value_kernel(
         return
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     acc = _product(
-        h_ptr, rows, mask_m, w_ptr, cols, mask_n, K, stride_hm,
+        acc, h_ptr, rows, mask_m, w_ptr, cols, mask_n, 0, K, K, stride_hm,
         0, 0, None, None, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    acc += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     at = out_ptr + offs_m[:, None] * N + cols[None, :]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-@triton_op("tokenexit_triton::linear_", mutates_args={"out", "stats"})
+def scratch(x):
+    """Where parts of products of `[A, K]` x wait: `parts` and `arrived` of `linear_`."""
+    tiles = tiles_of(len(x), x.element_size())
+    size = 2 * slots_of(x, tiles), tiles["BLOCK_M"] * tiles["BLOCK_N"]
+    return x.new_empty(size, dtype=torch.float32), x.new_zeros(size[0], dtype=torch.int32)
+
+
+@triton_op("tokenexit_triton::linear_", mutates_args={"out", "stats", "parts", "arrived"})
 def linear_(
-    out: Tensor, stats: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None = None,
+    out: Tensor, stats: Tensor | None, parts: Tensor, arrived: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None,
     count: Tensor | None = None, gather: Tensor | None = None, scatter: Tensor | None = None,
     residual: Tensor | None = None, residual_gather: Tensor | None = None,
     norm_stats: Tensor | None = None, norm_weight: Tensor | None = None,
@@ -203,12 +230,13 @@ def linear_(
 ) -> None:  # fmt: skip
     """A product with bias, activation, residual and LayerNorm, over the first `count` rows.
 
-    `out[scatter] = act(norm(x)[gather] @ weight.T + bias) + norm(residual)[residual_gather]`,
+    `out[scatter] = act(norm(x)[gather] @ weight.T + bias + norm(residual)[residual_gather])`,
     without a gradient.
 
     Args:
         out: `[.., N]` in the dtype of x, dense rows.
         stats: `[.., blocks, 2]` fp32, written if given: what a LayerNorm of out's rows needs.
+        parts, arrived: `scratch(x)`; may serve one product after the other.
         x: `[R, K]` fp16, bf16 or fp32, dense rows; weight: `[N, K]` contiguous; bias: `[N]`.
         count: one int64 on the device, or None for all rows. Later rows are not touched.
         gather, scatter, residual_gather: `[A]` int64, the row of x, out and residual for each row
@@ -241,26 +269,34 @@ def linear_(
     if norm_on != "none" and (norm_stats is None or norm_stats.shape[1] != num_stats):
         got = None if norm_stats is None else tuple(norm_stats.shape)
         raise ValueError(f"got norm_stats {got}; expected [R, {num_stats}, 2], of as many rows")
-    few_m, blocks = min(64, tiles["BLOCK_M"]), triton.cdiv(n, tiles["BLOCK_N"])
-    many, few = (triton.cdiv(num_rows, rows) * blocks for rows in (tiles["BLOCK_M"], few_m))
+    slots, size = slots_of(x, tiles), tiles["BLOCK_M"] * tiles["BLOCK_N"]
+    if parts.shape != (2 * slots, size) or len(arrived) != 2 * slots:
+        raise ValueError(
+            f"got parts {tuple(parts.shape)} and arrived {tuple(arrived.shape)}; "
+            f"expected {2 * slots, size} and {(2 * slots,)}"
+        )
+    grid = triton.cdiv(num_rows, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"])
     if num_rows:
-        wrap_triton(_linear_kernel)[(max(many, min(few, FEW_TILES)),)](
+        wrap_triton(_linear_kernel)[(min(grid * MOST_SPLITS, slots),)](
             x, weight, bias, out, count, gather, scatter, residual, residual_gather,
-            norm_stats, norm_weight, norm_bias, stats,
+            norm_stats, norm_weight, norm_bias, stats, parts, arrived, slots,
             num_rows, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
             out.stride(0), num_stats, eps, norm_on == "x", norm_on == "residual",
             activation == "gelu", precision, triton.next_power_of_2(num_stats),
-            few_m, FEW_TILES, **tiles,
+            MOST_SPLITS, **tiles,
         )  # fmt: skip
 
 
-def linear(x, weight, bias=None, count=None, gather=None, want_stats=False, **options):
-    """`linear_` into new tensors: out `[A, N]`, or (out, stats) if wanted; options are its own."""
+def linear(x, weight, bias=None, count=None, gather=None, want_stats=False, split=None, **options):
+    """`linear_` into new tensors: out `[A, N]`, or (out, stats) if wanted.
+
+    `split` is `scratch(x)`, None: made for this product; options are those of `linear_`.
+    """
     num_rows = len(x) if gather is None else len(gather)
     out = x.new_empty(num_rows, len(weight))
     blocks = triton.cdiv(len(weight), tiles_of(num_rows, x.element_size())["BLOCK_N"])
     stats = x.new_empty(num_rows, blocks, 2, dtype=torch.float32) if want_stats else None
-    linear_(out, stats, x, weight, bias, count, gather, **options)
+    linear_(out, stats, *(split or scratch(x)), x, weight, bias, count, gather, **options)
     return (out, stats) if want_stats else out
 
 
@@ -299,21 +335,3 @@ def query_key_value(
             h.stride(0), precision, **tiles,
         )  # fmt: skip
     return q, kv
-
-
-def compile_cases(hidden, num_heads, dtype):
-    """See `tokenexit.kernels.report`."""
-    for size, rows in (("small", 256), ("large", 8192)):
-        x, index = torch.empty(rows, hidden, dtype=dtype), torch.empty(rows).long()
-        wide, bias = x.new_empty(rows, 4 * hidden), x.new_empty(4 * hidden)
-        square, pair = x.new_empty(hidden, hidden), x.new_empty(2 * hidden, hidden)
-        up, down = x.new_empty(4 * hidden, hidden), x.new_empty(hidden, 4 * hidden)
-        blocks = triton.cdiv(hidden, tiles_of(rows, x.element_size())["BLOCK_N"])
-        norm = dict(norm_stats=torch.empty(rows, blocks, 2), norm_weight=bias, norm_bias=bias)
-        yield size, query_key_value, (x, square, bias, pair, bias, index, index[:65], index)
-        output = partial(linear, residual=x, residual_gather=index, want_stats=True)
-        yield f"output_{size}", output, (x, square, bias, index)
-        first = partial(linear, **norm, norm_on="x", activation="gelu")
-        yield f"up_{size}", first, (x, up, bias, index)
-        second = partial(linear, **norm, norm_on="residual", residual=x, want_stats=True)
-        yield f"down_{size}", second, (wide, down, bias, index)

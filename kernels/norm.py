@@ -122,10 +122,3 @@ def _gelu_backward(ctx, grad):
 
 
 bias_gelu.register_autograd(_gelu_backward, setup_context=_gelu_setup)
-
-
-def compile_cases(hidden, num_heads, dtype):
-    """See `tokenexit.kernels.report`."""
-    x, count = torch.empty(8192, hidden, dtype=dtype), torch.empty(1).long()
-    yield "", add_layer_norm, (x, x, x[0], x[0], 1e-12, count)
-    yield "", bias_gelu, (x, x[0])

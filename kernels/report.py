@@ -3,9 +3,8 @@
 `python -m tokenexit.kernels.report [--all] [--table] [--json FILE] [--arch sm_90 ...]
 [--model base ...] [--dtype fp16 ...] [--kernel PART_OF_NAME]`
 
-Each kernel module has a function `compile_cases(hidden, num_heads, dtype)`, with a torch dtype,
-that yields `(name, launcher, arguments)`: calls on CPU tensors of a model's shapes. Nothing is
-launched; what a call would launch is recorded, and compiled for each target as it would be there.
+Ops are called on CPU tensors of a model's shapes (`calls`). Nothing is launched; what a call would
+launch is recorded, and compiled for each target as it would be there.
 """
 
 import argparse
@@ -13,11 +12,11 @@ import importlib
 import json
 import math
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,8 +38,67 @@ LIMITS = {
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)")
 
 
+def calls(hidden, num_heads, dtype):
+    """(name, op, arguments) that launch every kernel; attention in training with all options."""
+    from tokenexit.kernels import attention, decision, linear, norm
+
+    def numbers(*shape):
+        return torch.empty(shape, dtype=dtype)
+
+    def indices(size):
+        return torch.empty(size).long()
+
+    q, i, u, b = numbers(4096, num_heads, hidden // num_heads), indices(8192), torch.empty(8192), 64
+    k, v = numbers(8192, 2, *q.shape[1:]).unbind(1)
+    cu, lse, x, weight = (
+        i[: b + 1],
+        torch.empty(q.shape[:2]),
+        numbers(8192, hidden),
+        numbers(hidden),
+    )
+    training = cu, cu, 0.125, numbers(num_heads, 255), i[:4096], 0.1, 7, 128
+    yield "", attention.exit_attention, (q, k, v, cu, cu, 0.125, None, None, 0.0, 0, 128)
+    yield "training", attention.exit_attention, (q, k, v, *training)
+    yield "training", attention.exit_attention_backward, (q, q, k, v, q, lse, *training)
+    if hidden * dtype.itemsize <= attention.ABSORBED_BYTES:
+        wide = numbers(4096, num_heads, hidden)
+        yield "", attention.absorbed_attention, (wide, x, cu, cu, 0.125, None, None, 128)
+
+    def stats_of(x):
+        tiles = linear.tiles_of(len(x), x.element_size())
+        return torch.empty(len(x), math.ceil(hidden / tiles["BLOCK_N"]), 2)
+
+    for labels in (9, 44):
+        logits, head = numbers(8192, labels), numbers(labels, hidden)
+        rest = cu, i[:b], u[:b], 3, False, i[:b], i
+        yield f"{labels}", decision.exit_decision, (logits, i, u, i, *rest)
+        step = x, stats_of(x), weight, weight, 1e-12, head, weight, i, cu, i, x, logits, i, u, i
+        rest = cu, i[:b], u[:b], i[:b], torch.empty(b).int(), 3, 128
+        yield f"{labels}", decision.exit_step_, (*step, *rest)
+
+    square, up, down = (
+        numbers(hidden, hidden),
+        numbers(4 * hidden, hidden),
+        numbers(hidden, 4 * hidden),
+    )
+    for size, rows in (("small", 256), ("large", 8192)):
+        x, index, bias = x[:rows], i[:rows], up[:, 0].contiguous()
+        packed = x, square, bias, numbers(2 * hidden, hidden), bias, index, cu, index
+        yield size, linear.query_key_value, packed
+        output = partial(linear.linear, residual=x, residual_gather=index, want_stats=True)
+        yield f"output_{size}", output, (x, square, bias, index)
+        norm_of_x = partial(linear.linear, norm_stats=stats_of(x), norm_weight=bias, norm_bias=bias)
+        first = partial(norm_of_x, norm_on="x", activation="gelu")
+        yield f"up_{size}", first, (x, up, bias, index)
+        second = partial(norm_of_x, norm_on="residual", residual=x, want_stats=True)
+        yield f"down_{size}", second, (numbers(rows, 4 * hidden), down, bias, index)
+
+    yield "", norm.add_layer_norm, (x, x, weight, weight, 1e-12, i[:1])
+    yield "", norm.bias_gelu, (x, weight)
+
+
 def launches(hidden, num_heads, dtype):
-    """(name, kernel, arguments, options) of all that the kernel modules' cases launch."""
+    """(name, kernel, arguments, options) of all that `calls` launch."""
     import triton
 
     recorded = []
@@ -49,17 +107,13 @@ def launches(hidden, num_heads, dtype):
         (kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **named})
     )
     try:
-        package = importlib.import_module("tokenexit.kernels")
-        for found in pkgutil.iter_modules(package.__path__):
-            module = importlib.import_module(f"tokenexit.kernels.{found.name}")
-            if hasattr(module, "compile_cases"):
-                for name, launcher, arguments in module.compile_cases(hidden, num_heads, dtype):
-                    launcher(*arguments)
-                    for kernel, values in recorded:
-                        options = {k: v for k, v in values.items() if k not in kernel.arg_names}
-                        stem = kernel.__name__.removeprefix("_").removesuffix("_kernel")
-                        yield f"{stem}_{name}".rstrip("_"), kernel, values, options
-                    recorded.clear()
+        for name, launcher, arguments in calls(hidden, num_heads, dtype):
+            launcher(*arguments)
+            for kernel, values in recorded:
+                options = {k: v for k, v in values.items() if k not in kernel.arg_names}
+                stem = kernel.__name__.removeprefix("_").removesuffix("_kernel")
+                yield f"{stem}_{name}".rstrip("_"), kernel, values, options
+            recorded.clear()
     finally:
         triton.JITFunction.run = original
 

@@ -12,7 +12,7 @@ all tokens, whose first rows count; the count stays on the device. A layer is se
     compact_active    the new list, after a memset of its tickets
 
 A relative-position bias adds one, a gather of the queries' positions. Before the first layer lie a
-copy of the states and six fills. `is_sound` is one wait, after the last.
+copy of the states and seven fills. `is_sound` is one wait, after the last.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def exit_loop(
     """
     from tokenexit.kernels.attention import exit_attention
     from tokenexit.kernels.decision import exit_step_
-    from tokenexit.kernels.linear import linear, query_key_value
+    from tokenexit.kernels.linear import linear, query_key_value, scratch
 
     precision = precision or float32_precision()
     numbers = torch.arange(1, len(layers), device=h.device)
@@ -102,6 +102,7 @@ def exit_loop(
     logits = h.new_zeros(h.shape[0], heads[0].out_features)
     uncertainty = torch.zeros_like(active, dtype=torch.float32)
     arrived = torch.zeros_like(schedule.window, dtype=torch.int32)
+    split = scratch(h)
     bias = None if bias is None else bias.contiguous()
     positions = None if bias is None else packed.positions
     if exit_layer is not None:
@@ -124,7 +125,7 @@ def exit_loop(
         )
         out, norm = layer.attention_output, layer.attention_norm
         beside = {"residual": h, "residual_gather": active, "want_stats": True}
-        common = {"count": count, "precision": precision}
+        common = {"count": count, "split": split, "precision": precision}
         x, stats = linear(context.flatten(1), out.weight, out.bias, **beside, **common)
         common |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
         common["norm_stats"] = stats

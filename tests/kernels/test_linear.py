@@ -1,9 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from assertions import assert_as_exact
 from tokenexit.kernels import linear as module
-from tokenexit.kernels.linear import linear, linear_, query_key_value
+from tokenexit.kernels.linear import linear, linear_, query_key_value, scratch
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 NAN = float("nan")
@@ -89,7 +91,7 @@ def test_gather_scatter_and_residual(make, device):
 
     out = torch.full((70, 24), NAN, dtype=x.dtype, device=device)
     stats = torch.full((70, 1, 2), NAN, device=device)
-    linear_(out, stats, x, weight, bias, count, gather, to, **options)
+    linear_(out, stats, *scratch(x[:37]), x, weight, bias, count, gather, to, **options)
     assert torch.equal(out[to[:29]], ours[:29])
     torch.testing.assert_close(stats[to[:29], 0, 0], ours[:29].float().sum(1))
     untouched = torch.ones(70, dtype=torch.bool, device=device)
@@ -125,43 +127,99 @@ def test_layer_norm_on_the_way(make, device, rows, d):
     check(ours[:rows], exact, context, h, output, up, down, gamma, beta)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 128, 129, 192, 193, 300])
-def test_tiles_by_the_count(make, device, monkeypatch, rows):
-    """Two column blocks, so that up to 192 rows are 6 tiles of 64 rows; stats fit both sizes."""
-    capacity, k, n = 300, 70, 150
+def stats_of(x):
+    """Sum and squared deviations of each block of 128 columns."""
+    parts = x.float().split(128, 1)
+    apart = [(p - p.mean(1, True)).square().sum(1) for p in parts]
+    return torch.stack([torch.stack([p.sum(1) for p in parts], 1), torch.stack(apart, 1)], 2)
+
+
+@pytest.fixture
+def split_into(monkeypatch, device):
+    """Makes products split K into so many parts, or as few programs as told share all tiles."""
+
+    def split_into(splits, slots):
+        monkeypatch.setattr(module, "slots_of", lambda x, tiles: slots)
+        monkeypatch.setattr(module, "MOST_SPLITS", splits)
+
+    return split_into
+
+
+@triton.jit
+def _splits_kernel(out_ptr, tiles, steps, slots, MOST: tl.constexpr):
+    tl.store(out_ptr, module._splits(tiles, steps, slots, MOST))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps", "splits"),
+    [(0, 12, 1), (6, 48, 6), (42, 48, 3), (42, 12, 3), (72, 48, 3), (132, 48, 1), (768, 12, 1)],
+)
+def test_splits(device, tiles, steps, splits):
+    """With 132 slots; 72 tiles in thirds are two rounds of 16 steps, in place of one of 48."""
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    _splits_kernel[(1,)](out, tiles, steps, 132, 8)
+    assert out.item() == splits
+
+
+@pytest.mark.parametrize(
+    ("rows", "activation"), [(0, "none"), (1, "gelu"), (128, "none"), (129, "gelu"), (300, "none")]
+)
+def test_parts_of_a_product(make, device, split_into, rows, activation):
+    """Ragged in all sizes; with two column blocks, and more parts than K has steps for at times."""
+    capacity, k, n = 300, 800, 150
     x, weight, bias = make(capacity, k), make(n, k, scale=k**-0.5), make(n, shift=3)
-    x[rows:] = NAN
+    residual = make(capacity, n)
+    x[rows:], residual[rows:] = NAN, NAN
+
+    def exact(x, weight, bias, residual):
+        out = F.linear(x, weight, bias) + residual
+        return F.gelu(out) if activation == "gelu" else out
+
     ours, stats = [], []
-    for few in (6, 0, 999):  # by the count, never, always
-        monkeypatch.setattr(module, "FEW_TILES", few)
-        options = dict(want_stats=True, precision="ieee")
-        out, found = linear(x, weight, bias, number(rows, device), **options)
-        check(out[:rows], F.linear, x[:rows], weight, bias)
-        assert out[rows:].isnan().all() and found[rows:].isnan().all()
+    for splits, slots in ((1, 1), (2, 99), (8, 20)):
+        split_into(splits, slots)
+        split = scratch(x)
+        split[0].fill_(NAN)
+        for _ in range(1 + (splits == 8)):  # the same scratch serves again
+            out, found = linear(
+                x, weight, bias, number(rows, device), residual=residual, activation=activation,
+                want_stats=True, split=split, precision="ieee",
+            )  # fmt: skip
+            check(out[:rows], exact, x[:rows], weight, bias, residual[:rows])
+            assert out[rows:].isnan().all() and found[rows:].isnan().all()
+            assert not split[1].any()
+        used = split[0].isfinite().any(1).sum().item()
+        assert bool(used) == (rows > 0 and splits > 1)
         ours, stats = [*ours, out[:rows]], [*stats, found[:rows]]
     for out, found in zip(ours, stats, strict=True):
-        torch.testing.assert_close(out, ours[0], atol=1e-3, rtol=1e-3)
-        parts = out.float().split(128, 1)
-        total = torch.stack([p.sum(1) for p in parts], 1)
-        apart = torch.stack([(p - p.mean(1, True)).square().sum(1) for p in parts], 1)
-        torch.testing.assert_close(found, torch.stack([total, apart], 2), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(out, ours[0], atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(found, stats_of(out), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("few", [(999, 0), (0, 999)], ids=["few then many", "many then few"])
-def test_stats_of_one_size_of_tiles_read_by_the_other(make, device, monkeypatch, few):
-    d, rows = 150, 193
-    x, weight, up = make(300, d), make(d, d, scale=0.1), make(70, d, scale=0.1)
-    gamma, beta, count = make(d, shift=1), make(d), number(rows, device)
-    monkeypatch.setattr(module, "FEW_TILES", few[0])
-    s, stats = linear(x, weight, count=count, want_stats=True, precision="ieee")
-    monkeypatch.setattr(module, "FEW_TILES", few[1])
-    norm = dict(norm_stats=stats, norm_weight=gamma, norm_bias=beta, eps=1e-5, norm_on="x")
-    ours = linear(s, up, None, count, precision="ieee", **norm)
+def test_parts_with_layer_norms(make, device, split_into):
+    """As `up` and `down` have them, both with a long K."""
+    k, n, rows, capacity = 900, 140, 70, 300
+    wide, narrow = make(capacity, k, shift=1), make(capacity, n, shift=1)
+    up, down, count = make(n, k, scale=0.1), make(n, k, scale=0.1), number(rows, device)
+    split_into(8, 99)
 
-    def exact(x, weight, up, gamma, beta):
-        return F.linear(F.layer_norm(F.linear(x, weight), [d], gamma, beta, 1e-5), up)
+    def norm(x, d, on):
+        named = dict(norm_stats=stats_of(x), norm_weight=gamma[:d], norm_bias=beta[:d], eps=1e-5)
+        return named | dict(norm_on=on, precision="ieee")
 
-    check(ours[:rows], exact, x[:rows], weight, up, gamma, beta)
+    gamma, beta = make(k, shift=1), make(k)
+    ours = linear(wide, up, None, count, activation="gelu", **norm(wide, k, "x"))
+
+    def first(x, up, gamma, beta):
+        return F.gelu(F.linear(F.layer_norm(x, [k], gamma, beta, 1e-5), up))
+
+    check(ours[:rows], first, wide[:rows], up, gamma, beta)
+    ours = linear(wide, down, None, count, residual=narrow, **norm(narrow, n, "residual"))
+
+    def second(x, narrow, down, gamma, beta):
+        return F.linear(x, down) + F.layer_norm(narrow, [n], gamma, beta, 1e-5)
+
+    check(ours[:rows], second, wide[:rows], narrow[:rows], down, gamma[:n], beta[:n])
 
 
 @pytest.mark.parametrize("lengths", [[1], [63, 129, 1], [300, 40]])
@@ -193,6 +251,10 @@ def test_query_key_value(make, device, lengths):
         (dict(activation="relu"), "got activation 'relu'"),
         (dict(norm_on="residual"), "without a residual"),
         (dict(norm_on="x"), r"got norm_stats None; expected \[R, 1, 2\]"),
+        (
+            dict(split=(torch.ones(4, 1024), torch.zeros(4).int())),
+            r"got parts \(4, 1024\) and arrived \(4,\); expected \(\d+, 1024\) and \(\d+,\)",
+        ),
     ],
     ids=str,
 )
@@ -210,4 +272,6 @@ def test_opcheck(device):
     x, weight, out = torch.ones(3, 4), torch.ones(5, 4), torch.ones(3, 5)
     args = [t.to(device) for t in (x, weight)]
     tests = ("test_schema",)  # what traces wants a compiler, not the interpreter
-    torch.library.opcheck(linear_._opoverload, (out.to(device), None, *args), test_utils=tests)
+    torch.library.opcheck(
+        linear_._opoverload, (out.to(device), None, *scratch(args[0]), *args), test_utils=tests
+    )
