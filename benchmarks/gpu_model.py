@@ -26,8 +26,7 @@ class Gpu:
         tflops, tbs: dense fp16 operations (1e12/s) and memory bandwidth (TB/s), by the datasheet.
         sms: multiprocessors.
         ours, library: share of tflops that large products in Triton and in cuBLAS reach.
-        resident: programs with tiles of 128 x 128 that a multiprocessor holds, by shared memory.
-        few_tiles: of kernels/linear.py; 0: tiles of 128 rows whatever the count.
+        most_splits: of kernels/linear.py; 1: no product is split.
         whole_tiles: False for a bound: tiles as fine as would be needed to keep all busy.
     """
 
@@ -37,21 +36,22 @@ class Gpu:
     sms: int
     ours: float
     library: float
-    resident: int
-    few_tiles: int = 128
+    most_splits: int = 8
     whole_tiles: bool = True
 
 
-A100 = Gpu("A100", 312, 2.04, 108, 0.60, 0.75, 1)
-H100 = Gpu("H100", 989, 3.35, 132, 0.45, 0.65, 2)
-B200 = Gpu("B200", 2250, 8.0, 148, 0.30, 0.60, 2)
+A100 = Gpu("A100", 312, 2.04, 108, 0.60, 0.75)
+H100 = Gpu("H100", 989, 3.35, 132, 0.45, 0.65)
+B200 = Gpu("B200", 2250, 8.0, 148, 0.30, 0.60)
 GPUS = (A100, H100, B200)
 GAP_US = 1.5  # of a launch within a graph or a full queue, with filling and draining
 EAGER_US = 7.0  # of the host, for a launch that PyTorch makes
 TRITON_US = 40.0  # of the host, for a launch through torch.library.triton_op
 WAIT_US = 15.0  # of the host, for a value from the device
 OUTSIDE = 70, 10  # launches and waits of a call beside its layers: checks, packing, embedding
-STEP_US = 0.25  # of a chain of loads: about 0.75 us of latency, three in flight
+LATENCY_US = 0.75  # of a load, or to tell another program something
+STEP_US = LATENCY_US / 3  # of a chain of loads, three in flight
+SM_TBS = 0.1  # from and to the L2 cache, of one multiprocessor
 EMPTY_US = 0.3  # that a program that leaves at once holds its place
 MEMORY, ATTENTION, ABSORBED = 0.8, 0.35, 0.25  # shares of bandwidth and of tflops reached
 D, F, HEADS, LAYERS, LABELS, SIZE = 768, 3072, 12, 12, 9, 2  # SIZE: bytes of a number
@@ -81,25 +81,38 @@ def launch(gpu, name, flop, size, programs=0, empty=0, share=1.0, steps=0, resid
     return Launch(name, flop / 1e9, size / 1e6, us)
 
 
-def product(gpu, name, parts, k, capacity, extra=0, branch=False):
+def splits(tiles, steps, slots, most):
+    """`_splits` of kernels/linear.py."""
+    ways = [n for n in range(2, most + 1) if tiles * n <= 2 * slots]
+    cost = {1: ceil(tiles / slots) * steps}
+    cost |= {n: ceil(tiles * n / slots) * (ceil(steps / n) + 1) + n + 2 for n in ways}
+    return min(cost, key=cost.get)
+
+
+def product(gpu, name, parts, k, capacity, extra=0, persistent=True):
     """A matrix product; parts are (blocks of rows, rows, columns), the rest of capacity leaves.
 
-    Blocks of None are as many as the rows fill. With `branch`, few tiles have half as many rows.
+    Blocks of None are as many as the rows fill. Nothing leaves and few tiles are split if it is
+    persistent.
     """
-    rows, cols, depth = (128, 128, 64) if capacity > 256 else (32, 32, 128)  # see kernels/linear.py
+    rows, cols, depth, resident = (128, 128, 64, 1) if capacity > 256 else (32, 32, 128, 4)
     columns = [ceil(n / cols) for *_, n in parts]
     grid = ceil(capacity / rows) * sum(columns)
-    if branch and rows == 128:
-        half = ceil(parts[0][1] / 64) * columns[0]
-        grid = max(grid, min(ceil(capacity / 64) * columns[0], gpu.few_tiles))
-        rows = 64 if half <= gpu.few_tiles else rows
     tiles = sum((p[0] or ceil(p[1] / rows)) * c for p, c in zip(parts, columns, strict=True))
     size = SIZE * sum(m * k + n * k + m * n for _, m, n in parts) + extra
-    # Operations for each byte, of those of 128 x 128; shared memory is that of the larger tiles.
-    share, resident = rows * cols / (rows + cols) / 64, 2 if rows == 32 else 0
-    chain = k / depth, gpu.resident + resident
-    flop = 2 * tiles * rows * cols * k
-    return launch(gpu, name, flop, size, tiles, grid - tiles, gpu.ours * share, *chain)
+    # Operations for each byte, of those of 128 x 128.
+    share, flop = gpu.ours * rows * cols / (rows + cols) / 64, 2 * tiles * rows * cols * k
+    if not persistent:
+        chain = k / depth, resident
+        return launch(gpu, name, flop, size, tiles, grid - tiles, share, *chain)
+    most = gpu.most_splits if gpu.whole_tiles else 1
+    slots = gpu.sms * resident
+    n = splits(tiles, ceil(k / depth), slots, most)
+    # Parts are stored, then read by the last, which has to know that it is.
+    moved = (ceil(tiles * n / slots) + n) * 4 * rows * cols
+    adding = 2 * LATENCY_US + moved / (SM_TBS * 1e6) if n > 1 else 0
+    chain = ceil(k / depth / n), resident
+    return launch(gpu, name, flop, size, tiles * n, 0, share, *chain, adding)
 
 
 def layer(gpu, sentences, n, active=1.0, alive=1.0, decide=True, compact=True, keys="projected"):
@@ -115,7 +128,7 @@ def layer(gpu, sentences, n, active=1.0, alive=1.0, decide=True, compact=True, k
     a, s = ceil(active * capacity), max(1, round(alive * sentences))
     each = ceil(a / s)  # active tokens of a sentence that is not finished
     blocks = ceil(a / block)
-    parts, attend, sides = [(None, a, D)], (ATTENTION, n / 32, 4), []
+    parts, attend, sides = [(None, a, D)], (ATTENTION, n / 32, 3), []
     tile, rows, rows_all = min(64, max(16, n)), each, n
     if keys == "projected":  # of a block if any of its sentences is alive
         alive_blocks = 1 - (1 - s / sentences) ** max(1, block / n)
@@ -137,14 +150,14 @@ def layer(gpu, sentences, n, active=1.0, alive=1.0, decide=True, compact=True, k
     scan_us = GAP_US + 8 * STEP_US  # a memset before it
     last_us = ceil(n / 32) * 2 * STEP_US if decide else 0
     return [
-        product(gpu, "query_key_value", parts, D, capacity),
+        product(gpu, "query_key_value", parts, D, capacity, persistent=False),
         *sides[:1],
         launch(gpu, "exit_attention", flop, size, programs, most - programs, *attend),
         *sides[1:],
-        product(gpu, "output", [(None, a, D)], D, capacity, row, True),
-        product(gpu, "up", [(None, a, F)], D, capacity, 0, True),
-        product(gpu, "down", [(None, a, D)], F, capacity, row, True),
-        launch(gpu, "exit_step", *end, 0.02, D / 64, 16, last_us),
+        product(gpu, "output", [(None, a, D)], D, capacity, row),
+        product(gpu, "up", [(None, a, F)], D, capacity),
+        product(gpu, "down", [(None, a, D)], F, capacity, row),
+        launch(gpu, "exit_step", *end, 0.02, D / 64, 7, last_us),
         *([launch(gpu, "compact_active", 0, 32 * a, fixed_us=scan_us)] * (decide and compact)),
     ]
 
@@ -226,13 +239,12 @@ def goal():
         full, fewer = (loop(gpu, 64, 128, *exits) for exits in ((), (4, kind, keys)))
         return (total_us(full) + more_us) / (total_us(fewer) + more_us)
 
-    fixed = replace(H100, few_tiles=0)
-    ideal = replace(fixed, whole_tiles=False)
+    whole, ideal = replace(H100, most_splits=1), replace(H100, whole_tiles=False)
     lines = {
         "operations, keys and values of tokens that left for nothing": lambda k: ops(k, "active"),
         "operations": lambda k: ops(k, "projected"),
         "time, if small products kept the GPU as busy as large ones": lambda k: speed(k, ideal),
-        "time, with tiles of 128 rows whatever the count": lambda k: speed(k, fixed),
+        "time, with no product split along its depth": lambda k: speed(k, whole),
         "**time of the layers, the prediction**": speed,
         "the same, projected or absorbed, the faster": lambda k: speed(k, keys="best"),
         "the same, keys and values of tokens that left for nothing": lambda k: speed(

@@ -86,7 +86,7 @@ def _splits(tiles, steps, slots, MOST: tl.constexpr):
     """
     best, least = 1, tl.cdiv(tiles, slots) * steps
     for splits in tl.static_range(2, MOST + 1):
-        cost = tl.cdiv(tiles * splits, slots) * tl.cdiv(steps, splits) + 3 + splits
+        cost = tl.cdiv(tiles * splits, slots) * (tl.cdiv(steps, splits) + 1) + splits + 2
         better = (cost < least) & (tiles * splits <= 2 * slots)
         best, least = tl.where(better, splits, best), tl.where(better, cost, least)
     return best

@@ -82,15 +82,15 @@ def calls(hidden, num_heads, dtype):
         numbers(hidden, 4 * hidden),
     )
     for size, rows in (("small", 256), ("large", 8192)):
-        x, index, bias = x[:rows], i[:rows], up[:, 0].contiguous()
-        packed = x, square, bias, numbers(2 * hidden, hidden), bias, index, cu, index
+        h, index, bias = x[:rows], i[:rows], up[:, 0].contiguous()
+        packed = h, square, bias, numbers(2 * hidden, hidden), bias, index, cu, index
         yield size, linear.query_key_value, packed
-        output = partial(linear.linear, residual=x, residual_gather=index, want_stats=True)
-        yield f"output_{size}", output, (x, square, bias, index)
-        norm_of_x = partial(linear.linear, norm_stats=stats_of(x), norm_weight=bias, norm_bias=bias)
-        first = partial(norm_of_x, norm_on="x", activation="gelu")
-        yield f"up_{size}", first, (x, up, bias, index)
-        second = partial(norm_of_x, norm_on="residual", residual=x, want_stats=True)
+        output = partial(linear.linear, residual=h, residual_gather=index, want_stats=True)
+        yield f"output_{size}", output, (h, square, bias, index)
+        normal = partial(linear.linear, norm_stats=stats_of(h), norm_weight=bias, norm_bias=bias)
+        first = partial(normal, norm_on="x", activation="gelu")
+        yield f"up_{size}", first, (h, up, bias, index)
+        second = partial(normal, norm_on="residual", residual=h, want_stats=True)
         yield f"down_{size}", second, (numbers(rows, 4 * hidden), down, bias, index)
 
     yield "", norm.add_layer_norm, (x, x, weight, weight, 1e-12, i[:1])

@@ -45,20 +45,24 @@ def test_time_of_a_product_by_hand():
     # 64 blocks of rows x 24 of columns on 132 multiprocessors: 12 rounds of one tile each.
     tile_us = 2 * 128 * 128 * 768 / (989e6 / 132 * 0.45)
     assert named(layer(H100, 64, 128), "up").us == pytest.approx(1.5 + 12 * tile_us)
-    # 820 rows: 7 x 24 tiles, two rounds, as 13 x 24 of 64 rows would be more than 128; 57 x 24
-    # programs leave, 264 at a time.
+    # 820 rows: 7 x 24 tiles, two rounds; no part of them would be faster.
     got = named(layer(H100, 64, 128, 0.1), "up").us
-    assert got == pytest.approx(1.5 + 2 * tile_us + 6 * 0.3)
-    # 13 x 6 tiles of 64 rows in one round, at two thirds of the rate; 64 x 6 less those leave.
+    assert got == pytest.approx(1.5 + 2 * tile_us)
+    # 7 x 6 tiles in three parts; a part is stored and three are read, after two latencies.
     got = named(layer(H100, 64, 128, 0.1), "output").us
-    assert got == pytest.approx(1.5 + 0.5 * tile_us / (2 / 3) + 2 * 0.3)
+    adding_us = 1.5 + 4 * 128 * 128 * 4 / 0.1e6
+    assert got == pytest.approx(1.5 + max(tile_us / 3, 4 * 0.25) + adding_us)
+    # Queries of as many, keys and values of all; 57 x 6 programs of 64 x 18 leave.
+    got = named(layer(H100, 64, 128, 0.1), "query_key_value").us
+    assert got == pytest.approx(1.5 + 7 * tile_us + 3 * 0.3)
 
 
-def test_tiles_are_those_of_the_kernels():
+def test_splits_are_those_of_the_kernels():
+    """And `tests/kernels/test_linear.py` holds `splits` against the kernels."""
     pytest.importorskip("triton")
-    from tokenexit.kernels.linear import FEW_TILES
+    from tokenexit.kernels.linear import MOST_SPLITS
 
-    assert {card.few_tiles for card in GPUS} == {FEW_TILES}
+    assert {card.most_splits for card in GPUS} == {MOST_SPLITS}
 
 
 def test_time_bound_by_bytes_by_hand():

@@ -1,3 +1,4 @@
+import gpu_model
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,13 +153,22 @@ def _splits_kernel(out_ptr, tiles, steps, slots, MOST: tl.constexpr):
 
 @pytest.mark.parametrize(
     ("tiles", "steps", "splits"),
-    [(0, 12, 1), (6, 48, 6), (42, 48, 3), (42, 12, 3), (72, 48, 3), (132, 48, 1), (768, 12, 1)],
+    [
+        (0, 12, 1),
+        (6, 48, 6),
+        (42, 48, 3),
+        (42, 12, 3),
+        (72, 48, 3),
+        (132, 48, 1),
+        (192, 48, 1),
+        (768, 12, 1),
+    ],
 )
 def test_splits(device, tiles, steps, splits):
     """With 132 slots; 72 tiles in thirds are two rounds of 16 steps, in place of one of 48."""
     out = torch.zeros(1, dtype=torch.int32, device=device)
     _splits_kernel[(1,)](out, tiles, steps, 132, 8)
-    assert out.item() == splits
+    assert out.item() == gpu_model.splits(tiles, steps, 132, 8) == splits
 
 
 @pytest.mark.parametrize(
@@ -275,3 +285,19 @@ def test_opcheck(device):
     torch.library.opcheck(
         linear_._opoverload, (out.to(device), None, *scratch(args[0]), *args), test_utils=tests
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [100, 819, 1500])
+def test_same_bits_each_time(rows):
+    """Parts arrive in another order each time, and are added up in theirs."""
+    torch.manual_seed(0)
+    x = torch.randn(8192, 3072, device="cuda", dtype=torch.float16)
+    weight, split = torch.randn(768, 3072, device="cuda", dtype=torch.float16), scratch(x)
+    options = dict(count=number(rows, "cuda"), want_stats=True, split=split)
+    first = [value[:rows] for value in linear(x, weight, **options)]
+    for _ in range(100):
+        ours = linear(x, weight, **options)
+        assert all(torch.equal(a, b[:rows]) for a, b in zip(first, ours, strict=True))
+    assert not split[1].any()
