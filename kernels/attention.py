@@ -454,10 +454,12 @@ def absorbed_attention(
     q, h = _dense(q), _dense(h)
     (num_q, heads, d), num_k = q.shape, h.shape[0]
     out, (bias, reach) = q.new_empty(q.shape), _bias(bias)
-    # A block of rows of q and one of h have to fit the shared memory, whole: 99 KiB on most GPUs.
+    # A block of rows of q and one of h have to fit the shared memory, whole: 99 KiB on most GPUs,
+    # and the registers of AMD's.
     size = d * q.element_size()
     half = q.element_size() == 2
-    block_r, block_k = 32 if half and size <= 2048 else 16, 32 if half and size <= 1536 else 16
+    block_r = 32 if half and size <= 2048 else 16
+    block_k = 32 if half and size <= 1536 and not torch.version.hip else 16
     grid = (triton.cdiv((max_length or max(num_q, num_k)) * heads, block_r), cu_q.shape[0] - 1)
     block_d = max(16, triton.next_power_of_2(triton.cdiv(d, triton.cdiv(d, 256))))
     if out.numel() and grid[1]:
@@ -465,6 +467,6 @@ def absorbed_attention(
             q, h, out, cu_q, cu_k, bias, positions, scale, heads, reach, *q.stride()[:2],
             h.stride(0), PRECISION=precision, D=d, BLOCK_D=block_d, BLOCK_R=block_r,
             BLOCK_K=block_k, CHUNKS=triton.cdiv(d, block_d),
-            num_warps=4 if torch.version.hip else 8, num_stages=2,
+            num_warps=8, num_stages=2,
         )  # fmt: skip
     return out

@@ -1,9 +1,11 @@
 """Matrix products over the first rows of a buffer; how many they are is read on the device.
 
-Programs are persistent: as many as the GPU holds at a time take the count's tiles in turn. Tiles
-follow from the capacity, without autotuning: results must not change from run to run. Where tiles
-are few they are split along K, and whichever program of a tile is the last adds its parts up, in
-their order. So nobody waits for anybody, and a row hangs on the count by rounding at most.
+Programs of `linear` are persistent: as many as the GPU holds at a time take the count's tiles in
+turn. Tiles follow from the capacity, without autotuning: results must not change from run to run.
+Where tiles are few they are split along K, and whichever program of a tile is the last adds its
+parts up, in their order. So nobody waits for anybody, and a row hangs on the count by rounding at
+most. The grid of `query_key_value` fits all tokens, as blocks of sentences in use can lie anywhere;
+programs whose block has none leave at once.
 
 LayerNorm has no launch of its own: the product that makes a row leaves a mean and a sum of squares
 for each of its column blocks (`stats`), and the products that read the row normalize it on the way.
@@ -104,10 +106,12 @@ def _linear_kernel(
 ):  # fmt: skip
     count = num_rows
     if count_ptr is not None:
-        count = tl.minimum(tl.load(count_ptr), num_rows)
-    tiles = (tl.cdiv(count, BLOCK_M) * tl.cdiv(N, BLOCK_N)).to(tl.int32)
+        count = tl.minimum(tl.load(count_ptr), num_rows).to(tl.int32)
+    tiles = tl.cdiv(count, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     splits = _splits(tiles, tl.cdiv(K, BLOCK_K), slots, MOST)
-    for part in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), disable_licm=True):
+    # By the compile report, tiles of 64 rows alone leave registers for what tiles have in common.
+    full: tl.constexpr = BLOCK_M != 64
+    for part in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), disable_licm=full):
         tile, num_blocks = part // splits, tl.cdiv(N, BLOCK_N)
         pid_n = tile % num_blocks
         offs_m = (tile // num_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

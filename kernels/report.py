@@ -9,6 +9,7 @@ launch is recorded, and compiled for each target as it would be there.
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import os
@@ -97,12 +98,13 @@ def calls(hidden, num_heads, dtype):
     yield "", norm.bias_gelu, (x, weight)
 
 
-def launches(hidden, num_heads, dtype):
-    """(name, kernel, arguments, options) of all that `calls` launch."""
+def launches(hidden, num_heads, dtype, hip=False):
+    """(name, kernel, arguments, options) of all that `calls` launch, on an AMD GPU if hip."""
     import triton
 
     recorded = []
-    original = triton.JITFunction.run
+    original = triton.JITFunction.run, torch.version.hip
+    torch.version.hip = "7" if hip else None
     triton.JITFunction.run = lambda kernel, *args, grid, warmup, **named: recorded.append(
         (kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **named})
     )
@@ -115,7 +117,7 @@ def launches(hidden, num_heads, dtype):
                 yield f"{stem}_{name}".rstrip("_"), kernel, values, options
             recorded.clear()
     finally:
-        triton.JITFunction.run = original
+        triton.JITFunction.run, torch.version.hip = original
 
 
 def compile_kernel(kernel, values, options, arch):
@@ -140,8 +142,6 @@ def compile_kernel(kernel, values, options, arch):
             aligned = isinstance(value, int) and value % 16 == 0
         if aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    if not nvidia:
-        options = {**options, "num_stages": min(2, options.get("num_stages", 2))}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options)
     registers, spill_bytes, code = _nvidia(compiled) if nvidia else _amd(compiled)
@@ -240,20 +240,19 @@ def main(arguments=None):
     line = "{:32} {:7} {:5} {:7} {:>5} {:>6} {:>7} {:>14} {:>6}"
     heads = "kernel,model,dtype,arch,regs,spill,KiB,tensor cores,occup."
     print(line.format(*heads.split(",")))
-    for model in models:
-        for dtype in dtypes:
-            for name, kernel, values, options in launches(*MODELS[model], DTYPES[dtype]):
-                if chosen.kernel not in name:
-                    continue
-                for arch in chosen.arch:
-                    row = {"kernel": name, "model": model, "dtype": dtype, "arch": arch}
-                    row |= compile_kernel(kernel, values, options, arch)
-                    rows.append(row)
-                    cores = f"{row['tensor_core_instructions']} {row['tensor_cores']}".strip()
-                    print(line.format(
-                        name, model, dtype, arch, row["registers"], row["spill_bytes"],
-                        f"{row['shared_kib']:.1f}", cores, f"{row['occupancy']:.0%}",
-                    ), flush=True)  # fmt: skip
+    vendors = [[arch for arch in chosen.arch if arch.startswith(by)] for by in ("sm_", "gfx")]
+    for model, dtype, arches in itertools.product(models, dtypes, filter(None, vendors)):
+        of_model = launches(*MODELS[model], DTYPES[dtype], hip=arches[0].startswith("gfx"))
+        for name, kernel, values, options in of_model:
+            for arch in arches if chosen.kernel in name else ():
+                row = {"kernel": name, "model": model, "dtype": dtype, "arch": arch}
+                row |= compile_kernel(kernel, values, options, arch)
+                rows.append(row)
+                cores = f"{row['tensor_core_instructions']} {row['tensor_cores']}".strip()
+                print(line.format(
+                    name, model, dtype, arch, row["registers"], row["spill_bytes"],
+                    f"{row['shared_kib']:.1f}", cores, f"{row['occupancy']:.0%}",
+                ), flush=True)  # fmt: skip
     if chosen.table:
         print("", *table(rows), sep="\n")
     if chosen.json:
