@@ -124,16 +124,23 @@ def systems(model: Model, batch: texts.Batch, layers: torch.Tensor | None, flash
     return found
 
 
-def layers_alone(ours, batch: texts.Batch, layers, loop=None) -> Callable[[], torch.Tensor]:
+def layers_alone(ours, batch: texts.Batch, layers) -> Callable[[], torch.Tensor]:
     """The layers without packing and embedding, which the model on paper leaves out, too."""
-    loop = loop or static.GraphedLoop()
     packed = pack(batch.attention_mask, batch.word_ids)
     ids = packed.pack(batch.input_ids)
     h = ours.embeddings(ids, packed.positions, torch.zeros_like(ids))
     schedule = Schedule.of(ours.policy, len(ours.encoder.layers), packed.num_sentences, h)
     given = None if layers is None else packed.pack(layers)[packed.first_token]
     parts = ours.encoder.layers, ours.encoder.heads, h, packed, schedule, None, given
-    return lambda: packed.unpack(loop(*parts)[0])
+    if not h.is_cuda:
+        return lambda: packed.unpack(static.exit_loop(*parts)[0])
+    graph, (logits, _) = static.record(lambda: static.exit_loop(*parts))
+
+    def replay():
+        graph.replay()
+        return packed.unpack(logits)
+
+    return replay
 
 
 def _compiled(theirs):

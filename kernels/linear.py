@@ -279,15 +279,16 @@ def linear_(
             f"got parts {tuple(parts.shape)} and arrived {tuple(arrived.shape)}; "
             f"expected {2 * slots, size} and {(2 * slots,)}"
         )
-    grid = triton.cdiv(num_rows, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"])
+    most = min(MOST_SPLITS, triton.cdiv(k, tiles["BLOCK_K"]))
+    grid = triton.cdiv(num_rows, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]) * most
     if num_rows:
-        wrap_triton(_linear_kernel)[(min(grid * MOST_SPLITS, slots),)](
+        wrap_triton(_linear_kernel)[(min(grid, slots),)](
             x, weight, bias, out, count, gather, scatter, residual, residual_gather,
             norm_stats, norm_weight, norm_bias, stats, parts, arrived, slots,
             num_rows, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
             out.stride(0), num_stats, eps, norm_on == "x", norm_on == "residual",
             activation == "gelu", precision, triton.next_power_of_2(num_stats),
-            MOST_SPLITS, **tiles,
+            most, **tiles,
         )  # fmt: skip
 
 

@@ -5,8 +5,9 @@ import importlib.util
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from random_models import random_tagger
+from random_models import FAMILIES, random_batch, random_tagger
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokenexit import ExitPolicy, static
@@ -123,37 +124,68 @@ def test_buckets():
 
 @torch.no_grad()
 def test_when_it_applies(monkeypatch):
-    layers, heads, h, _, schedule, _ = arguments()
-    assert not static.applies(layers, heads, h, schedule)  # on a CPU
+    layers, heads, h, *_ = arguments()
+    assert not static.applies(layers, heads, h)  # on a CPU
     monkeypatch.setattr(static, "_DEVICES", {"cpu"})
-    assert static.applies(layers, heads, h, schedule)
-    for policy in (ExitPolicy(copy="pre_norm"), ExitPolicy(neighbors="recompute")):
-        assert not static.applies(layers, heads, h, Schedule.of(policy, 4, 4, h))
-    assert not static.applies(layers, heads, h.double(), schedule)
+    assert static.applies(layers, heads, h)
+    assert not static.applies(layers, heads, h.double())
     with torch.enable_grad():
-        assert not static.applies(layers, heads, h, schedule)
+        assert not static.applies(layers, heads, h)
     bare = [*heads[:3], torch.nn.Linear(32, 5, bias=False)]
-    assert not static.applies(layers, bare, h, schedule)
+    assert not static.applies(layers, bare, h)
     turned = [*heads[:3], torch.nn.Linear(32, 5)]
     turned[3].weight = torch.nn.Parameter(torch.randn(32, 5).T)
-    assert not static.applies(layers, turned, h, schedule)
+    assert not static.applies(layers, turned, h)
     layers[1].activation = torch.tanh
-    assert not static.applies(layers, heads, h, schedule)
+    assert not static.applies(layers, heads, h)
+
+
+FIELDS = ("word_ids", "token_type_ids", "position_ids", "exit_layers")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("given", [(), FIELDS], ids=["defaults", "all given"])
+@torch.no_grad()
+def test_the_whole_model_waits_for_nothing(family, given):
+    """From padded ids to padded logits: no size and no step of the host hangs on a value."""
+    tagger = random_tagger(family, dtype=torch.float32)
+    batch = random_batch([5, 9, 1])
+    names = ("input_ids", "attention_mask", *FIELDS)
+    rows = dict.fromkeys(names) | {"attention_mask": batch["attention_mask"] != 0}
+    rows |= {name: batch["input_ids"] for name in ("input_ids", *given)}
+    schedule = Schedule.of(ExitPolicy(threshold=0.3), 4, 3, torch.zeros(0))
+
+    def run(input_ids):
+        return tagger._tag_static(rows | {"input_ids": input_ids}, schedule)
+
+    tracing = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
+    calls = [n.target for n in tracing(rows["input_ids"]).graph.nodes if n.op == "call_function"]
+    names = {getattr(call, "_opname", str(call)) for call in calls}
+    assert "embedding" in names and "exit_step_" in names
+    assert not WAITS & names
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        logits, layers, sound = compiled(mode.from_tensor(rows["input_ids"]))
+    assert logits.shape == (3, 9, 5) and layers.shape == (3, 9) and sound.shape == ()
 
 
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", static.DTYPES, ids=str)
 @torch.no_grad()
-def test_graphs_replay_what_the_loop_does(dtype):
-    loop = static.GraphedLoop()
+def test_graphs_replay_what_the_model_does(dtype):
+    tagger = random_tagger(dtype=dtype).cuda()
     for lengths in (LENGTHS, [9, 33, 2], LENGTHS, [128] * 64):
-        values = arguments("cuda", dtype, lengths=lengths)
-        direct, graphed, again = static.exit_loop(*values), loop(*values), loop(*values)
-        for a, b, c in zip(direct, graphed, again, strict=True):
-            assert torch.equal(b, c)
-            assert torch.equal(a, b)
-    assert all(loop._graphs.values())  # recorded, not run directly
+        batch = {name: value.cuda() for name, value in random_batch(lengths).items()}
+        for policy in (ExitPolicy(threshold=0.3, window=1), ExitPolicy(threshold=0.6)):
+            results = []
+            for tagger.cuda_graphs in (False, True, True):
+                out = tagger(**batch, policy=policy)
+                results.append((out.logits, out.exit_layers))
+            for direct, graphed, again in zip(*results, strict=True):
+                assert torch.equal(graphed, again)
+                assert torch.equal(direct, graphed)
+    assert tagger._graphs._graphs and all(tagger._graphs._graphs.values())  # recorded
 
 
 @pytest.mark.gpu

@@ -23,8 +23,16 @@ def pack_tokens(mask, word_ids):
     cu_tokens = F.pad(lengths.cumsum(0), (1, 0))
     sentence = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths)
     positions = torch.arange(len(slots), device=mask.device) - cu_tokens[sentence]
+    of_token, at, cu_words = words_of(word_ids.flatten()[slots], sentence, positions, lengths)
+    return (
+        torch.stack([slots, positions, sentence, of_token, at]),
+        torch.stack([cu_tokens, cu_words]),
+        (at >= 0).nonzero().squeeze(1),
+    )
 
-    ids = word_ids.flatten()[slots]
+
+def words_of(ids, sentence, positions, lengths):
+    """word_of_token, word_at and cu_words of packed tokens' word ids, see `packing.Packed`."""
     first_of_sentence = positions == 0
     starts = (ids >= 0) & (first_of_sentence | (ids != ids.roll(1)))
     words = starts.new_zeros(len(lengths), dtype=torch.int64).index_add_(0, sentence, starts.long())
@@ -32,12 +40,7 @@ def pack_tokens(mask, word_ids):
     starts |= stand_in
     words += (words == 0) & (lengths > 0)
     word_of_token = (starts.cumsum(0) - 1).masked_fill((ids < 0) & ~stand_in, -1)
-    word_at = word_of_token.masked_fill(~starts, -1)
-    return (
-        torch.stack([slots, positions, sentence, word_of_token, word_at]),
-        torch.stack([cu_tokens, F.pad(words.cumsum(0), (1, 0))]),
-        starts.nonzero().squeeze(1),
-    )
+    return word_of_token, word_of_token.masked_fill(~starts, -1), F.pad(words.cumsum(0), (1, 0))
 
 
 def uncertainty(logits, max_prob=False):

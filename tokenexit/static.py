@@ -12,7 +12,8 @@ all tokens, whose first rows count; the count stays on the device. A layer is se
     compact_active    the new list, after a memset of its tickets
 
 A relative-position bias adds one, a gather of the queries' positions. Before the first layer lie a
-copy of the states and seven fills. `is_sound` is one wait, after the last.
+copy of the states and seven fills. `Graphs` records the loop with all that a model does before and
+after it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import dataclasses
 import importlib.util
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,25 +37,20 @@ MOST_GRAPHS = 64
 _PARTS = (
     *("query", "key_value", "attention_output", "attention_norm", "up", "down", "output_norm"),
 )
-_OF_TOKENS = ("positions", "sentence_of_token", "word_of_token", "word_at")
-_OFFSETS = ("cu_tokens", "cu_words")
-_OF_SENTENCES = ("window", "min_active")
 _DEVICES = compiled_devices("compact_active") & {"cuda"}
 
 
-def applies(layers: Sequence[nn.Module], heads: Sequence[nn.Module], h, schedule) -> bool:
-    """Whether the loop can do what the eager one would.
+def applies(layers: Sequence[nn.Module], heads: Sequence[nn.Module], h) -> bool:
+    """Whether the loop can do what the eager one would for states like h.
 
     That is inference on a GPU that has Triton and the compiled `compact_active`, in fp16, bf16
     or fp32 throughout, with contiguous weights, exact GELU, plain linear layers and at most 256
-    labels; and a policy with copy "post_norm" and neighbors "frozen".
+    labels. Schedules have to be post_norm, without recompute.
     """
     return (
         h.device.type in _DEVICES
         and h.dtype in DTYPES
         and not torch.is_grad_enabled()
-        and not schedule.pre_norm
-        and not schedule.recompute
         and importlib.util.find_spec("triton") is not None
         and all(layer.activation is F.gelu and not layer.training for layer in layers)
         and all(type(layer.up) is nn.Linear for layer in layers)
@@ -150,14 +146,14 @@ def exit_loop(
     return logits, layer_of_token
 
 
-def is_sound(heads: Sequence[nn.Module], logits: torch.Tensor) -> bool:
-    """Whether surely no layer's logits had a NaN; `logits` are those tokens left with.
+def is_sound(heads: Sequence[nn.Module], logits: torch.Tensor) -> torch.Tensor:
+    """Whether surely no layer's logits had a NaN, `[]` bool; `logits` are those tokens left with.
 
     A state that is NaN stays so, and its token leaves with NaN. Only a head whose own weights are
     not finite makes NaN of a sound state, which a later head may hide.
     """
     sizes = torch.stack(torch._foreach_norm([w for head in heads for w in head.parameters()]))
-    return bool(sizes.isfinite().all() & ~logits.isnan().any())
+    return sizes.isfinite().all() & ~logits.isnan().any()
 
 
 def bucket(size: int, least: int = 16) -> int:
@@ -166,14 +162,27 @@ def bucket(size: int, least: int = 16) -> int:
     return -(-size // step) * step
 
 
-class GraphedLoop:
-    """`exit_loop`, recorded as one CUDA graph for each bucket of sizes, then replayed.
+def record(run: Callable, pool=None) -> tuple[torch.cuda.CUDAGraph, object]:
+    """A CUDA graph of `run()`, and its results, which each replay computes anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles the kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        results = run()
+    return graph, results
 
-    A graph belongs to sizes (tokens, sentences, longest sentence, each rounded up), dtype, options
-    of the policy and addresses of weights: of others, a new one is recorded, and the oldest of 64
-    forgotten. Where recording fails, or within another graph or torch.compile, the loop runs
-    directly. Buffers are shared by calls, so calls on several streams must not overlap.
-    Copies and pickles start without graphs.
+
+class Graphs:
+    """What is done for padded batches, recorded as a CUDA graph for each bucket of sizes.
+
+    A graph belongs to B and N, each rounded up, to which rows there are, to options of the policy
+    and to addresses of weights: of others, a new one is recorded, and the oldest of 64 forgotten.
+    Where recording fails, or within another graph or torch.compile, all is run directly. Buffers
+    are shared by calls, so calls on several streams must not overlap. Copies and pickles start
+    without graphs.
     """
 
     def __init__(self):
@@ -182,77 +191,63 @@ class GraphedLoop:
     def __reduce__(self):
         return type(self), ()
 
-    def __call__(self, layers, heads, h, packed, schedule, bias=None, exit_layer=None):
-        """Arguments and results of `exit_loop`."""
-        arguments = (layers, heads, h, packed, schedule, bias, exit_layer)
+    def __call__(self, run: Callable, rows: dict, schedule, weights: list[torch.Tensor]):
+        """`run(rows, schedule)`.
+
+        Args:
+            run: gives tensors `[B, N, ..]` and a last one of another shape; it must not wait for
+                the host, nor look at where "attention_mask" is false.
+            rows: by name `[B, N]` or None, on the GPU; "attention_mask" is bool.
+            schedule: of B sentences.
+            weights: all that run reads.
+        """
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-            return exit_loop(*arguments)
-        sizes = (bucket(len(h)), bucket(packed.num_sentences + 1, 8), bucket(packed.shape[1]))
-        options = (schedule.decides, schedule.max_prob, bias is None, exit_layer is None)
-        options += (h.dtype, h.device, float32_precision())
-        key = (*sizes, *options, *(weight.data_ptr() for weight in weights(layers, heads)))
-        with self._lock, torch.cuda.device(h.device):
+            return run(rows, schedule)
+        mask = rows["attention_mask"]
+        size = bucket(len(mask), 8), bucket(mask.shape[1])
+        given = tuple((name, value.dtype) for name, value in rows.items() if value is not None)
+        options = schedule.decides, schedule.max_prob, mask.device, float32_precision()
+        key = (*size, given, *options, *(weight.data_ptr() for weight in weights))
+        with self._lock, torch.cuda.device(mask.device):
             if key not in self._graphs:
                 if len(self._graphs) >= MOST_GRAPHS:
                     del self._graphs[next(iter(self._graphs))]
-                self._graphs[key] = self._record(arguments, sizes)
+                self._graphs[key] = self._record(run, size, rows, schedule, weights)
             if self._graphs[key] is None:
-                return exit_loop(*arguments)
+                return run(rows, schedule)
             graph, inputs, results, _ = self._graphs[key]
-            fill(inputs, *arguments[2:])
+            fill(*inputs, rows, schedule)
             graph.replay()
-            return tuple(result[: len(h)].clone() for result in results)
+            *padded, last = results
+            b, n = mask.shape
+            return *(result[:b, :n].clone() for result in padded), last.clone()
 
-    def _record(self, arguments, sizes):
-        layers, heads = arguments[:2]
-        inputs = buffers(*sizes, *arguments[2:])
-        fill(inputs, *arguments[2:])
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            exit_loop(layers, heads, *inputs)  # compiles the kernels
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+    def _record(self, run, size, rows, schedule, weights):
+        inputs = buffers(size, rows, schedule)
+        fill(*inputs, rows, schedule)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                results = exit_loop(layers, heads, *inputs)
+            graph, results = record(lambda: run(*inputs), self._pool)
         except RuntimeError as error:
-            warnings.warn(f"layers run without a CUDA graph: {error}", stacklevel=2)
+            warnings.warn(f"the model runs without a CUDA graph: {error}", stacklevel=2)
             return None
         # The weights too: their memory must not go to others while the graph may read it.
-        return graph, inputs, results, weights(layers, heads)
+        return graph, inputs, results, weights
 
 
-def buffers(num_tokens, num_sentences, longest, h, packed, schedule, bias, exit_layer):
-    """Arguments `h, ..., exit_layer` of `exit_loop`, for so many; zeros."""
-
-    def zeros(like, *size):
-        return None if like is None else like.new_zeros(size)
-
-    tokens = {name: zeros(packed.slots, num_tokens) for name in _OF_TOKENS}
-    offsets = {name: zeros(packed.slots, num_sentences + 1) for name in _OFFSETS}
-    settings = {name: zeros(schedule.window, num_sentences) for name in _OF_SENTENCES}
-    threshold = zeros(schedule.threshold, len(schedule.threshold), num_sentences)
-    return (
-        zeros(h, num_tokens, h.shape[1]),
-        dataclasses.replace(packed, shape=(num_sentences, longest), **tokens, **offsets),
-        dataclasses.replace(schedule, **settings, threshold=threshold),
-        None if bias is None else bias.new_empty(bias.shape),
-        zeros(exit_layer, num_tokens),
-    )
+def buffers(size: tuple[int, int], rows: dict, schedule) -> tuple:
+    """Rows and schedule like these, for so many sentences and tokens of each; zeros."""
+    larger = {name: v if v is None else v.new_zeros(size) for name, v in rows.items()}
+    tensors = {name: getattr(schedule, name) for name in ("window", "min_active", "threshold")}
+    tensors = {name: v.new_zeros(*v.shape[:-1], size[0]) for name, v in tensors.items()}
+    return larger, dataclasses.replace(schedule, **tensors)
 
 
-def fill(inputs, h, packed, schedule, bias, exit_layer):
-    """Copy arguments into larger `buffers`; tokens to spare go to sentences that have no tokens."""
-    to_h, to_packed, to_schedule, to_bias, to_exit_layer = inputs
-    num_tokens, num_sentences = len(h), packed.num_sentences
-    pairs = [(to_h, h), (to_bias, bias), (to_exit_layer, exit_layer)]
-    pairs += [(getattr(to_packed, n), getattr(packed, n)) for n in (*_OF_TOKENS, *_OFFSETS)]
-    pairs += [(getattr(to_schedule, n), getattr(schedule, n)) for n in _OF_SENTENCES]
-    pairs = [(to[: len(value)], value) for to, value in pairs if value is not None]
-    pairs.append((to_schedule.threshold[:, :num_sentences], schedule.threshold))
+def fill(to_rows: dict, to_schedule, rows: dict, schedule):
+    """Copy into larger `buffers`; what is there beyond these rows is masked."""
+    to_rows["attention_mask"].zero_()
+    b, n = rows["attention_mask"].shape
+    pairs = [(to_rows[name][:b, :n], value) for name, value in rows.items() if value is not None]
+    for name in ("window", "min_active", "threshold"):
+        pairs.append((getattr(to_schedule, name)[..., :b], getattr(schedule, name)))
     torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
-    to_packed.sentence_of_token[num_tokens:] = len(to_schedule.window) - 1
-    to_packed.cu_tokens[num_sentences + 1 :] = num_tokens
-    to_packed.cu_words[num_sentences + 1 :] = len(packed.first_token)

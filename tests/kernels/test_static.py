@@ -10,7 +10,6 @@ from test_reference import POLICIES
 
 from tokenexit import ExitPolicy, compiled, static
 from tokenexit.encoder import Schedule
-from tokenexit.ops.pack_tokens import pack
 
 LENGTHS = [5, 17, 1, 9, 2, 33]
 MINE = [p for p in POLICIES if (p.copy, p.neighbors) == ("post_norm", "frozen")]
@@ -110,28 +109,75 @@ def test_nan_that_a_later_head_hides(device, taken):
 
 
 @torch.no_grad()
-def test_buffers_that_are_larger_than_the_batch(device):
-    """What a graph runs on: each part padded, filled by one batch, then by a smaller one."""
-    tagger = random_tagger("mpnet", dtype=torch.float32).to(device)
-    layers, heads = tagger.encoder.layers, tagger.encoder.heads
-    bias = torch.randn(4, 9, device=device)
+def test_loss_and_what_else_is_given(device, taken):
+    """Labels, kinds of tokens, positions; padding on both sides."""
+    tagger = random_tagger(dtype=torch.float32).to(device)
+    batch = {name: value.to(device) for name, value in random_batch(LENGTHS).items()}
+    batch = {name: value.roll(3, 1) for name, value in batch.items()}
+    batch["attention_mask"][:, :2] = 0
+    real = batch["attention_mask"] != 0
+    ids = batch["input_ids"]
+    batch |= {"token_type_ids": ids % 2, "position_ids": ids + 100}
+    batch["labels"] = (ids % 5).masked_fill(~real, -100)
+    ids.masked_fill_(~real, 10**6)  # never looked at
+    ours, truth = both(tagger, batch, policy=ExitPolicy(threshold=0.3))
+    assert len(taken) == 1 and len(truth.exit_layers.unique()) > 2
+    assert torch.equal(ours.exit_layers, truth.exit_layers)
+    torch.testing.assert_close(ours.logits, truth.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.loss, truth.loss, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", [ExitPolicy(copy="pre_norm"), ExitPolicy(neighbors="recompute")])
+@torch.no_grad()
+def test_policies_that_it_leaves_to_others(policy, device, taken):
+    tagger = random_tagger(dtype=torch.float32).to(device)
+    batch = {name: value.to(device) for name, value in random_batch(LENGTHS).items()}
+    ours, truth = both(tagger, batch, policy=policy)
+    assert not taken
+    assert torch.equal(ours.exit_layers, truth.exit_layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("input_ids", 60, "input_ids has 60; expected values from 0 to 59"),
+        ("input_ids", -1, "input_ids has -1"),
+        ("token_type_ids", 2, "token_type_ids has 2"),
+        ("position_ids", 160, "position_ids has 160"),
+        ("exit_layers", 0, "exit_layers has 0; expected values from 1 to 1"),
+        ("attention_mask", 0, "attention_mask is 0 everywhere"),
+        ("labels", 5, "labels has 5"),
+    ],
+)
+@torch.no_grad()
+def test_bad_rows_are_told_and_do_no_harm(name, value, message, device, taken):
+    tagger = random_tagger(dtype=torch.float32, layers=1).to(device)
+    tagger.cuda_graphs = False
+    batch = {name: value.to(device) for name, value in random_batch([2, 2]).items()}
+    batch[name] = torch.full_like(batch["input_ids"], value)
+    with pytest.raises(ValueError, match=message):
+        tagger(**batch)
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_buffers_that_are_larger_than_the_batch(family, device):
+    """What a graph runs on: filled by one batch, then by a smaller one."""
+    tagger = random_tagger(family, dtype=torch.float32).to(device)
     inputs = None
     for lengths in ([5, 17, 1, 9], [12, 3]):
-        mask = (torch.arange(17) < torch.tensor(lengths)[:, None]).long()
-        packed = pack(mask, torch.arange(17).expand_as(mask).contiguous())
-        generator = torch.Generator().manual_seed(len(lengths))
-        h = torch.randn(sum(lengths), 32, generator=generator).to(device)
-        for name in vars(packed):
-            value = getattr(packed, name)
-            if torch.is_tensor(value):
-                object.__setattr__(packed, name, value.to(device))
-        schedule = Schedule.of(ExitPolicy(threshold=0.4, window=1), 4, len(lengths), h)
-        arguments = (h, packed, schedule, bias, None)
+        batch = {name: value.to(device) for name, value in random_batch(lengths).items()}
+        rows = dict.fromkeys(("token_type_ids", "position_ids", "exit_layers")) | batch
+        rows["attention_mask"] = rows["attention_mask"] != 0
+        schedule = Schedule.of(ExitPolicy(threshold=0.4, window=1), 4, len(lengths), torch.empty(0))
         if inputs is None:
-            inputs = static.buffers(48, 8, 32, *arguments)
-        static.fill(inputs, *arguments)
-        padded = static.exit_loop(layers, heads, *inputs)
-        plain = static.exit_loop(layers, heads, *arguments)
-        assert len(plain[1].unique()) > 1
-        for a, b in zip(padded, plain, strict=True):
-            assert torch.equal(a[: len(h)], b) and not a[len(h) :].any()
+            inputs = static.buffers((8, 32), rows, schedule)
+        static.fill(*inputs, rows, schedule)
+        roomy, exact = tagger._tag_static(*inputs), tagger._tag_static(rows, schedule)
+        b, n = batch["input_ids"].shape
+        assert len(exact[1].unique()) > 2 and exact[2] and roomy[2]
+        assert torch.equal(roomy[1][:b, :n], exact[1])
+        for large, small in zip(roomy[:2], exact[:2], strict=True):
+            torch.testing.assert_close(large[:b, :n], small)
+            assert not large[b:].any() and not large[:, n:].any()

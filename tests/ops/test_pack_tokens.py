@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenexit.ops import extension_available, extension_error
-from tokenexit.ops.pack_tokens import pack_tokens
+from tokenexit.ops.pack_tokens import pack, pack_static, pack_tokens
 
 compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 CELL = st.tuples(st.booleans(), st.integers(-1, 2))
@@ -50,3 +50,25 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.tokenexit.pack_tokens, (mask, torch.tensor([[0, 0, 0], [-1, 2, 2]]))
     )
+
+
+@given(rows=st.integers(1, 9).flatmap(lambda n: st.lists(st.lists(CELL, min_size=n, max_size=n))))
+def test_static_shapes(rows):
+    """The same layout, and in excess tokens of no word and of a sentence without tokens."""
+    if not rows:
+        return
+    cells = torch.tensor(rows)
+    mask, word_ids = cells[..., 0] != 0, cells[..., 1]
+    roomy, exact = pack_static(mask, word_ids), pack(mask, word_ids)
+    num_tokens, num_words, (b, n) = len(exact.slots), len(exact.first_token), mask.shape
+    assert roomy.shape == (b + 1, n)
+    for name in ("slots", "positions", "word_of_token", "word_at", "sentence_of_token"):
+        assert torch.equal(getattr(roomy, name)[:num_tokens], getattr(exact, name)), name
+        assert len(getattr(roomy, name)) == mask.numel()
+    for name in ("cu_tokens", "cu_words"):
+        offsets = getattr(exact, name)
+        assert torch.equal(getattr(roomy, name), torch.cat([offsets, offsets[-1:]])), name
+    assert torch.equal(roomy.first_token[:num_words], exact.first_token)
+    assert (roomy.sentence_of_token[num_tokens:] == b).all()
+    assert (roomy.word_of_token[num_tokens:] == -1).all()
+    assert (roomy.word_at[num_tokens:] == -1).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -31,7 +31,7 @@ from tokenexit.int8 import is_quantized
 from tokenexit.layers import ExitHead, ExitLayer
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import FAMILIES
-from tokenexit.ops.pack_tokens import pack
+from tokenexit.ops.pack_tokens import pack, pack_static
 from tokenexit.packing import STARTS_WORD, Packed, word_ids_from_kinds
 from tokenexit.policy import ExitPolicy
 
@@ -130,7 +130,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         kinds = torch.full((config.vocab_size,), STARTS_WORD, dtype=torch.uint8)
         self.register_buffer("token_kinds", kinds)
         self._backend = "auto"
-        self._graphed_loop = static.GraphedLoop()
+        self._graphs = static.Graphs()
         self.cuda_graphs = True
         self.policy = ExitPolicy.from_dict(config.exit_policy or ExitPolicy.never().to_dict())
         self.post_init()
@@ -279,31 +279,48 @@ class TokenExitForTokenClassification(PreTrainedModel):
             ValueError: an empty batch, shapes that do not fit, a sentence longer than the model's
                 positions, ids or labels out of range, NaN logits (in evaluation).
         """
-        packed, ids = self._pack(
-            input_ids, attention_mask, word_ids, token_type_ids, position_ids, labels, exit_layers
-        )
+        rows = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "word_ids": word_ids,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "exit_layers": exit_layers,
+        }
+        _check_rows({**rows, "labels": labels})
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows["attention_mask"] = mask = mask != 0
+
         every_layer = output_layer_logits or self.training
-        trace, left_with = self._run(
-            ids, token_type_ids, position_ids, packed, policy, exit_layers, every_layer
-        )
-        logits, layers = left_with or last_of(trace, len(packed.slots))
-        if not self.training and any(values.isnan().any() for _, values in trace):
-            raise ValueError(self._explain_nan(trace, packed))
+        found = None if every_layer else self._run_static(rows, policy)
+        if found is None:
+            packed, ids = self._pack(rows)
+            trace, left_with = self._run(ids, rows, packed, policy, every_layer)
+            left_with = left_with or last_of(trace, len(packed.slots))
+            if not self.training and any(values.isnan().any() for _, values in trace):
+                raise ValueError(self._explain_nan(trace, packed))
+            found = [packed.unpack(values) for values in left_with]
+        logits, layers = found
 
         loss = None
         if labels is not None:
+            used = labels != -100
+            if (used & ~mask).any():
+                raise ValueError("labels has a label at padding; expected -100 there")
+            _check_range("labels", labels[used], 0, self.config.num_labels - 1)
+        if labels is not None and self.training:
             wanted = packed.pack(labels).long()
-            if self.training:
-                floor = None if loss_floor is None else packed.pack(loss_floor)
-                if floor is not None and floor.shape[1:] != (len(self.encoder.layers),):
-                    raise ValueError(
-                        f"loss_floor has shape {tuple(loss_floor.shape)}; expected "
-                        f"{(*packed.shape, len(self.encoder.layers))}"
-                    )
-                loss = exit_loss(trace, wanted, len(self.encoder.layers), num_items_in_batch, floor)
-            else:
-                loss = F.cross_entropy(_precise(logits), wanted, reduction="sum")
-                loss = loss / _count(wanted, num_items_in_batch)
+            floor = None if loss_floor is None else packed.pack(loss_floor)
+            if floor is not None and floor.shape[1:] != (len(self.encoder.layers),):
+                raise ValueError(
+                    f"loss_floor has shape {tuple(loss_floor.shape)}; expected "
+                    f"{(*packed.shape, len(self.encoder.layers))}"
+                )
+            loss = exit_loss(trace, wanted, len(self.encoder.layers), num_items_in_batch, floor)
+        elif labels is not None:
+            wanted = labels.flatten().long()
+            loss = F.cross_entropy(_precise(logits).flatten(0, 1), wanted, reduction="sum")
+            loss = loss / _count(wanted, num_items_in_batch)
         layer_logits = None
         if output_layer_logits:
             shape = (len(self.encoder.layers), packed.shape[0] * packed.shape[1], logits.shape[-1])
@@ -313,38 +330,80 @@ class TokenExitForTokenClassification(PreTrainedModel):
             layer_logits = layer_logits.unflatten(1, packed.shape)
         output = TokenExitOutput(
             loss=loss,
-            logits=packed.unpack(logits),
-            exit_layers=packed.unpack(layers),
+            logits=logits,
+            exit_layers=layers,
             layer_logits=layer_logits,
         )
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
 
+    def _run_static(self, rows, policy) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Padded logits and layers, by what waits for the host but once, at its end.
+
+        None where that is not possible, or not for these rows: `_pack` and `_run` tell why.
+        """
+        like, (num_rows, longest) = self.embeddings.word.weight, rows["input_ids"].shape
+        if (
+            self._backend == "reference"
+            or not static.applies(self.encoder.layers, self.encoder.heads, like)
+            or longest > self.config.max_tokens
+            or any(v is not None and v.device != like.device for v in rows.values())
+        ):
+            return None
+        schedule = self._schedule(policy, num_rows, like)
+        if schedule.pre_norm or schedule.recompute:
+            return None
+        if self.cuda_graphs:
+            others = [*self.embeddings.children(), self.relative_bias]
+            weights = static.weights(self.encoder.layers, self.encoder.heads)
+            weights += [p for part in others if part is not None for p in part.parameters()]
+            found = self._graphs(self._tag_static, rows, schedule, [*weights, self.token_kinds])
+        else:
+            found = self._tag_static(rows, schedule)
+        *results, sound = found
+        return tuple(results) if sound else None
+
+    def _tag_static(self, rows, schedule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Padded logits, layers, and whether all was as it has to be; without a wait."""
+        mask = rows["attention_mask"]
+        sound, inside = mask.any(), {**rows}
+        for name, limits in self._limits().items():
+            if rows[name] is not None:
+                inside[name] = rows[name].clamp(*limits)
+                sound = sound & ((inside[name] == rows[name]) | ~mask).all()
+        word_ids = rows["word_ids"]
+        if word_ids is None:
+            word_ids = word_ids_from_kinds(self.token_kinds[inside["input_ids"]], mask)
+        packed = pack_static(mask, word_ids.long())
+        schedule = replace(  # with the empty sentence
+            schedule,
+            window=F.pad(schedule.window, (0, 1)),
+            min_active=F.pad(schedule.min_active, (0, 1)),
+            threshold=F.pad(schedule.threshold, (0, 1)),
+        )
+        exit_layers = rows["exit_layers"]
+        if exit_layers is not None:
+            chosen = packed.pack(exit_layers)[packed.first_token].long()
+            exit_layers = chosen.clamp(1, self.config.num_hidden_layers)
+            words = torch.arange(len(chosen), device=chosen.device) < packed.cu_words[-1]
+            sound = sound & ((chosen == exit_layers) | ~words).all()
+        h = self._embed(packed.pack(inside["input_ids"]), inside, packed)
+        modules = self.encoder.layers, self.encoder.heads
+        logits, layers = static.exit_loop(
+            *modules, h, packed, schedule, self._bias(h.device), exit_layers
+        )
+        sound = sound & static.is_sound(self.encoder.heads, logits)
+        place = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(mask.shape)
+        return logits[place].where(mask[..., None], 0), layers[place].where(mask, 0), sound
+
     def _run(
-        self, ids, token_type_ids, position_ids, packed, policy, exit_layers, every_layer
+        self, ids, rows, packed, policy, every_layer
     ) -> tuple[Trace, tuple[torch.Tensor, torch.Tensor] | None]:
         """The trace; or, of a loop that keeps none, what tokens left with."""
-        if position_ids is not None:
-            positions = packed.pack(position_ids)
-        elif (padding := self.config.position_padding_id) is not None:
-            counted = ids != padding
-            before = F.pad(counted.cumsum(0), (1, 0))[packed.cu_tokens[:-1]]
-            within = counted.cumsum(0) - before[packed.sentence_of_token]
-            positions = torch.where(counted, padding + within, padding)
-        else:
-            positions = packed.positions
-        types = torch.zeros_like(ids) if token_type_ids is None else packed.pack(token_type_ids)
-        h = self.embeddings(ids, positions, types)
-        schedule = Schedule.of(
-            self.policy if policy is None else policy,
-            self.config.num_hidden_layers,
-            packed.num_sentences,
-            h,
-        )
-        bias = None
-        if self.relative_bias is not None:
-            bias = self.relative_bias(_relative_buckets(h.device)).T
+        h = self._embed(ids, rows, packed)
+        schedule = self._schedule(policy, packed.num_sentences, h)
+        bias, exit_layers = self._bias(h.device), rows["exit_layers"]
         if exit_layers is not None:
             exit_layers = packed.pack(exit_layers)[packed.first_token].long()
             _check_range("exit_layers", exit_layers, 1, self.config.num_hidden_layers)
@@ -361,55 +420,59 @@ class TokenExitForTokenClassification(PreTrainedModel):
             )
             return trace, None
         modules = self.encoder.layers, self.encoder.heads
-        # After a NaN, which is in what tokens left with, the trace tells of it.
         if not every_layer and compiled.applies(*modules, h, schedule):
             left_with = compiled.exit_loop(*modules, h, packed, schedule, bias, exit_layers)
-            if not left_with[0].isnan().any():
-                return [], left_with
-        elif not every_layer and static.applies(*modules, h, schedule):
-            loop = self._graphed_loop if self.cuda_graphs else static.exit_loop
-            left_with = loop(*modules, h, packed, schedule, bias, exit_layers)
-            if static.is_sound(self.encoder.heads, left_with[0]):
+            if not left_with[0].isnan().any():  # else the trace tells of it
                 return [], left_with
         return self.encoder(h, packed, schedule, bias, exit_layers), None
 
-    def _pack(
-        self, input_ids, attention_mask, word_ids, token_type_ids, position_ids, labels, exit_layers
-    ) -> tuple[Packed, torch.Tensor]:
-        """Reject what cannot be tagged; the layout of the rest and its packed ids."""
-        others = {
-            "attention_mask": attention_mask,
-            "word_ids": word_ids,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "labels": labels,
-            "exit_layers": exit_layers,
+    def _embed(self, ids, rows, packed) -> torch.Tensor:
+        """States `[T, d]` before the first layer."""
+        last = self.config.max_position_embeddings - 1
+        if rows["position_ids"] is not None:
+            positions = packed.pack(rows["position_ids"])
+        elif (padding := self.config.position_padding_id) is not None:
+            counted = ids != padding
+            before = F.pad(counted.cumsum(0), (1, 0))[packed.cu_tokens[:-1]]
+            within = counted.cumsum(0) - before[packed.sentence_of_token]
+            # What `pack_static` has in excess may come to lie behind the last position.
+            positions = torch.where(counted, padding + within, padding).clamp(max=last)
+        else:
+            positions = packed.positions
+        types = rows["token_type_ids"]
+        types = torch.zeros_like(ids) if types is None else packed.pack(types)
+        return self.embeddings(ids, positions, types)
+
+    def _bias(self, device) -> torch.Tensor | None:
+        """`[H, 2R+1]`, added to the scores by relative position, where the family has it."""
+        if self.relative_bias is None:
+            return None
+        return self.relative_bias(_relative_buckets(device)).T
+
+    def _schedule(self, policy, num_sentences, like) -> Schedule:
+        policy = self.policy if policy is None else policy
+        return Schedule.of(policy, self.config.num_hidden_layers, num_sentences, like)
+
+    def _limits(self) -> dict[str, tuple[int, int]]:
+        """Of integers that are looked up: the least and the largest."""
+        limits = {
+            "input_ids": (0, self.config.vocab_size - 1),
+            "position_ids": (0, self.config.max_position_embeddings - 1),
         }
-        for name, value in {"input_ids": input_ids, **others}.items():
-            if value is not None and not isinstance(value, torch.Tensor):
-                raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
-            if value is not None and value.is_floating_point() and name != "attention_mask":
-                raise TypeError(f"{name} is of {value.dtype}; expected integers")
-        if input_ids.dim() != 2 or not input_ids.numel():
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; expected [B, N] with at least one "
-                "sentence and one token"
-            )
-        for name, value in others.items():
-            if value is not None and value.shape != input_ids.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; expected that of input_ids, "
-                    f"{tuple(input_ids.shape)}"
-                )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        real = attention_mask != 0
-        known = input_ids.masked_fill(~real, 0)
-        _check_range("input_ids", known, 0, self.config.vocab_size - 1)
+        if self.config.type_vocab_size:
+            limits["token_type_ids"] = (0, self.config.type_vocab_size - 1)
+        return limits
+
+    def _pack(self, rows) -> tuple[Packed, torch.Tensor]:
+        """Reject what cannot be tagged; the layout of the rest and its packed ids."""
+        real, limits = rows["attention_mask"], self._limits()
+        known = rows["input_ids"].masked_fill(~real, 0)
+        _check_range("input_ids", known, *limits.pop("input_ids"))
+        word_ids = rows["word_ids"]
         if word_ids is None:
             word_ids = word_ids_from_kinds(self.token_kinds[known], real)
         packed = pack(real, word_ids)
-        ids = packed.pack(input_ids)
+        ids = packed.pack(known)
         if not len(ids):
             raise ValueError("attention_mask is 0 everywhere; expected at least one token")
         longest = int(packed.positions.max()) + 1
@@ -419,16 +482,9 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 f"sentence {row} has {longest} tokens; expected at most {self.config.max_tokens} "
                 "(tokenexit.Tagger cuts longer sentences into overlapping windows)"
             )
-        if labels is not None:
-            used = labels != -100
-            if (used & ~real).any():
-                raise ValueError("labels has a label at padding; expected -100 there")
-            _check_range("labels", labels[used], 0, self.config.num_labels - 1)
-        if token_type_ids is not None and self.config.type_vocab_size:
-            _check_range("token_type_ids", token_type_ids[real], 0, self.config.type_vocab_size - 1)
-        if position_ids is not None:
-            last = self.config.max_position_embeddings - 1
-            _check_range("position_ids", position_ids[real], 0, last)
+        for name, (low, high) in limits.items():
+            if rows[name] is not None:
+                _check_range(name, rows[name][real], low, high)
         return packed, ids
 
     def _explain_nan(self, trace, packed) -> str:
@@ -515,6 +571,27 @@ def exit_loss(
             losses = torch.where(known, (losses - floor[active, number - 1]).abs(), 0)
         total = total + number * losses.sum()
     return total / (num_layers * (num_layers + 1) / 2) / _count(labels, num_items)
+
+
+def _check_rows(rows):
+    """Reject what is no `[B, N]` of the right type; without a look at values."""
+    for name, value in rows.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
+        if value is not None and value.is_floating_point() and name != "attention_mask":
+            raise TypeError(f"{name} is of {value.dtype}; expected integers")
+    input_ids = rows["input_ids"]
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; expected [B, N] with at least one "
+            "sentence and one token"
+        )
+    for name, value in rows.items():
+        if value is not None and value.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; expected that of input_ids, "
+                f"{tuple(input_ids.shape)}"
+            )
 
 
 def _check_config(config):
