@@ -48,7 +48,9 @@ GAP_US = 1.5  # of a launch within a graph or a full queue, with filling and dra
 EAGER_US = 7.0  # of the host, for a launch that PyTorch makes
 TRITON_US = 40.0  # of the host, for a launch through torch.library.triton_op
 WAIT_US = 15.0  # of the host, for a value from the device
-OUTSIDE = 70, 10  # launches and waits of a call beside its layers: checks, packing, embedding
+# Of a call beside its layers, for checks, packing and embedding: launches in its graph, launches of
+# the host (copies into and out of the graph's buffers), waits.
+OUTSIDE = 113, 16, 1
 LATENCY_US = 0.75  # of a load, or to tell another program something
 STEP_US = LATENCY_US / 3  # of a chain of loads, three in flight
 SM_TBS = 0.1  # from and to the L2 cache, of one multiprocessor
@@ -204,8 +206,8 @@ def total_us(launches):
 
 
 def outside_us():
-    """Microseconds of a call beside its layers: the host's, which nothing hides."""
-    return OUTSIDE[0] * EAGER_US + OUTSIDE[1] * WAIT_US
+    """Microseconds of a call beside its layers, one after the other."""
+    return OUTSIDE[0] * GAP_US + OUTSIDE[1] * EAGER_US + OUTSIDE[2] * WAIT_US
 
 
 def hugging_face_us(gpu, sentences, n):
