@@ -169,6 +169,20 @@ def test_the_whole_model_waits_for_nothing(family, given):
     assert logits.shape == (3, 9, 5) and layers.shape == (3, 9) and sound.shape == ()
 
 
+def test_buffers_made_in_inference_mode_are_filled_in_any():
+    for number, mode in enumerate([torch.inference_mode, torch.no_grad, torch.inference_mode]):
+        with mode():
+            rows = {"attention_mask": torch.ones(2, 3, dtype=torch.bool), "word_ids": None}
+            rows["input_ids"] = torch.full((2, 3), number)
+            schedule = Schedule.of(ExitPolicy(threshold=0.1 * number), 4, 2, torch.zeros(0))
+            if number == 0:
+                inputs = static.buffers((8, 16), rows, schedule)
+            static.fill(*inputs, rows, schedule)
+            assert inputs[0]["attention_mask"].sum() == 6 and inputs[0]["word_ids"] is None
+            assert torch.equal(inputs[0]["input_ids"][:2, :3], rows["input_ids"])
+            assert torch.equal(inputs[1].threshold[:, :2], schedule.threshold)
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", static.DTYPES, ids=str)

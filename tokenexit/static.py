@@ -235,6 +235,7 @@ class Graphs:
         return graph, inputs, results, weights
 
 
+@torch.inference_mode(False)  # else they could be filled in that mode only
 def buffers(size: tuple[int, int], rows: dict, schedule) -> tuple:
     """Rows and schedule like these, for so many sentences and tokens of each; zeros."""
     larger = {name: v if v is None else v.new_zeros(size) for name, v in rows.items()}
