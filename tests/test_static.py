@@ -136,6 +136,16 @@ def test_when_it_applies(monkeypatch):
     turned = [*heads[:3], torch.nn.Linear(32, 5)]
     turned[3].weight = torch.nn.Parameter(torch.randn(32, 5).T)
     assert not static.applies(layers, turned, h)
+    for module in (layers[3], heads[0]):
+        hook = module.register_forward_hook(lambda *_: None)
+        assert not static.applies(layers, heads, h)
+        hook.remove()
+    assert static.applies(layers, heads, h)
+    for name in ("query", "output_norm"):  # as adapters do it: the same weights, another forward
+        part = getattr(layers[2], name)
+        setattr(layers[2], name, type("Adapted", (type(part),), {})(*part.weight.shape))
+        assert not static.applies(layers, heads, h)
+        setattr(layers[2], name, part)
     layers[1].activation = torch.tanh
     assert not static.applies(layers, heads, h)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tokenexit.costs import costs
-from tokenexit.layers import ExitHead, ExitLayer
+from tokenexit.layers import ExitHead, ExitLayer, is_hooked
 from tokenexit.ops import check_bias, check_vector, compiled_devices
 from tokenexit.packing import Packed
 
@@ -34,7 +34,7 @@ def applies(
             type(head) is ExitHead and not head.training and head.weight.dtype == torch.float32
             for head in heads
         )
-        and not any([m._forward_hooks or m._forward_pre_hooks for m in (*layers, *heads)])
+        and not is_hooked((*layers, *heads))
         and len({layer.is_int8 for layer in layers}) == 1
     )
 

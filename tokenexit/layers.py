@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -160,18 +160,19 @@ class ExitLayer(nn.Module):
         ):
             return False
         norm = self._modules["attention_norm"]
-        return _KINDS.issuperset(map(type, self._parts())) and norm.weight.dtype == torch.float32
+        return _KINDS.issuperset(map(type, self.parts())) and norm.weight.dtype == torch.float32
 
     def tensors(self, h: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The weights, and the scales of int8, that `tokenexit.ops.exit_layer` takes for h."""
-        values = [part._buffers or part._parameters for part in self._parts()]
+        values = [part._buffers or part._parameters for part in self.parts()]
         weights = [v[name] for v in values for name in ("weight", "bias")]
         if not self.is_int8:
             return weights, []
         none = h[:0]
         return weights, [v.get(name, none) for v in values for name in ("scale", "offset")]
 
-    def _parts(self) -> list[nn.Module]:
+    def parts(self) -> list[nn.Module]:
+        """Products and LayerNorms, in the order of computation."""
         # Straight from the dictionary: Module.__getattr__ 28 times would take longer than a product
         # of a few rows.
         return [self._modules[name] for name in _PRODUCTS_AND_NORMS]
@@ -180,6 +181,11 @@ class ExitLayer(nn.Module):
         if not self.training or not self.attention_dropout:
             return {}
         return {"dropout_p": self.attention_dropout, "seed": int(torch.randint(2**31, ()))}
+
+
+def is_hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether a call of one of them does more than its forward."""
+    return any([m._forward_hooks or m._forward_pre_hooks for m in modules])
 
 
 class ExitHead(nn.Linear):

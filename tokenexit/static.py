@@ -28,15 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenexit.layers import ExitHead, ExitLayer, is_hooked
 from tokenexit.ops import compiled_devices, float32_precision
 from tokenexit.ops.compact_active import compact_active
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_LABELS = 256  # that exit_step_ takes
 MOST_GRAPHS = 64
-_PARTS = (
-    *("query", "key_value", "attention_output", "attention_norm", "up", "down", "output_norm"),
-)
 _DEVICES = compiled_devices("compact_active") & {"cuda"}
 
 
@@ -44,26 +42,31 @@ def applies(layers: Sequence[nn.Module], heads: Sequence[nn.Module], h) -> bool:
     """Whether the loop can do what the eager one would for states like h.
 
     That is inference on a GPU that has Triton and the compiled `compact_active`, in fp16, bf16
-    or fp32 throughout, with contiguous weights, exact GELU, plain linear layers and at most 256
-    labels. Schedules have to be post_norm, without recompute.
+    or fp32 throughout, with contiguous weights, exact GELU, plain linear layers, no hooks and at
+    most 256 labels. Schedules have to be post_norm, without recompute.
     """
     return (
         h.device.type in _DEVICES
         and h.dtype in DTYPES
         and not torch.is_grad_enabled()
         and importlib.util.find_spec("triton") is not None
-        and all(layer.activation is F.gelu and not layer.training for layer in layers)
-        and all(type(layer.up) is nn.Linear for layer in layers)
-        and all(isinstance(head, nn.Linear) and head.out_features <= MOST_LABELS for head in heads)
-        and all(head.bias is not None for head in heads)
+        and all(type(layer) is ExitLayer and layer.activation is F.gelu for layer in layers)
+        and not any(layer.training for layer in layers)
+        and {nn.Linear, nn.LayerNorm}.issuperset(map(type, _parts(layers)))
+        and {nn.Linear, ExitHead}.issuperset(map(type, heads))
+        and all(head.bias is not None and head.out_features <= MOST_LABELS for head in heads)
+        and not is_hooked((*layers, *heads))
         and all(w.dtype == h.dtype and w.is_contiguous() for w in weights(layers, heads))
     )
 
 
 def weights(layers: Sequence[nn.Module], heads: Sequence[nn.Module]) -> list[torch.Tensor]:
     """All that the loop reads of its modules, fast: they are asked at every call."""
-    modules = [layer._modules[name] for layer in layers for name in _PARTS]
-    return [value for part in (*modules, *heads) for value in part._parameters.values()]
+    return [w for part in (*_parts(layers), *heads) for w in part._parameters.values()]
+
+
+def _parts(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    return [part for layer in layers for part in layer.parts()]
 
 
 def exit_loop(

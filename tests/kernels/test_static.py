@@ -127,6 +127,16 @@ def test_loss_and_what_else_is_given(device, taken):
     torch.testing.assert_close(ours.loss, truth.loss, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_hooks_of_embeddings_are_called(device, taken):
+    tagger = random_tagger(dtype=torch.float32).to(device)
+    batch = {name: value.to(device) for name, value in random_batch(LENGTHS).items()}
+    seen = []
+    tagger.embeddings.word.register_forward_hook(lambda *_: seen.append(1))
+    both(tagger, batch)
+    assert len(seen) == 2 and not taken
+
+
 @pytest.mark.parametrize("policy", [ExitPolicy(copy="pre_norm"), ExitPolicy(neighbors="recompute")])
 @torch.no_grad()
 def test_policies_that_it_leaves_to_others(policy, device, taken):

@@ -28,7 +28,7 @@ from tokenexit import compiled, reference, static
 from tokenexit.encoder import ExitEncoder, Schedule, Trace, last_of
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized
-from tokenexit.layers import ExitHead, ExitLayer
+from tokenexit.layers import ExitHead, ExitLayer, is_hooked
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import FAMILIES
 from tokenexit.ops.pack_tokens import pack, pack_static
@@ -347,6 +347,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         if (
             self._backend == "reference"
             or not static.applies(self.encoder.layers, self.encoder.heads, like)
+            or is_hooked(self.embeddings.modules())
             or longest > self.config.max_tokens
             or any(v is not None and v.device != like.device for v in rows.values())
         ):
@@ -370,7 +371,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         sound, inside = mask.any(), {**rows}
         for name, limits in self._limits().items():
             if rows[name] is not None:
-                inside[name] = rows[name].clamp(*limits)
+                inside[name] = rows[name].long().clamp(*limits)
                 sound = sound & ((inside[name] == rows[name]) | ~mask).all()
         word_ids = rows["word_ids"]
         if word_ids is None:
