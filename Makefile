@@ -40,9 +40,11 @@ clean:
 	rm -rf $(VENV) build *.egg-info tokenexit/*.so
 
 # torch comes first and by itself: whatever else asks for it then takes the one that is there.
+# seqeval has no wheel: its build needs isolation, to get setuptools_scm with all that it needs.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q torch==2.13.0 "setuptools>=77" wheel ninja
+	$(BIN)/python -m pip install -q --use-pep517 -c constraints.txt seqeval
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
