@@ -8,7 +8,7 @@ sentence are decided in any order.
 import torch
 import triton
 import triton.language as tl
-from tokenexit.kernels.linear import mean_rstd, normalize, tiles_of
+from tokenexit.kernels.linear import load_row, mean_rstd, tiles_of
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
@@ -136,7 +136,9 @@ def _exit_step_kernel(
         mask_d = offs_d < D
         mask = mask_r[:, None] & mask_d[None, :]
         x = tl.load(x_ptr + rows[:, None] * stride_xr + offs_d[None, :], mask=mask, other=0.0)
-        h = normalize(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, offs_d, mask_d).to(x.dtype)
+        h = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+        h = h * load_row(norm_weight_ptr, offs_d, mask_d) + load_row(norm_bias_ptr, offs_d, mask_d)
+        h = h.to(x.dtype)
         tl.store(h_ptr + tokens[:, None] * stride_ht + offs_d[None, :], h, mask=mask)
         w_at = head_weight_ptr + offs_c[None, :] * D + offs_d[:, None]
         w = tl.load(w_at, mask=mask_c[None, :] & mask_d[:, None], other=0.0)

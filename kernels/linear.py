@@ -7,17 +7,28 @@ parts up, in their order. So nobody waits for anybody, and a row hangs on the co
 most. The grid of `query_key_value` fits all tokens, as blocks of sentences in use can lie anywhere;
 programs whose block has none leave at once.
 
-LayerNorm has no launch of its own: the product that makes a row leaves a mean and a sum of squares
-for each of its column blocks (`stats`), and the products that read the row normalize it on the way.
+LayerNorm has no launch of its own: the product that makes a row x leaves sum and squared deviations
+of each of its column blocks (`stats`), and stores `y = gamma * x`. With m and s the mean and the
+1 / standard deviation of x, what `up` makes of the normalized row is, by linearity,
+
+    s * (W @ y) - s * m * (W @ gamma) + (W @ beta + b)
+
+so its loop is that of a plain product. Nothing cancels: means of a BERT's rows are small (below 0.1
+deviations in MiniLM), and at 5 deviations the error is still that of plain PyTorch. The two vectors
+(`folded`) are made in every call, as weights may change unseen, beside queries, keys and values,
+where a GPU has time to spare.
 """
 
 import torch
 import triton
 import triton.language as tl
+from tokenexit.kernels.norm import gelu
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 MOST_SPLITS = 8
+# Rows of a weight whose LayerNorm a program folds, and how many of their columns at a time.
+_FOLD = 16, 256
 
 
 def tiles_of(num_rows, itemsize):
@@ -53,27 +64,22 @@ def mean_rstd(stats_ptr, rows, mask_m, D, num_blocks, eps, BLOCK_S: tl.constexpr
 
 
 @triton.jit
-def normalize(x, mean, rstd, weight_ptr, bias_ptr, cols, mask_n):
-    weight = tl.load(weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
-    return (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+def load_row(x_ptr, cols, mask):
+    """A vector as a row of a tile, in fp32."""
+    return tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def _product(
     acc, x_ptr, rows, mask_m, w_ptr, cols, mask_n, first_k, last_k, K, stride_xm,
-    mean, rstd, norm_weight_ptr, norm_bias_ptr, NORM: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`acc + x[rows] @ w[cols].T` from first_k to last_k; with NORM, of x normalized."""
+    """`acc + x[rows] @ w[cols].T` from first_k to last_k."""
     for k in range(first_k, last_k, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         x_at = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
         x = tl.load(x_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        if NORM:
-            normal = normalize(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, offs_k, mask_k)
-            x = normal.to(x.dtype)
         w_at = w_ptr + cols.to(tl.int64)[None, :] * K + offs_k[:, None]
         w = tl.load(w_at, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
@@ -97,11 +103,11 @@ def _splits(tiles, steps, slots, MOST: tl.constexpr):
 @triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, count_ptr, gather_ptr, scatter_ptr,
-    residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, stats_ptr,
-    parts_ptr, arrived_ptr,
+    residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
+    stats_ptr, parts_ptr, arrived_ptr,
     slots, num_rows, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
-    NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
-    S: tl.constexpr, MOST: tl.constexpr,
+    NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, NORM_OUT: tl.constexpr, GELU: tl.constexpr,
+    PRECISION: tl.constexpr, S: tl.constexpr, MOST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     count = num_rows
@@ -122,27 +128,24 @@ def _linear_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if split == 0:  # first of all, while registers are free
             if bias_ptr is not None:
-                acc += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+                acc += load_row(bias_ptr, cols, mask_n)
             if residual_ptr is not None:
                 near = offs_m
                 if residual_gather_ptr is not None:
                     near = tl.load(residual_gather_ptr + offs_m, mask=mask_m, other=0)
                 at = residual_ptr + near[:, None] * stride_rm + cols[None, :]
-                r = tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+                r = tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
                 if NORM_RESIDUAL:
                     m, s = mean_rstd(stats_in_ptr, near, mask_m, N, num_stats, eps, BLOCK_N, S)
-                    r = normalize(r, m, s, norm_weight_ptr, norm_bias_ptr, cols, mask_n).to(r.dtype)
+                    r = (r - m[:, None] * load_row(norm_weight_ptr, cols, mask_n)) * s[:, None]
+                    r += load_row(norm_bias_ptr, cols, mask_n)
                 acc += r
         rows = offs_m
         if gather_ptr is not None:
             rows = tl.load(gather_ptr + offs_m, mask=mask_m, other=0)
-        mean, rstd = 0, 0
-        if NORM_X:
-            mean, rstd = mean_rstd(stats_in_ptr, rows, mask_m, K, num_stats, eps, BLOCK_N, S)
         acc = _product(
             acc, x_ptr, rows, mask_m, w_ptr, cols, mask_n, split * depth,
-            tl.minimum(split * depth + depth, K), K, stride_xm,
-            mean, rstd, norm_weight_ptr, norm_bias_ptr, NORM_X, PRECISION,
+            tl.minimum(split * depth + depth, K), K, stride_xm, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if splits > 1:
@@ -159,34 +162,71 @@ def _linear_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in range(tl.where(last, splits, 0)):
                 acc += tl.load(parts_ptr + (part - split + i) * size + offs)
+        if NORM_X:
+            m, s = mean_rstd(stats_in_ptr, rows, mask_m, K, num_stats, eps, BLOCK_N, S)
+            acc = (acc - m[:, None] * load_row(folded_ptr, cols, mask_n)) * s[:, None]
+            acc += load_row(folded_ptr + N, cols, mask_n)
         if GELU:
-            acc = 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476))
-        out, to = acc.to(out_ptr.dtype.element_ty), offs_m
+            acc = gelu(acc)
+        to = offs_m
         if scatter_ptr is not None:
             to = tl.load(scatter_ptr + offs_m, mask=mask_m, other=0)
-        at = out_ptr + to[:, None] * stride_om + cols[None, :]
-        tl.store(at, out, mask=mask_m[:, None] & mask_n[None, :])
         if stats_ptr is not None:
-            value = tl.where(mask_n[None, :], out.to(tl.float32), 0.0)
-            total = tl.sum(value, 1)
+            total = tl.sum(tl.where(mask_n[None, :], acc, 0.0), 1)
             mean = total / tl.minimum(N - pid_n * BLOCK_N, BLOCK_N)
-            apart = tl.where(mask_n[None, :], value - mean[:, None], 0.0)
+            apart = tl.where(mask_n[None, :], acc - mean[:, None], 0.0)
             at = stats_ptr + (to * num_blocks + pid_n) * 2
             tl.store(at, total, mask=mask_m)
             tl.store(at + 1, tl.sum(apart * apart, 1), mask=mask_m)
+        if NORM_OUT:
+            acc *= load_row(norm_weight_ptr, cols, mask_n)
+        at = out_ptr + to[:, None] * stride_om + cols[None, :]
+        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def _fold_norm(
+    w_ptr, bias_ptr, gamma_ptr, beta_ptr, folded_ptr, cols, N, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`w[cols] @ gamma` and `w[cols] @ beta + bias[cols]`, see the top of this file."""
+    mask_n = cols < N
+    of_gamma = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    of_beta = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        w_at = w_ptr + cols.to(tl.int64)[:, None] * K + offs_k[None, :]
+        w = tl.load(w_at, mask=mask_n[:, None] & mask_k[None, :], other=0.0).to(tl.float32)
+        of_gamma += w * load_row(gamma_ptr, offs_k, mask_k)
+        of_beta += w * load_row(beta_ptr, offs_k, mask_k)
+    bias = tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
+    tl.store(folded_ptr + cols, tl.sum(of_gamma, 1), mask=mask_n)
+    tl.store(folded_ptr + N + cols, tl.sum(of_beta, 1) + bias, mask=mask_n)
 
 
 @triton.jit
 def _query_key_value_kernel(
     h_ptr, wq_ptr, bq_ptr, wkv_ptr, bkv_ptr, q_ptr, kv_ptr,
     active_ptr, cu_active_ptr, sentence_ptr,
-    num_q, num_tokens, num_sentences, Nq, Nkv, K, stride_hm,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    up_ptr, up_bias_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
+    num_q, num_tokens, num_sentences, Nq, Nkv, Nup, K, stride_hm,
+    PRECISION: tl.constexpr, FOLD_N: tl.constexpr, FOLD_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks_q = tl.cdiv(Nq, BLOCK_N)
     num_blocks = blocks_q + tl.cdiv(Nkv, BLOCK_N)
-    pid_m = tl.program_id(0) // num_blocks
-    pid_n = tl.program_id(0) % num_blocks
+    num_folds = tl.cdiv(Nup, FOLD_N)  # these come first, as of the last ones most leave
+    pid = tl.program_id(0) - num_folds
+    if pid < 0:
+        cols = tl.program_id(0) * FOLD_N + tl.arange(0, FOLD_N)
+        _fold_norm(
+            up_ptr, up_bias_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr, cols, Nup, K,
+            FOLD_N, FOLD_K,
+        )  # fmt: skip
+        return
+    pid_m = pid // num_blocks
+    pid_n = pid % num_blocks
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     if pid_n < blocks_q:
         count = tl.minimum(tl.load(cu_active_ptr + num_sentences), num_q)
@@ -206,10 +246,10 @@ def _query_key_value_kernel(
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    acc += load_row(bias_ptr, cols, mask_n)
     acc = _product(
         acc, h_ptr, rows, mask_m, w_ptr, cols, mask_n, 0, K, K, stride_hm,
-        0, 0, None, None, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     at = out_ptr + offs_m[:, None] * N + cols[None, :]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
@@ -229,25 +269,30 @@ def linear_(
     count: Tensor | None = None, gather: Tensor | None = None, scatter: Tensor | None = None,
     residual: Tensor | None = None, residual_gather: Tensor | None = None,
     norm_stats: Tensor | None = None, norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None, eps: float = 1e-12, norm_on: str = "none",
-    activation: str = "none", precision: str = "tf32",
+    norm_bias: Tensor | None = None, folded: Tensor | None = None, eps: float = 1e-12,
+    norm_on: str = "none", activation: str = "none", precision: str = "tf32",
 ) -> None:  # fmt: skip
     """A product with bias, activation, residual and LayerNorm, over the first `count` rows.
 
-    `out[scatter] = act(norm(x)[gather] @ weight.T + bias + norm(residual)[residual_gather])`,
-    without a gradient.
+    `out[scatter] = act(x[gather] @ weight.T + bias + residual[residual_gather])`, without a
+    gradient. A LayerNorm is shared by three products: the first has it on "out", and stores
+    `out * norm_weight` and stats; of what it stored, the second takes the LayerNorm for its x, the
+    third for its residual.
 
     Args:
         out: `[.., N]` in the dtype of x, dense rows.
         stats: `[.., blocks, 2]` fp32, written if given: what a LayerNorm of out's rows needs.
+            Those of out before it is multiplied by norm_weight.
         parts, arrived: `scratch(x)`; may serve one product after the other.
         x: `[R, K]` fp16, bf16 or fp32, dense rows; weight: `[N, K]` contiguous; bias: `[N]`.
         count: one int64 on the device, or None for all rows. Later rows are not touched.
         gather, scatter, residual_gather: `[A]` int64, the row of x, out and residual for each row
             of the product; None: the same. A is R without a gather.
         residual: `[.., N]`, dense rows.
-        norm_stats, norm_weight, norm_bias, eps: a LayerNorm, with the stats of the product that
-            made what it is for: x if `norm_on` is "x", the residual if it is "residual".
+        norm_on: "none", "out", "x" or "residual".
+        norm_weight, norm_bias, eps: the LayerNorm, for "out" and "residual"; "x" wants eps alone.
+        norm_stats: the stats that came with x or the residual.
+        folded: `[2, N]` fp32 for "x", of `query_key_value`; it has the bias, which is None then.
         activation: "none", or "gelu" (by erf).
         precision: of fp32 products, "tf32" or "ieee"; sums are always fp32.
 
@@ -261,16 +306,19 @@ def linear_(
             f"got x {tuple(x.shape)}, out {tuple(out.shape)} and weight {tuple(weight.shape)}; "
             "expected [R, K], [.., N] and a contiguous [N, K]"
         )
-    if activation not in ("none", "gelu") or norm_on not in ("none", "x", "residual"):
+    if activation not in ("none", "gelu") or norm_on not in ("none", "out", "x", "residual"):
         raise ValueError(
             f"got activation {activation!r} and norm_on {norm_on!r}; expected 'none' or 'gelu', "
-            "and 'none', 'x' or 'residual'"
+            "and 'none', 'out', 'x' or 'residual'"
         )
     if norm_on == "residual" and residual is None:
         raise ValueError("got norm_on 'residual' without a residual")
+    if norm_on == "x" and (folded is None or bias is not None or residual is not None):
+        raise ValueError("got norm_on 'x'; expected it with folded, without bias and residual")
     tiles = tiles_of(num_rows, x.element_size())
     num_stats = triton.cdiv(k if norm_on == "x" else n, tiles["BLOCK_N"])
-    if norm_on != "none" and (norm_stats is None or norm_stats.shape[1] != num_stats):
+    reads = norm_on in ("x", "residual")
+    if reads and (norm_stats is None or norm_stats.shape[1] != num_stats):
         got = None if norm_stats is None else tuple(norm_stats.shape)
         raise ValueError(f"got norm_stats {got}; expected [R, {num_stats}, 2], of as many rows")
     slots, size = slots_of(x, tiles), tiles["BLOCK_M"] * tiles["BLOCK_N"]
@@ -284,11 +332,11 @@ def linear_(
     if num_rows:
         wrap_triton(_linear_kernel)[(min(grid, slots),)](
             x, weight, bias, out, count, gather, scatter, residual, residual_gather,
-            norm_stats, norm_weight, norm_bias, stats, parts, arrived, slots,
+            norm_stats, norm_weight, norm_bias, folded, stats, parts, arrived, slots,
             num_rows, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
             out.stride(0), num_stats, eps, norm_on == "x", norm_on == "residual",
-            activation == "gelu", precision, triton.next_power_of_2(num_stats),
-            most, **tiles,
+            norm_on == "out", activation == "gelu", precision,
+            triton.next_power_of_2(num_stats), most, **tiles,
         )  # fmt: skip
 
 
@@ -309,11 +357,14 @@ def linear(x, weight, bias=None, count=None, gather=None, want_stats=False, spli
 def query_key_value(
     h: Tensor, query_weight: Tensor, query_bias: Tensor, key_value_weight: Tensor,
     key_value_bias: Tensor, active: Tensor, cu_active: Tensor, sentence_of_token: Tensor,
+    norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
     precision: str = "tf32",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Queries of the active tokens, keys and values of all tokens, in one launch.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries of the active tokens, keys and values of all tokens, and folded, in one launch.
 
-    `F.linear(h[active], query_weight, query_bias)`, `F.linear(h, key_value_weight, ...)`.
+    `F.linear(h[active], query_weight, query_bias)`, `F.linear(h, key_value_weight, ...)`, and
+    beside them `up_weight @ norm_weight` and `F.linear(norm_bias, up_weight, up_bias)`: with
+    these, a product with up_weight takes the place of one of a LayerNorm's rows.
 
     Args:
         h: `[T, K]` fp16, bf16 or fp32, dense rows.
@@ -321,22 +372,26 @@ def query_key_value(
         active: `[A]` int64; entries beyond `cu_active[B]` are not read.
         cu_active: `[B+1]` int64; a sentence without active tokens is finished.
         sentence_of_token: `[T]` int64.
-        precision: of fp32 products, "tf32" or "ieee".
+        norm_weight, norm_bias: `[K]`; up_weight: `[F, K]` contiguous; up_bias: `[F]`.
+        precision: of fp32 products, "tf32" or "ieee"; folded is always "ieee".
 
     Returns:
-        `[A, N]` and `[T, M]`. Queries beyond `cu_active[B]` and keys and values of finished
-        sentences are not written.
+        `[A, N]`, `[T, M]`, and folded `[2, F]` fp32. Queries beyond `cu_active[B]` and keys and
+        values of finished sentences are not written.
     """
     num_q, num_tokens, num_sentences = len(active), len(h), len(cu_active) - 1
-    (n, k), m = query_weight.shape, len(key_value_weight)
+    (n, k), m, f = query_weight.shape, len(key_value_weight), len(up_weight)
     q, kv = h.new_empty(num_q, n), h.new_empty(num_tokens, m)
+    folded = h.new_empty(2, f, dtype=torch.float32)
     tiles = tiles_of(num_tokens, h.element_size())
     columns = triton.cdiv(n, tiles["BLOCK_N"]) + triton.cdiv(m, tiles["BLOCK_N"])
-    grid = (triton.cdiv(max(num_q, num_tokens), tiles["BLOCK_M"]) * columns,)
+    blocks = triton.cdiv(max(num_q, num_tokens), tiles["BLOCK_M"])
+    grid = (blocks * columns + triton.cdiv(f, _FOLD[0]),)
     if num_tokens and num_sentences:
         wrap_triton(_query_key_value_kernel)[grid](
             h, query_weight, query_bias, key_value_weight, key_value_bias, q, kv,
-            active, cu_active, sentence_of_token, num_q, num_tokens, num_sentences, n, m, k,
-            h.stride(0), precision, **tiles,
+            active, cu_active, sentence_of_token, up_weight, up_bias, norm_weight, norm_bias,
+            folded, num_q, num_tokens, num_sentences, n, m, f, k, h.stride(0), precision,
+            *_FOLD, **tiles,
         )  # fmt: skip
-    return q, kv
+    return q, kv, folded

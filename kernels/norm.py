@@ -8,6 +8,25 @@ from torch.library import triton_op, wrap_triton
 
 
 @triton.jit
+def gelu(x):
+    """`x * P(X < x)` of a standard normal X, in fp32, to 3e-7 (plain erf in fp32: 1.2e-6).
+
+    `log2(P(X < -a))` as a polynomial, fitted for the least largest error of the result up to
+    a = 6; beyond, the result is within 1e-8 of 0 or x.
+    """
+    nan: tl.constexpr = tl.PropagateNan.ALL
+    a = tl.minimum(tl.abs(x), 6.0, propagate_nan=nan)
+    q = 6.119221779954387e-06 * a - 3.247825225116685e-05
+    q = q * a - 0.0004947104025632143
+    q = q * a + 0.007508283481001854
+    q = q * a - 0.052784692496061325
+    q = q * a - 0.4591203033924103
+    q = q * a - 1.1511149406433105
+    q = q * a - 0.9999998211860657
+    return tl.maximum(x, 0.0, propagate_nan=nan) - a * tl.exp2(q)
+
+
+@triton.jit
 def _add_layer_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, mean_ptr, rstd_ptr, count_ptr,
     num_rows, D, eps, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -44,7 +63,7 @@ def _bias_gelu_kernel(x_ptr, bias_ptr, out_ptr, numel, D, BLOCK: tl.constexpr):
     mask = offs < numel
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     x += tl.load(bias_ptr + offs % D, mask=mask, other=0.0).to(tl.float32)
-    out = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    out = gelu(x)
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 

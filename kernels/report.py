@@ -85,12 +85,14 @@ def calls(hidden, num_heads, dtype):
     for size, rows in (("small", 256), ("large", 8192)):
         h, index, bias = x[:rows], i[:rows], up[:, 0].contiguous()
         packed = h, square, bias, numbers(2 * hidden, hidden), bias, index, cu, index
-        yield size, linear.query_key_value, packed
-        output = partial(linear.linear, residual=h, residual_gather=index, want_stats=True)
-        yield f"output_{size}", output, (h, square, bias, index)
-        normal = partial(linear.linear, norm_stats=stats_of(h), norm_weight=bias, norm_bias=bias)
-        first = partial(normal, norm_on="x", activation="gelu")
-        yield f"up_{size}", first, (h, up, bias, index)
+        yield size, linear.query_key_value, (*packed, bias, bias, up, bias)
+        normal = partial(linear.linear, norm_weight=bias, norm_bias=bias)
+        beside = dict(residual=h, residual_gather=index, want_stats=True, norm_on="out")
+        yield f"output_{size}", partial(normal, **beside), (h, square, bias, index)
+        normal = partial(normal, norm_stats=stats_of(h))
+        folded = torch.empty(2, 4 * hidden)
+        first = partial(normal, norm_on="x", folded=folded, activation="gelu")
+        yield f"up_{size}", first, (h, up, None, index)
         second = partial(normal, norm_on="residual", residual=h, want_stats=True)
         yield f"down_{size}", second, (numbers(rows, 4 * hidden), down, bias, index)
 

@@ -3,7 +3,8 @@
 What `tokenexit.encoder` does with lists of as many tokens as are active is done here in buffers for
 all tokens, whose first rows count; the count stays on the device. A layer is seven launches:
 
-    query_key_value   queries of active tokens, keys and values of all in sentences not finished
+    query_key_value   queries of active tokens, keys and values of all in sentences not finished,
+                      and what LayerNorm makes of `up`
     exit_attention
     linear            output, with the residual
     linear            LayerNorm, up, GELU
@@ -109,10 +110,12 @@ def exit_loop(
 
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), 1):
         count, heads_of = cu_active[-1:], (layer.num_heads, -1)
-        q, kv = query_key_value(
+        norm, up, down = layer.attention_norm, layer.up, layer.down
+        q, kv, folded = query_key_value(
             *(h, layer.query.weight, layer.query.bias),
             *(layer.key_value.weight, layer.key_value.bias),
-            *(active, cu_active, packed.sentence_of_token, precision),
+            *(active, cu_active, packed.sentence_of_token),
+            *(norm.weight, norm.bias, up.weight, up.bias, precision),
         )
         k, v = kv.unflatten(-1, (2, *heads_of)).unbind(1)
         context, _ = exit_attention(
@@ -122,16 +125,14 @@ def exit_loop(
             max_length=packed.shape[1],
             precision=precision,
         )
-        out, norm = layer.attention_output, layer.attention_norm
-        beside = {"residual": h, "residual_gather": active, "want_stats": True}
-        common = {"count": count, "split": split, "precision": precision}
+        out, common = layer.attention_output, dict(count=count, split=split, precision=precision)
+        common |= dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+        beside = dict(residual=h, residual_gather=active, want_stats=True, norm_on="out")
         x, stats = linear(context.flatten(1), out.weight, out.bias, **beside, **common)
-        common |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
         common["norm_stats"] = stats
-        up, down = layer.up, layer.down
-        inner = linear(x, up.weight, up.bias, norm_on="x", activation="gelu", **common)
-        beside = {"residual": x, "want_stats": True}
-        x, stats = linear(inner, down.weight, down.bias, norm_on="residual", **beside, **common)
+        inner = linear(x, up.weight, norm_on="x", folded=folded, activation="gelu", **common)
+        beside = dict(residual=x, want_stats=True, norm_on="residual")
+        x, stats = linear(inner, down.weight, down.bias, **beside, **common)
 
         norm, last = layer.output_norm, number == len(layers)
         asks = exit_layer is None and not last and schedule.decides[number - 1]
