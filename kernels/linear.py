@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 MOST_SPLITS = 8
-# Rows of a weight whose LayerNorm a program folds, and how many of their columns at a time.
-_FOLD = 16, 256
+_FOLD_K = 256  # columns of a weight, folded at a time
 
 
 def tiles_of(num_rows, itemsize):
@@ -48,18 +47,23 @@ def slots_of(x, tiles):
     return sms * (4 if tiles["BLOCK_M"] == 32 else 1)
 
 
+def is_even(tiles, k, *columns):
+    """Whether no tile is cut by the edge of a weight, so that its loads need no masks."""
+    return k % tiles["BLOCK_K"] == 0 and all(n % tiles["BLOCK_N"] == 0 for n in columns)
+
+
 @triton.jit
 def mean_rstd(stats_ptr, rows, mask_m, D, num_blocks, eps, BLOCK_S: tl.constexpr, S: tl.constexpr):
     """Of rows of D columns, from the sums and squared deviations of blocks of BLOCK_S columns."""
     offs_s = tl.arange(0, S)
-    size = tl.minimum(D - offs_s * BLOCK_S, BLOCK_S).to(tl.float32)[None, :]
-    mask = mask_m[:, None] & (offs_s < num_blocks)[None, :]
-    at = stats_ptr + (rows[:, None] * num_blocks + offs_s[None, :]) * 2
+    size = tl.minimum(D - offs_s * BLOCK_S, BLOCK_S).to(tl.float32)[:, None]
+    mask = mask_m[None, :] & (offs_s < num_blocks)[:, None]
+    at = stats_ptr + (rows[None, :] * num_blocks + offs_s[:, None]) * 2
     total = tl.load(at, mask=mask, other=0.0)
     squares = tl.load(at + 1, mask=mask, other=0.0)
-    mean = tl.sum(total, 1) / D
-    apart = tl.where(mask, total / size - mean[:, None], 0.0)
-    variance = tl.sum(tl.where(mask, squares + size * apart * apart, 0.0), 1) / D
+    mean = tl.sum(total, 0) / D
+    apart = tl.where(mask, total / size - mean[None, :], 0.0)
+    variance = tl.sum(tl.where(mask, squares + size * apart * apart, 0.0), 0) / D
     return mean, 1 / tl.sqrt(variance + eps)
 
 
@@ -72,12 +76,12 @@ def load_row(x_ptr, cols, mask):
 @triton.jit
 def _product(
     acc, x_ptr, rows, mask_m, w_ptr, cols, mask_n, first_k, last_k, K, stride_xm,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`acc + x[rows] @ w[cols].T` from first_k to last_k."""
     for k in range(first_k, last_k, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
+        mask_k = (offs_k < K) | EVEN
         x_at = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
         x = tl.load(x_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         w_at = w_ptr + cols.to(tl.int64)[None, :] * K + offs_k[:, None]
@@ -107,7 +111,7 @@ def _linear_kernel(
     stats_ptr, parts_ptr, arrived_ptr,
     slots, num_rows, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
     NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, NORM_OUT: tl.constexpr, GELU: tl.constexpr,
-    PRECISION: tl.constexpr, S: tl.constexpr, MOST: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, S: tl.constexpr, MOST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     count = num_rows
@@ -123,29 +127,15 @@ def _linear_kernel(
         offs_m = (tile // num_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < count
         cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = cols < N
+        mask_n = (cols < N) | EVEN
         split, depth = part % splits, tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if split == 0:  # first of all, while registers are free
-            if bias_ptr is not None:
-                acc += load_row(bias_ptr, cols, mask_n)
-            if residual_ptr is not None:
-                near = offs_m
-                if residual_gather_ptr is not None:
-                    near = tl.load(residual_gather_ptr + offs_m, mask=mask_m, other=0)
-                at = residual_ptr + near[:, None] * stride_rm + cols[None, :]
-                r = tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
-                if NORM_RESIDUAL:
-                    m, s = mean_rstd(stats_in_ptr, near, mask_m, N, num_stats, eps, BLOCK_N, S)
-                    r = (r - m[:, None] * load_row(norm_weight_ptr, cols, mask_n)) * s[:, None]
-                    r += load_row(norm_bias_ptr, cols, mask_n)
-                acc += r
         rows = offs_m
         if gather_ptr is not None:
             rows = tl.load(gather_ptr + offs_m, mask=mask_m, other=0)
         acc = _product(
             acc, x_ptr, rows, mask_m, w_ptr, cols, mask_n, split * depth,
-            tl.minimum(split * depth + depth, K), K, stride_xm, PRECISION,
+            tl.minimum(split * depth + depth, K), K, stride_xm, EVEN, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if splits > 1:
@@ -162,6 +152,21 @@ def _linear_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in range(tl.where(last, splits, 0)):
                 acc += tl.load(parts_ptr + (part - split + i) * size + offs)
+        if bias_ptr is not None:
+            acc += load_row(bias_ptr, cols, mask_n)
+        if residual_ptr is not None:
+            near = offs_m
+            if residual_gather_ptr is not None:
+                near = tl.load(residual_gather_ptr + offs_m, mask=mask_m, other=0)
+            at = residual_ptr + near[:, None] * stride_rm + cols[None, :]
+            r = tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+            if NORM_RESIDUAL:
+                m, s = mean_rstd(stats_in_ptr, near, mask_m, N, num_stats, eps, BLOCK_N, S)
+                acc += r * s[:, None]
+                acc -= (m * s)[:, None] * load_row(norm_weight_ptr, cols, mask_n)
+                acc += load_row(norm_bias_ptr, cols, mask_n)
+            else:
+                acc += r
         if NORM_X:
             m, s = mean_rstd(stats_in_ptr, rows, mask_m, K, num_stats, eps, BLOCK_N, S)
             acc = (acc - m[:, None] * load_row(folded_ptr, cols, mask_n)) * s[:, None]
@@ -211,7 +216,7 @@ def _query_key_value_kernel(
     active_ptr, cu_active_ptr, sentence_ptr,
     up_ptr, up_bias_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
     num_q, num_tokens, num_sentences, Nq, Nkv, Nup, K, stride_hm,
-    PRECISION: tl.constexpr, FOLD_N: tl.constexpr, FOLD_K: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, FOLD_N: tl.constexpr, FOLD_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks_q = tl.cdiv(Nq, BLOCK_N)
@@ -244,12 +249,12 @@ def _query_key_value_kernel(
     if tl.max(mask_m.to(tl.int32), 0) == 0:
         return
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = cols < N
+    mask_n = (cols < N) | EVEN
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc += load_row(bias_ptr, cols, mask_n)
     acc = _product(
         acc, h_ptr, rows, mask_m, w_ptr, cols, mask_n, 0, K, K, stride_hm,
-        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     at = out_ptr + offs_m[:, None] * N + cols[None, :]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
@@ -335,7 +340,7 @@ def linear_(
             norm_stats, norm_weight, norm_bias, folded, stats, parts, arrived, slots,
             num_rows, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
             out.stride(0), num_stats, eps, norm_on == "x", norm_on == "residual",
-            norm_on == "out", activation == "gelu", precision,
+            norm_on == "out", activation == "gelu", is_even(tiles, k, n), precision,
             triton.next_power_of_2(num_stats), most, **tiles,
         )  # fmt: skip
 
@@ -386,12 +391,13 @@ def query_key_value(
     tiles = tiles_of(num_tokens, h.element_size())
     columns = triton.cdiv(n, tiles["BLOCK_N"]) + triton.cdiv(m, tiles["BLOCK_N"])
     blocks = triton.cdiv(max(num_q, num_tokens), tiles["BLOCK_M"])
-    grid = (blocks * columns + triton.cdiv(f, _FOLD[0]),)
+    fold = 2 * tiles["num_warps"], _FOLD_K  # 16 numbers of a thread
+    grid = (blocks * columns + triton.cdiv(f, fold[0]),)
     if num_tokens and num_sentences:
         wrap_triton(_query_key_value_kernel)[grid](
             h, query_weight, query_bias, key_value_weight, key_value_bias, q, kv,
             active, cu_active, sentence_of_token, up_weight, up_bias, norm_weight, norm_bias,
-            folded, num_q, num_tokens, num_sentences, n, m, f, k, h.stride(0), precision,
-            *_FOLD, **tiles,
+            folded, num_q, num_tokens, num_sentences, n, m, f, k, h.stride(0), is_even(tiles, k, n, m), precision,
+            *fold, **tiles,
         )  # fmt: skip
     return q, kv, folded
