@@ -58,13 +58,22 @@ def _positions(positions_ptr, rows, mask):
 
 
 @triton.jit
-def _scores(product, scale, offs_k, num_k, bias_ptr, head, position, REACH):
-    """Scores to the base 2 of products `q . k`; offs_k and position have to broadcast to them."""
-    scores = product * (scale * _LOG2_E)
+def _bias(scale, offs_k, bias_ptr, head, position, REACH, Q: tl.constexpr, K: tl.constexpr):
+    """`[Q, K]` to start products `q . k` from; offs_k and position have to broadcast to it.
+
+    Added afterwards the bias would bring its layout along, in which all that follows is slow.
+    """
+    start = tl.zeros((Q, K), tl.float32)
     if bias_ptr is not None:
         entry = tl.minimum(tl.maximum(offs_k - position, -REACH), REACH) + REACH
-        scores += tl.load(bias_ptr + head * (2 * REACH + 1) + entry).to(tl.float32) * _LOG2_E
-    return tl.where(offs_k < num_k, scores, float("-inf"))
+        start += tl.load(bias_ptr + head * (2 * REACH + 1) + entry).to(tl.float32) / scale
+    return start
+
+
+@triton.jit
+def _scores(product, scale, offs_k, num_k):
+    """Scores to the base 2 of products; offs_k has to broadcast to them."""
+    return tl.where(offs_k < num_k, product * (scale * _LOG2_E), float("-inf"))
 
 
 @triton.jit
@@ -120,8 +129,9 @@ def _exit_attention_fwd_kernel(
         mask_k, keys = offs_k < num_k, first_k + offs_k
         k = _load(k_ptr + head * stride_kh, keys * stride_kt, mask_k, 0, D, BLOCK_D)
         v = _load(v_ptr + head * stride_vh, keys * stride_vt, mask_k, 0, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        s = _scores(s, scale, offs_k[None, :], num_k, bias_ptr, head, position, REACH)
+        s = _bias(scale, offs_k[None, :], bias_ptr, head, position, REACH, BLOCK_Q, BLOCK_K)
+        s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
+        s = _scores(s, scale, offs_k[None, :], num_k)
         p, shrink, top, total = _softmax_step(s, top, total)
         p = _dropout(p, seed, rows[:, None], head, keys[None, :], DROP_BELOW)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink, input_precision=PRECISION)
@@ -140,8 +150,8 @@ def _gradients(
     `[queries, keys]`, or with q and k, g and v exchanged `[keys, queries]`; the vectors have to
     broadcast to it.
     """
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    s = _scores(s, scale, offs_k, num_k, bias_ptr, head, position, REACH)
+    s = _bias(scale, offs_k, bias_ptr, head, position, REACH, q.shape[0], k.shape[0])
+    s = _scores(tl.dot(q, tl.trans(k), s, input_precision=PRECISION), scale, offs_k, num_k)
     p = tl.exp2(s - lse)
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     keys = first_k + offs_k
@@ -295,13 +305,14 @@ def _absorbed_attention_kernel(
     for j in range(0, num_k, BLOCK_K):
         offs_k = j + tl.arange(0, BLOCK_K)
         mask_k, h_at = offs_k < num_k, (first_k + offs_k) * stride_ht
-        s = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        cols = offs_k[None, :]
+        s = _bias(scale, cols, bias_ptr, head[:, None], position, REACH, BLOCK_R, BLOCK_K)
         hs, new_accs = (), ()
         for c in tl.static_range(CHUNKS):
             q = _load(q_ptr, q_at, mask_r, c * BLOCK_D, D, BLOCK_D)
             hs += (_load(h_ptr, h_at, mask_k, c * BLOCK_D, D, BLOCK_D),)
             s = tl.dot(q, tl.trans(hs[c]), s, input_precision=PRECISION)
-        s = _scores(s, scale, offs_k[None, :], num_k, bias_ptr, head[:, None], position, REACH)
+        s = _scores(s, scale, cols, num_k)
         p, shrink, top, total = _softmax_step(s, top, total)
         p = p.to(h_ptr.dtype.element_ty)
         for c in tl.static_range(CHUNKS):
@@ -317,7 +328,7 @@ def _dense(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _bias(bias):
+def _table(bias):
     return (None, 0) if bias is None else (bias.contiguous(), bias.shape[1] // 2)
 
 
@@ -330,7 +341,7 @@ def _call(q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed, max_leng
     # suffice for blocks of half as many to be looped over, where more than the plain op is asked.
     block = max(16, min(64, 8192 // (block_d * q.element_size())))
     block = min(block, 16 if longest <= 16 else 32 if longest <= 32 else 64)
-    bias, reach = _bias(bias)
+    bias, reach = _table(bias)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     shared = (cu_q, cu_k, bias, positions, scale, seed, heads, reach, *strides)
     named = dict(
@@ -453,7 +464,7 @@ def absorbed_attention(
     """
     q, h = _dense(q), _dense(h)
     (num_q, heads, d), num_k = q.shape, h.shape[0]
-    out, (bias, reach) = q.new_empty(q.shape), _bias(bias)
+    out, (bias, reach) = q.new_empty(q.shape), _table(bias)
     # A block of rows of q and one of h have to fit the shared memory, whole: 99 KiB on most GPUs,
     # and the registers of AMD's.
     size = d * q.element_size()
