@@ -61,12 +61,12 @@ def _positions(positions_ptr, rows, mask):
 def _bias(scale, offs_k, bias_ptr, head, position, REACH, Q: tl.constexpr, K: tl.constexpr):
     """`[Q, K]` to start products `q . k` from; offs_k and position have to broadcast to it.
 
-    Added afterwards the bias would bring its layout along, in which all that follows is slow.
+    Added afterwards the bias would bring its layout along, in which softmax is slow.
     """
     start = tl.zeros((Q, K), tl.float32)
     if bias_ptr is not None:
         entry = tl.minimum(tl.maximum(offs_k - position, -REACH), REACH) + REACH
-        start += tl.load(bias_ptr + head * (2 * REACH + 1) + entry).to(tl.float32) / scale
+        start += tl.load(bias_ptr + head * (2 * REACH + 1) + entry).to(tl.float32) * (1 / scale)
     return start
 
 

@@ -76,7 +76,8 @@ def load_row(x_ptr, cols, mask):
 @triton.jit
 def _product(
     acc, x_ptr, rows, mask_m, w_ptr, cols, mask_n, first_k, last_k, K, stride_xm,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`acc + x[rows] @ w[cols].T` from first_k to last_k."""
     for k in range(first_k, last_k, BLOCK_K):
@@ -397,7 +398,7 @@ def query_key_value(
         wrap_triton(_query_key_value_kernel)[grid](
             h, query_weight, query_bias, key_value_weight, key_value_bias, q, kv,
             active, cu_active, sentence_of_token, up_weight, up_bias, norm_weight, norm_bias,
-            folded, num_q, num_tokens, num_sentences, n, m, f, k, h.stride(0), is_even(tiles, k, n, m), precision,
-            *fold, **tiles,
+            folded, num_q, num_tokens, num_sentences, n, m, f, k, h.stride(0),
+            is_even(tiles, k, n, m), precision, *fold, **tiles,
         )  # fmt: skip
     return q, kv, folded

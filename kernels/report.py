@@ -1,4 +1,4 @@
-"""What the compilers make of every kernel, without a GPU: registers, spills, tensor cores.
+"""What the compilers make of every kernel, without a GPU: registers, spills, loops, tensor cores.
 
 `python -m tokenexit.kernels.report [--all] [--table] [--json FILE] [--arch sm_90 ...]
 [--model base ...] [--dtype fp16 ...] [--kernel PART_OF_NAME]`
@@ -37,6 +37,11 @@ LIMITS = {
     "gfx942": (64, 64, 32, 32),
 }
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)")
+# Multiply-adds a cycle of a multiprocessor's tensor cores in fp16 and bf16 with sums in fp32, by the
+# datasheets of A100, A40, L40S, H100, B200 and RTX PRO 6000; in tf32 half as many.
+RATES = {
+    "sm_80": 1024, "sm_86": 512, "sm_89": 512, "sm_90": 2048, "sm_100": 4096, "sm_120": 512
+}  # fmt: skip
 
 
 def calls(hidden, num_heads, dtype):
@@ -123,7 +128,12 @@ def launches(hidden, num_heads, dtype, hip=False):
 
 
 def compile_kernel(kernel, values, options, arch):
-    """Compile for `arch`, "sm_90" or "gfx942"; a dict of what was measured."""
+    """Compile for `arch`, "sm_90" or "gfx942"; a dict of what was measured.
+
+    "issue" is the time to issue the instructions of the loop about the kernel's only product, over
+    the time that tensor cores take for it; None for other kernels and on AMD's GPUs.
+    "waits_for_each": whether some loop waits for each HGMMA before the next.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -150,7 +160,14 @@ def compile_kernel(kernel, values, options, arch):
     names = TENSOR_CORES.findall(code)
     dots = [line for line in compiled.asm["ttir"].splitlines() if "tt.dot" in line]
     slow = [line for line in dots if "f32>" in line.split("->")[0] and "tf32" not in line]
-    shared = compiled.metadata.shared
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    loops = tensor_core_loops(code)
+    issue = None
+    if nvidia and loops and len(dots) == 1:
+        sizes = re.search(r"tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x(\w+)>", dots[0])
+        rows, depth, columns = map(int, sizes.group(1, 2, 3))
+        cycles = rows * depth * columns / RATES[arch] * (2 if sizes[4] == "f32" else 1)
+        issue = max(map(len, loops)) * warps / 4 / cycles
     return {
         "registers": registers,
         "spill_bytes": spill_bytes,
@@ -159,8 +176,31 @@ def compile_kernel(kernel, values, options, arch):
         "wants_tensor_cores": len(dots) > len(slow),
         "tensor_cores": "+".join(sorted(set(names))),
         "tensor_core_instructions": len(names),
-        "occupancy": occupancy(arch, registers, shared, compiled.metadata.num_warps),
+        "occupancy": occupancy(arch, registers, shared, warps),
+        "issue": issue,
+        "waits_for_each": any(map(waits_for_each, loops)),
     }
+
+
+def tensor_core_loops(code):
+    """The instructions of each innermost loop of SASS that has tensor-core instructions."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", code)
+    lines = [(int(at, 16), text.strip()) for at, text in lines]
+    jumps = [(at, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)) for at, text in lines]
+    spans = {(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at}
+    loops = {span: [text for at, text in lines if span[0] <= at <= span[1]] for span in spans}
+    loops = {span: loop for span, loop in loops.items() if any(map(TENSOR_CORES.search, loop))}
+
+    def is_outer(span):
+        return any(span[0] <= first and last <= span[1] for first, last in loops.keys() - {span})
+
+    return [loop for span, loop in loops.items() if not is_outer(span)]
+
+
+def waits_for_each(loop):
+    """Whether ptxas has the loop wait for each HGMMA before the next, as it does if in doubt."""
+    products = sum("HGMMA" in line for line in loop)
+    return products > 1 and sum("WARPGROUP.DEPBAR" in line for line in loop) >= products
 
 
 def _nvidia(compiled):
@@ -197,7 +237,10 @@ def occupancy(arch, registers, shared, warps):
 
 
 def table(rows):
-    """Lines of a Markdown table: a row a kernel, a column a target, the worst of all the rest."""
+    """Lines of a Markdown table: a row a kernel, a column a target, the worst of all the rest.
+
+    "issue" is told of large products; others wait for memory.
+    """
     arches = list(dict.fromkeys(row["arch"] for row in rows))
     lines = [
         f"| kernel | {' | '.join(arches)} | tensor cores |",
@@ -213,7 +256,9 @@ def table(rows):
             )
             low = min(row["occupancy"] for row in here)
             spilled = f", **spills {spill} B**" if spill else ""
-            cells.append(f"{registers}, {shared:.0f}, {low:.0%}{spilled}")
+            issue = max((row["issue"] or 0 for row in here if kernel.endswith("large")), default=0)
+            issued = f", {issue:.2f}" if issue else ""
+            cells.append(f"{registers}, {shared:.0f}, {low:.0%}{issued}{spilled}")
         names = {row["tensor_cores"] for row in rows if row["kernel"] == kernel} - {""}
         cells.append(", ".join(sorted(names)) or "-")
         lines.append(f"| {kernel} | {' | '.join(cells)} |")

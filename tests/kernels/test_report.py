@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from tokenexit.kernels.report import LIMITS, MODELS, table
+from tokenexit.kernels.report import LIMITS, MODELS, table, tensor_core_loops, waits_for_each
 
 pytest.importorskip("triton")
 # Where registers are short, beside all in fp16: other dtypes. The rest by
@@ -66,6 +66,9 @@ def check(rows):
         assert row["within_shared"], row
         assert bool(row["tensor_core_instructions"]) == row["wants_tensor_cores"], row
         assert 0 < row["occupancy"] <= 1, row
+        if row["kernel"].endswith("_large"):
+            assert 0 < row["issue"] < (1 if row["dtype"] != "fp32" else 2), row
+            assert not row["waits_for_each"], row
 
 
 @pytest.mark.slow
@@ -78,6 +81,8 @@ def test_every_kernel_fits(model, arch, tmp_path):
     assert stems == {"absorbed", "add", "bias", "exit", "linear", "query", "uncertainty"}
     products = {row["kernel"].split("_")[0] for row in rows if row["wants_tensor_cores"]}
     assert products == {"absorbed", "exit", "linear", "query"}
+    (plain,) = (row for row in rows if row["kernel"] == "exit_attention_fwd")
+    assert not plain["waits_for_each"]
     (large,) = (row["tensor_cores"] for row in rows if row["kernel"] == "linear_up_large")
     assert large == TENSOR_CORES.get(arch, "HMMA")
 
@@ -100,11 +105,29 @@ def test_only_what_is_asked_for():
 
 def test_table_tells_the_worst():
     row = dict(kernel="a", arch="sm_80", registers=40, spill_bytes=0, shared_kib=1.0)
-    row |= dict(occupancy=0.5, tensor_cores="HMMA")
-    worse = row | dict(registers=255, spill_bytes=8, shared_kib=64.0, occupancy=0.125)
-    lines = table([row, worse, row | dict(arch="sm_90", tensor_cores="HGMMA")])
+    row |= dict(occupancy=0.5, tensor_cores="HMMA", issue=0.4)
+    worse = row | dict(registers=255, spill_bytes=8, shared_kib=64.0, occupancy=0.125, issue=None)
+    rows = [row, worse, row | dict(arch="sm_90", tensor_cores="HGMMA")]
+    lines = table(rows + [r | dict(kernel="b_large") for r in rows])
     assert lines[0] == "| kernel | sm_80 | sm_90 | tensor cores |"
     assert lines[2] == "| a | 255, 64, 12%, **spills 8 B** | 40, 1, 50% | HGMMA, HMMA |"
+    assert lines[3].startswith("| b_large | 255, 64, 12%, 0.40, **spills 8 B** | 40, 1, 50%, 0.40")
+
+
+def sass(*lines):
+    return "".join(f"        /*{16 * at:04x}*/   {line} ;\n" for at, line in enumerate(lines))
+
+
+def test_loops_with_tensor_cores():
+    product = "HGMMA.64x128x16.F32 R24, gdesc[UR8], R24, gsb0"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    inner = [product, wait, product, wait, "@P0 BRA 0x30"]
+    code = sass("MOV R1, c[0x0]", "FADD R1, R2, R3", "BRA 0x200", *inner, "@!P1 BRA 0x10", "EXIT")
+    (loop,) = tensor_core_loops(code)
+    assert loop == inner and waits_for_each(loop)
+    assert not waits_for_each([product, product, wait])
+    assert not waits_for_each([product, wait])
+    assert tensor_core_loops(sass("FADD R1, R2, R3", "@P0 BRA 0x0", product)) == []
 
 
 def test_without_triton(tmp_path):
