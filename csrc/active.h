@@ -17,6 +17,12 @@ C10_HOST_DEVICE inline int64_t num_kept(int64_t of_words, int64_t specials) {
   return of_words > 0 ? of_words + specials : 0;
 }
 
+// How many tokens of two lists, each fewer than 2^31, in one number: sums of these are sums of both.
+constexpr int kBits = 31;
+C10_HOST_DEVICE inline int64_t both(int64_t kept, int64_t seen) { return seen << kBits | kept; }
+C10_HOST_DEVICE inline int64_t kept_of(int64_t both) { return both & ((int64_t{1} << kBits) - 1); }
+C10_HOST_DEVICE inline int64_t seen_of(int64_t both) { return both >> kBits; }
+
 // A prefix sum over tiles by decoupled look-back (Merrill and Garland 2016). What a tile tells its
 // successors is one word, so it needs no fence: 0, nothing yet; its own count; or the sum up to it.
 constexpr uint64_t kCounted = uint64_t{1} << 62;

@@ -11,8 +11,8 @@ STABLE_TORCH_LIBRARY(tokenexit, m) {
       "Tensor? min_active=None) "
       "-> (Tensor, Tensor)");
   m.def(
-      "compact_active(Tensor active, Tensor cu_active, Tensor word_of_token, Tensor exit_layer) "
-      "-> (Tensor, Tensor)");
+      "compact_active(Tensor active, Tensor cu_active, Tensor word_of_token, Tensor exit_layer, "
+      "Tensor? cu_tokens=None, Tensor(a!)? scratch=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "exit_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, float scale, "
       "Tensor? bias, Tensor? positions, float dropout_p, int seed, int max_length) "

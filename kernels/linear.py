@@ -4,8 +4,7 @@ Programs of `linear` are persistent: as many as the GPU holds at a time take the
 turn. Tiles follow from the capacity, without autotuning: results must not change from run to run.
 Where tiles are few they are split along K, and whichever program of a tile is the last adds its
 parts up, in their order. So nobody waits for anybody, and a row hangs on the count by rounding at
-most. The grid of `query_key_value` fits all tokens, as blocks of sentences in use can lie anywhere;
-programs whose block has none leave at once.
+most. The grid of `query_key_value` fits all tokens, and programs beyond the counts leave at once.
 
 LayerNorm has no launch of its own: the product that makes a row x leaves sum and squared deviations
 of each of its column blocks (`stats`), and stores `y = gamma * x`. With m and s the mean and the
@@ -214,9 +213,9 @@ def _fold_norm(
 @triton.jit
 def _query_key_value_kernel(
     h_ptr, wq_ptr, bq_ptr, wkv_ptr, bkv_ptr, q_ptr, kv_ptr,
-    active_ptr, cu_active_ptr, sentence_ptr,
+    active_ptr, num_active_ptr, seen_ptr, num_seen_ptr,
     up_ptr, up_bias_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
-    num_q, num_tokens, num_sentences, Nq, Nkv, Nup, K, stride_hm,
+    num_q, num_kv, Nq, Nkv, Nup, K, stride_hm,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, FOLD_N: tl.constexpr, FOLD_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -235,20 +234,16 @@ def _query_key_value_kernel(
     pid_n = pid % num_blocks
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     if pid_n < blocks_q:
-        count = tl.minimum(tl.load(cu_active_ptr + num_sentences), num_q)
-        mask_m = offs_m < count
-        rows = tl.load(active_ptr + offs_m, mask=mask_m, other=0)
-        w_ptr, bias_ptr, out_ptr, N = wq_ptr, bq_ptr, q_ptr, Nq
+        count = tl.minimum(tl.load(num_active_ptr), num_q)
+        rows_ptr, w_ptr, bias_ptr, out_ptr, N = active_ptr, wq_ptr, bq_ptr, q_ptr, Nq
     else:
         pid_n -= blocks_q
-        mask_m = offs_m < num_tokens
-        b = tl.load(sentence_ptr + offs_m, mask=mask_m, other=0)
-        first = tl.load(cu_active_ptr + b, mask=mask_m, other=0)
-        mask_m = tl.load(cu_active_ptr + b + 1, mask=mask_m, other=0) > first
-        rows = offs_m
-        w_ptr, bias_ptr, out_ptr, N = wkv_ptr, bkv_ptr, kv_ptr, Nkv
-    if tl.max(mask_m.to(tl.int32), 0) == 0:
+        count = tl.minimum(tl.load(num_seen_ptr), num_kv)
+        rows_ptr, w_ptr, bias_ptr, out_ptr, N = seen_ptr, wkv_ptr, bkv_ptr, kv_ptr, Nkv
+    if pid_m * BLOCK_M >= count:
         return
+    mask_m = offs_m < count
+    rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = (cols < N) | EVEN
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -362,43 +357,41 @@ def linear(x, weight, bias=None, count=None, gather=None, want_stats=False, spli
 @triton_op("tokenexit_triton::query_key_value", mutates_args={})
 def query_key_value(
     h: Tensor, query_weight: Tensor, query_bias: Tensor, key_value_weight: Tensor,
-    key_value_bias: Tensor, active: Tensor, cu_active: Tensor, sentence_of_token: Tensor,
+    key_value_bias: Tensor, active: Tensor, cu_active: Tensor, seen: Tensor, cu_seen: Tensor,
     norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
     precision: str = "tf32",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Queries of the active tokens, keys and values of all tokens, and folded, in one launch.
+    """Queries of the active tokens, keys and values of the seen ones, and folded, in one launch.
 
-    `F.linear(h[active], query_weight, query_bias)`, `F.linear(h, key_value_weight, ...)`, and
+    `F.linear(h[active], query_weight, query_bias)`, `F.linear(h[seen], key_value_weight, ...)`, and
     beside them `up_weight @ norm_weight` and `F.linear(norm_bias, up_weight, up_bias)`: with
     these, a product with up_weight takes the place of one of a LayerNorm's rows.
 
     Args:
         h: `[T, K]` fp16, bf16 or fp32, dense rows.
         query_weight: `[N, K]`; key_value_weight: `[M, K]`; both contiguous. Biases `[N]`, `[M]`.
-        active: `[A]` int64; entries beyond `cu_active[B]` are not read.
-        cu_active: `[B+1]` int64; a sentence without active tokens is finished.
-        sentence_of_token: `[T]` int64.
+        active, seen: `[A]` and `[S]` int64, rows of h; entries beyond the last of cu_active and
+            cu_seen are not read.
+        cu_active, cu_seen: `[B+1]` int64.
         norm_weight, norm_bias: `[K]`; up_weight: `[F, K]` contiguous; up_bias: `[F]`.
         precision: of fp32 products, "tf32" or "ieee"; folded is always "ieee".
 
     Returns:
-        `[A, N]`, `[T, M]`, and folded `[2, F]` fp32. Queries beyond `cu_active[B]` and keys and
-        values of finished sentences are not written.
+        `[A, N]`, `[S, M]`, and folded `[2, F]` fp32. Rows beyond the last of cu_active and cu_seen
+        are not written.
     """
-    num_q, num_tokens, num_sentences = len(active), len(h), len(cu_active) - 1
+    num_q, num_kv = len(active), len(seen)
     (n, k), m, f = query_weight.shape, len(key_value_weight), len(up_weight)
-    q, kv = h.new_empty(num_q, n), h.new_empty(num_tokens, m)
+    q, kv = h.new_empty(num_q, n), h.new_empty(num_kv, m)
     folded = h.new_empty(2, f, dtype=torch.float32)
-    tiles = tiles_of(num_tokens, h.element_size())
+    tiles = tiles_of(max(num_q, num_kv), h.element_size())
     columns = triton.cdiv(n, tiles["BLOCK_N"]) + triton.cdiv(m, tiles["BLOCK_N"])
-    blocks = triton.cdiv(max(num_q, num_tokens), tiles["BLOCK_M"])
+    blocks = triton.cdiv(max(num_q, num_kv), tiles["BLOCK_M"])
     fold = 2 * tiles["num_warps"], _FOLD_K  # 16 numbers of a thread
-    grid = (blocks * columns + triton.cdiv(f, fold[0]),)
-    if num_tokens and num_sentences:
-        wrap_triton(_query_key_value_kernel)[grid](
-            h, query_weight, query_bias, key_value_weight, key_value_bias, q, kv,
-            active, cu_active, sentence_of_token, up_weight, up_bias, norm_weight, norm_bias,
-            folded, num_q, num_tokens, num_sentences, n, m, f, k, h.stride(0),
-            is_even(tiles, k, n, m), precision, *fold, **tiles,
-        )  # fmt: skip
+    wrap_triton(_query_key_value_kernel)[(blocks * columns + triton.cdiv(f, fold[0]),)](
+        h, query_weight, query_bias, key_value_weight, key_value_bias, q, kv,
+        active, cu_active[-1:], seen, cu_seen[-1:], up_weight, up_bias, norm_weight, norm_bias,
+        folded, num_q, num_kv, n, m, f, k, h.stride(0), is_even(tiles, k, n, m), precision,
+        *fold, **tiles,
+    )  # fmt: skip
     return q, kv, folded

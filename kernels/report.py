@@ -37,7 +37,7 @@ LIMITS = {
     "gfx942": (64, 64, 32, 32),
 }
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)")
-# Multiply-adds a cycle of a multiprocessor's tensor cores in fp16 and bf16 with sums in fp32, by the
+# Multiply-adds a cycle of the tensor cores of a multiprocessor, fp16 or bf16 summed in fp32, by the
 # datasheets of A100, A40, L40S, H100, B200 and RTX PRO 6000; in tf32 half as many.
 RATES = {
     "sm_80": 1024, "sm_86": 512, "sm_89": 512, "sm_90": 2048, "sm_100": 4096, "sm_120": 512
@@ -89,7 +89,7 @@ def calls(hidden, num_heads, dtype):
     )
     for size, rows in (("small", 256), ("large", 8192)):
         h, index, bias = x[:rows], i[:rows], up[:, 0].contiguous()
-        packed = h, square, bias, numbers(2 * hidden, hidden), bias, index, cu, index
+        packed = h, square, bias, numbers(2 * hidden, hidden), bias, index, cu, index, cu
         yield size, linear.query_key_value, (*packed, bias, bias, up, bias)
         normal = partial(linear.linear, norm_weight=bias, norm_bias=bias)
         beside = dict(residual=h, residual_gather=index, want_stats=True, norm_on="out")

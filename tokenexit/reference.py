@@ -109,7 +109,7 @@ def too_few(exit_layer, cu_words, min_active):
     return active & ((count < lengths) & (count < min_active))[sentence]
 
 
-def compact_active(active, cu_active, word_of_token, exit_layer):
+def compact_active(active, cu_active, word_of_token, exit_layer, cu_tokens=None, scratch=None):
     """Drop the tokens of words that left; see `tokenexit.ops.compact_active`."""
     counts = cu_active.diff()
     sentence = torch.arange(len(counts), device=active.device).repeat_interleave(counts)
@@ -120,7 +120,13 @@ def compact_active(active, cu_active, word_of_token, exit_layer):
     stays |= (word < 0) & open_sentences[sentence]
     kept = listed[stays]
     counts = torch.zeros_like(counts).index_add_(0, sentence, stays.to(counts.dtype))
-    return F.pad(kept, (0, len(active) - len(kept))), F.pad(counts.cumsum(0), (1, 0))
+    result = F.pad(kept, (0, len(active) - len(kept))), F.pad(counts.cumsum(0), (1, 0))
+    if cu_tokens is None:
+        return *result, active.new_empty(0), cu_active.new_empty(0)
+    lengths = cu_tokens.diff()
+    shown = open_sentences.repeat_interleave(lengths).nonzero()[:, 0]
+    cu_seen = F.pad((lengths * open_sentences).cumsum(0), (1, 0))
+    return *result, F.pad(shown, (0, len(word_of_token) - len(shown))), cu_seen
 
 
 def exit_attention(q, k, v, cu_q, cu_k, scale, bias=None, positions=None, dropout_p=0.0, seed=0):

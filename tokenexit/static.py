@@ -3,17 +3,17 @@
 What `tokenexit.encoder` does with lists of as many tokens as are active is done here in buffers for
 all tokens, whose first rows count; the count stays on the device. A layer is seven launches:
 
-    query_key_value   queries of active tokens, keys and values of all in sentences not finished,
-                      and what LayerNorm makes of `up`
+    query_key_value   queries of active tokens, keys and values of all in sentences not finished
+                      (the seen ones), and what LayerNorm makes of `up`
     exit_attention
     linear            output, with the residual
     linear            LayerNorm, up, GELU
     linear            down, with the residual
     exit_step_        LayerNorm, store, head, decision, what tokens leave with
-    compact_active    the new list, after a memset of its tickets
+    compact_active    the new lists of active and of seen tokens
 
 A relative-position bias adds one, a gather of the queries' positions. Before the first layer lie a
-copy of the states and seven fills. `Graphs` records the loop with all that a model does before and
+copy of the states and eight fills. `Graphs` records the loop with all that a model does before and
 after it.
 """
 
@@ -98,11 +98,12 @@ def exit_loop(
     precision = precision or float32_precision()
     numbers = torch.arange(1, len(layers), device=h.device)
     h, active, cu_active = h.clone(), torch.arange(h.shape[0], device=h.device), packed.cu_tokens
+    seen, cu_seen = active, cu_active
     left, layer_of_token = torch.zeros_like(active), torch.zeros_like(active)
     logits = h.new_zeros(h.shape[0], heads[0].out_features)
     uncertainty = torch.zeros_like(active, dtype=torch.float32)
     arrived = torch.zeros_like(schedule.window, dtype=torch.int32)
-    split = scratch(h)
+    split, places = scratch(h), cu_active.new_zeros(len(cu_active) // 8 + 3)
     bias = None if bias is None else bias.contiguous()
     positions = None if bias is None else packed.positions
     if exit_layer is not None:
@@ -114,12 +115,12 @@ def exit_loop(
         q, kv, folded = query_key_value(
             *(h, layer.query.weight, layer.query.bias),
             *(layer.key_value.weight, layer.key_value.bias),
-            *(active, cu_active, packed.sentence_of_token),
+            *(active, cu_active, seen, cu_seen),
             *(norm.weight, norm.bias, up.weight, up.bias, precision),
         )
         k, v = kv.unflatten(-1, (2, *heads_of)).unbind(1)
         context, _ = exit_attention(
-            *(q.unflatten(-1, heads_of), k, v, cu_active, packed.cu_tokens),
+            *(q.unflatten(-1, heads_of), k, v, cu_active, cu_seen),
             (h.shape[1] // layer.num_heads) ** -0.5,
             *(bias, positions),
             max_length=packed.shape[1],
@@ -145,7 +146,8 @@ def exit_loop(
         if exit_layer is not None and not last:
             left, asks = left_by[number - 1], True
         if asks:
-            active, cu_active = compact_active(active, cu_active, packed.word_of_token, left)
+            lists = active, cu_active, packed.word_of_token, left, packed.cu_tokens, places
+            active, cu_active, seen, cu_seen = compact_active(*lists)
             positions = None if bias is None else packed.positions[active]
     return logits, layer_of_token
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -10,9 +11,10 @@
 namespace tokenexit {
 namespace {
 
-std::tuple<Tensor, Tensor> compact_active_op(
+std::tuple<Tensor, Tensor, Tensor, Tensor> compact_active_op(
     const Tensor& active_, const Tensor& cu_active_, const Tensor& word_of_token_,
-    const Tensor& exit_layer_) {
+    const Tensor& exit_layer_, const std::optional<Tensor>& cu_tokens_,
+    std::optional<Tensor> /* scratch of other devices */) {
   const int64_t num_active = active_.numel(), num_sentences = cu_active_.numel() - 1;
   const int64_t num_tokens = word_of_token_.numel(), num_words = exit_layer_.numel();
   STD_TORCH_CHECK(num_sentences >= 0, "got an empty cu_active; expected [B+1]");
@@ -42,7 +44,28 @@ std::tuple<Tensor, Tensor> compact_active_op(
   auto* first_kept = cu_out.mutable_data_ptr<int64_t>();
   const int64_t n = compact_active(token, first, num_sentences, word, left, kept, first_kept);
   std::fill(kept + n, kept + num_active, 0);
-  return {active_out, cu_out};
+
+  const int64_t num_offsets = cu_tokens_ ? num_sentences + 1 : 0;
+  Tensor seen_out = torch::stable::new_empty(active, {cu_tokens_ ? num_tokens : 0});
+  Tensor cu_seen_out = torch::stable::new_empty(cu_active, {num_offsets});
+  if (cu_tokens_) {
+    const Tensor cu_tokens = checked_vector(*cu_tokens_, "cu_tokens", num_offsets);
+    const auto* begin = cu_tokens.const_data_ptr<int64_t>();
+    check_offsets(begin, num_sentences, "cu_tokens");
+    STD_TORCH_CHECK(
+        begin[num_sentences] <= num_tokens, "cu_tokens ends at ", begin[num_sentences],
+        "; expected at most ", num_tokens);
+    auto* seen = seen_out.mutable_data_ptr<int64_t>();
+    auto* first_seen = cu_seen_out.mutable_data_ptr<int64_t>();
+    int64_t m = first_seen[0] = 0;
+    for (int64_t b = 0; b < num_sentences; ++b) {
+      const bool open = first_kept[b + 1] > first_kept[b];
+      for (int64_t t = begin[b]; open && t < begin[b + 1]; ++t) seen[m++] = t;
+      first_seen[b + 1] = m;
+    }
+    std::fill(seen + m, seen + num_tokens, 0);
+  }
+  return {active_out, cu_out, seen_out, cu_seen_out};
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include <cub/warp/warp_reduce.cuh>
@@ -44,15 +45,17 @@ __device__ int64_t sum_before(uint64_t* states, int64_t tile, int64_t count, int
 
 // One pass. A block takes a tile of sentences, a warp one of them: it counts what stays, learns
 // where that begins, and copies it. Places come from prefix sums alone, so the result is the same
-// in every run. `states`, zeros: a ticket, then a word for each tile.
+// in every run. `states`, zeros: a ticket, how many blocks are done, then a word for each tile;
+// the last block leaves zeros again. cu_tokens null: no list of seen tokens.
 __global__ void __launch_bounds__(kThreads, 4) compact_active_kernel(
     const int64_t* __restrict__ active, const int64_t* __restrict__ cu_active,
     const int64_t* __restrict__ word_of_token, const int64_t* __restrict__ exit_layer,
-    int64_t* __restrict__ active_out, int64_t* __restrict__ cu_out, uint64_t* states,
-    int64_t num_active, int64_t num_sentences) {
+    const int64_t* __restrict__ cu_tokens, int64_t* __restrict__ active_out,
+    int64_t* __restrict__ cu_out, int64_t* __restrict__ seen_out, int64_t* __restrict__ cu_seen_out,
+    uint64_t* states, int64_t num_active, int64_t num_seen, int64_t num_sentences) {
   using Scan = cub::WarpScan<int64_t>;
   __shared__ typename Scan::TempStorage scratch;
-  __shared__ int64_t counts[kWarps], ends[kWarps], my_tile;
+  __shared__ int64_t counts[kWarps], ends[kWarps], my_tile, done;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
 
@@ -69,19 +72,27 @@ __global__ void __launch_bounds__(kThreads, 4) compact_active_kernel(
     of_words += __popc(__ballot_sync(kAllLanes, listed && stays(word, exit_layer, false)));
     specials += __popc(__ballot_sync(kAllLanes, listed && word < 0));
   }
-  if (lane == 0) counts[warp] = num_kept(of_words, specials);
+  const bool shown = cu_tokens != nullptr && b < num_sentences && of_words > 0;
+  const int64_t first_seen = shown ? cu_tokens[b] : 0;
+  const int64_t seen = shown ? cu_tokens[b + 1] - first_seen : 0;
+  if (lane == 0) counts[warp] = both(num_kept(of_words, specials), seen);
   __syncthreads();
 
   if (warp == 0) {
     int64_t sum, total;
     Scan(scratch).InclusiveSum(lane < kWarps ? counts[lane] : 0, sum, total);
-    sum += sum_before(states + 1, my_tile, total, lane);
+    sum += sum_before(states + 2, my_tile, total, lane);
     if (lane < kWarps) ends[lane] = sum;
   }
   __syncthreads();
 
-  int64_t to = ends[warp] - counts[warp];
-  if (lane == 0 && b < num_sentences) cu_out[b + 1] = ends[warp];
+  const int64_t end = ends[warp], begin = end - counts[warp];
+  if (lane == 0 && b < num_sentences) {
+    cu_out[b + 1] = kept_of(end);
+    if (cu_tokens != nullptr) cu_seen_out[b + 1] = seen_of(end);
+  }
+  for (int64_t i = lane; i < seen; i += kWarpSize) seen_out[seen_of(begin) + i] = first_seen + i;
+  int64_t to = kept_of(begin);
   for (int64_t i = first; i < last; i += kWarpSize) {
     const bool listed = i + lane < last;
     const int64_t token = listed ? active[i + lane] : 0;
@@ -90,44 +101,81 @@ __global__ void __launch_bounds__(kThreads, 4) compact_active_kernel(
     if (stay) active_out[to + __popc(staying & ((1u << lane) - 1))] = token;
     to += __popc(staying);
   }
-  if (threadIdx.x == 0 && my_tile == 0) cu_out[0] = 0;
-  if (my_tile + 1 < gridDim.x) return;
-  for (int64_t i = ends[kWarps - 1] + threadIdx.x; i < num_active; i += kThreads) active_out[i] = 0;
+  if (threadIdx.x == 0 && my_tile == 0) {
+    cu_out[0] = 0;
+    if (cu_tokens != nullptr) cu_seen_out[0] = 0;
+  }
+  if (my_tile + 1 == gridDim.x) {
+    const int64_t last_end = ends[kWarps - 1];
+    int64_t i = kept_of(last_end) + threadIdx.x;
+    for (; i < num_active; i += kThreads) active_out[i] = 0;
+    for (i = seen_of(last_end) + threadIdx.x; i < num_seen; i += kThreads) seen_out[i] = 0;
+  }
+  // Whoever is last here has seen all others finish with the states.
+  if (threadIdx.x == 0) done = State(states[1]).fetch_add(1, cuda::memory_order_acq_rel) + 1;
+  __syncthreads();
+  if (done < gridDim.x) return;
+  for (int64_t i = threadIdx.x; i < gridDim.x + 2; i += kThreads) states[i] = 0;
 }
 
-std::tuple<Tensor, Tensor> compact_active(
+std::tuple<Tensor, Tensor, Tensor, Tensor> compact_active(
     const Tensor& active_, const Tensor& cu_active_, const Tensor& word_of_token_,
-    const Tensor& exit_layer_) {
+    const Tensor& exit_layer_, const std::optional<Tensor>& cu_tokens_,
+    std::optional<Tensor> scratch_) {
   const int64_t num_active = active_.numel(), num_sentences = cu_active_.numel() - 1;
   STD_TORCH_CHECK(num_sentences >= 0, "got an empty cu_active; expected [B+1]");
-  for (const Tensor* other : {&active_, &cu_active_, &word_of_token_, &exit_layer_}) {
+  const Tensor* cu_tokens_given = cu_tokens_ ? &*cu_tokens_ : &active_;
+  const Tensor* scratch_given = scratch_ ? &*scratch_ : &active_;
+  for (const Tensor* other :
+       {&cu_active_, &word_of_token_, &exit_layer_, cu_tokens_given, scratch_given}) {
     STD_TORCH_CHECK(other->device() == active_.device(), "expected all tensors on one device");
   }
+  const int64_t num_tokens = word_of_token_.numel(), num_seen = cu_tokens_ ? num_tokens : 0;
+  STD_TORCH_CHECK(
+      std::max(num_active, num_tokens) < int64_t{1} << kBits, "got ", num_active, " of ",
+      num_tokens, " tokens; expected fewer than 2^31");
   const torch::stable::accelerator::DeviceGuard guard(active_.get_device_index());
   const Tensor active = checked_vector(active_, "active", num_active);
   const Tensor cu_active = checked_vector(cu_active_, "cu_active", num_sentences + 1);
   const Tensor word_of_token =
-      checked_vector(word_of_token_, "word_of_token", word_of_token_.numel());
+      checked_vector(word_of_token_, "word_of_token", num_tokens);
   const Tensor exit_layer = checked_vector(exit_layer_, "exit_layer", exit_layer_.numel());
   Tensor active_out = torch::stable::empty_like(active);
   Tensor cu_out = torch::stable::empty_like(cu_active);
 
   const int64_t num_tiles = std::max<int64_t>(1, (num_sentences + kWarps - 1) / kWarps);
-  Tensor states = torch::stable::new_empty(active, {num_tiles + 1});
+  const int64_t num_offsets = cu_tokens_ ? num_sentences + 1 : 0;
+  Tensor seen_out = torch::stable::new_empty(active, {num_seen});
+  Tensor cu_seen_out = torch::stable::new_empty(active, {num_offsets});
+  Tensor cu_tokens;
+  const int64_t* begins = nullptr;
+  if (cu_tokens_) {
+    cu_tokens = checked_vector(*cu_tokens_, "cu_tokens", num_offsets);
+    begins = cu_tokens.const_data_ptr<int64_t>();
+  }
 
   void* current = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(active.get_device_index(), &current));
   const auto stream = static_cast<cudaStream_t>(current);
+  Tensor states = scratch_ ? *scratch_ : torch::stable::new_empty(active, {num_tiles + 2});
+  STD_TORCH_CHECK(
+      states.is_contiguous() && states.scalar_type() == active.scalar_type() &&
+          states.numel() >= num_tiles + 2,
+      "got a scratch of ", states.numel(), " elements; expected at least ", num_tiles + 2,
+      " of Long, contiguous");
   auto* words = reinterpret_cast<uint64_t*>(states.mutable_data_ptr<int64_t>());
-  STD_CUDA_CHECK(cudaMemsetAsync(words, 0, (num_tiles + 1) * sizeof(uint64_t), stream));
+  if (!scratch_) {
+    STD_CUDA_CHECK(cudaMemsetAsync(words, 0, (num_tiles + 2) * sizeof(uint64_t), stream));
+  }
   compact_active_kernel<<<num_tiles, kThreads, 0, stream>>>(
       active.const_data_ptr<int64_t>(), cu_active.const_data_ptr<int64_t>(),
-      word_of_token.const_data_ptr<int64_t>(), exit_layer.const_data_ptr<int64_t>(),
-      active_out.mutable_data_ptr<int64_t>(), cu_out.mutable_data_ptr<int64_t>(), words, num_active,
-      num_sentences);
+      word_of_token.const_data_ptr<int64_t>(), exit_layer.const_data_ptr<int64_t>(), begins,
+      active_out.mutable_data_ptr<int64_t>(), cu_out.mutable_data_ptr<int64_t>(),
+      seen_out.mutable_data_ptr<int64_t>(), cu_seen_out.mutable_data_ptr<int64_t>(), words,
+      num_active, num_seen, num_sentences);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {active_out, cu_out};
+  return {active_out, cu_out, seen_out, cu_seen_out};
 }
 
 }  // namespace

@@ -70,11 +70,34 @@ def compact_by_loop(active, cu_active, word_of_token, exit_layer):
     return kept + [0] * (len(active) - len(kept)), cu_kept
 
 
+def seen_by_loop(cu_kept, cu_tokens, num_tokens):
+    seen, cu_seen = [], [0]
+    for b, (first, last) in enumerate(zip(cu_tokens[:-1], cu_tokens[1:], strict=True)):
+        seen += range(first, last) if cu_kept[b + 1] > cu_kept[b] else ()
+        cu_seen.append(len(seen))
+    return seen + [0] * (num_tokens - len(seen)), cu_seen
+
+
+def offsets_of_sentences(args):
+    """Each sentence ends after its last token in the list; what follows belongs to the last one."""
+    active, cu_active, word_of_token, _ = (a.tolist() for a in args)
+    ends = [max(active[:last], default=-1) + 1 for last in cu_active]
+    return torch.tensor([*ends[:-1], len(word_of_token)] if len(ends) > 1 else [0])
+
+
 def assert_compacts_right(args, backend, device):
-    ours = compact_active(*(a.to(device) for a in args), backend=backend)
     expected = compact_by_loop(*(a.tolist() for a in args))
-    assert [o.tolist() for o in ours] == list(expected)
-    assert all(o.dtype == torch.int64 and o.device.type == device for o in ours)
+    cu_tokens = offsets_of_sentences(args)
+    seen = seen_by_loop(expected[1], cu_tokens.tolist(), len(args[2]))
+    args, cu_tokens = [a.to(device) for a in args], cu_tokens.to(device)
+    scratch = torch.zeros(len(cu_tokens) // 8 + 3, dtype=torch.int64, device=device)
+    for _ in range(2):  # with the same scratch
+        ours = compact_active(*args, cu_tokens, scratch, backend=backend)
+        assert [o.tolist() for o in ours] == [*expected, *seen]
+        assert all(o.dtype == torch.int64 and o.device.type == device for o in ours)
+        assert not scratch.any()
+    for same, one in zip(compact_active(*args, backend=backend), ours[:2], strict=True):
+        assert torch.equal(same, one)
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -156,6 +179,8 @@ def test_same_result_on_any_number_of_threads():
 def test_opcheck():
     args = make_args([5, 0, 9], 0.5, unlisted=3)
     torch.library.opcheck(torch.ops.tokenexit.compact_active.default, args)
+    args = *args, offsets_of_sentences(args), torch.zeros(9).long()
+    torch.library.opcheck(torch.ops.tokenexit.compact_active.default, args)
 
 
 @compiled
@@ -181,6 +206,12 @@ def changed(index, value):
         (changed(1, torch.zeros(3).int()), TypeError, "cu_active of torch.int32"),
         (changed(2, torch.zeros(3).int()), TypeError, "word_of_token of torch.int32"),
         (changed(3, torch.zeros(3, device="meta").long()), ValueError, "on meta; expected cpu"),
+        (
+            [*make_args([5, 9], 0.5), torch.zeros(2).long()],
+            ValueError,
+            r"cu_tokens \[2\]; expected",
+        ),
+        ([*make_args([5], 0.5), None, torch.zeros(2)], TypeError, "scratch of torch.float32"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -204,6 +235,7 @@ def test_unknown_backend():
         (changed(1, torch.tensor([0, 99, 2])), "cu_active falls from 99 to 2 at sentence 1"),
         (changed(1, torch.tensor([1, 2, 2])), "cu_active starts at 1; expected 0"),
         (changed(3, torch.zeros(2).long()), "got word 2 of 2"),
+        ([*make_args([5, 9], 0.5), torch.tensor([0, 9, 99])], "cu_tokens ends at 99; expected at"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -236,6 +268,9 @@ extern "C" int64_t sum_before(const int64_t* counts, const bool* told, int64_t t
   }
   return sum;
 }
+extern "C" int64_t of_both(int64_t kept, int64_t seen, bool second) {
+  return second ? seen_of(both(kept, seen)) : kept_of(both(kept, seen));
+}
 extern "C" int64_t kept(int64_t of_words, int64_t specials) { return num_kept(of_words, specials); }
 """
 
@@ -251,7 +286,10 @@ def test_arithmetic_shared_with_the_gpu(tmp_path):
     command = [os.environ.get("CXX", "g++"), "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror"]
     subprocess.run([*command, *includes, tmp_path / "look_back.cpp", "-o", library], check=True)
     shared = ctypes.CDLL(str(library))
-    shared.sum_before.restype = shared.kept.restype = ctypes.c_int64
+    shared.sum_before.restype = shared.kept.restype = shared.of_both.restype = ctypes.c_int64
+    for pair in ((0, 0), (5, 7), (2**31 - 1, 0), (0, 2**31 - 1), (2**31 - 1, 2**31 - 1)):
+        numbers = [ctypes.c_int64(n) for n in pair]
+        assert tuple(shared.of_both(*numbers, second) for second in (False, True)) == pair
     for words, specials in ((0, 2), (1, 2), (5, 0)):
         expected = words + specials if words else 0
         assert shared.kept(ctypes.c_int64(words), ctypes.c_int64(specials)) == expected
