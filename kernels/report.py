@@ -105,13 +105,15 @@ def calls(hidden, num_heads, dtype):
     yield "", norm.bias_gelu, (x, weight)
 
 
-def launches(hidden, num_heads, dtype, hip=False):
-    """(name, kernel, arguments, options) of all that `calls` launch, on an AMD GPU if hip."""
+def launches(hidden, num_heads, dtype, arch="sm_80"):
+    """(name, kernel, arguments, options) of all that `calls` launch on a GPU like that."""
     import triton
+    from tokenexit.kernels import linear
 
     recorded = []
-    original = triton.JITFunction.run, torch.version.hip
-    torch.version.hip = "7" if hip else None
+    original = triton.JITFunction.run, torch.version.hip, linear.on_hopper
+    torch.version.hip = "7" if arch.startswith("gfx") else None
+    linear.on_hopper = lambda x: arch == "sm_90"
     triton.JITFunction.run = lambda kernel, *args, grid, warmup, **named: recorded.append(
         (kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **named})
     )
@@ -124,7 +126,7 @@ def launches(hidden, num_heads, dtype, hip=False):
                 yield f"{stem}_{name}".rstrip("_"), kernel, values, options
             recorded.clear()
     finally:
-        triton.JITFunction.run, torch.version.hip = original
+        triton.JITFunction.run, torch.version.hip, linear.on_hopper = original
 
 
 def compile_kernel(kernel, values, options, arch):
@@ -287,19 +289,19 @@ def main(arguments=None):
     line = "{:32} {:7} {:5} {:7} {:>5} {:>6} {:>7} {:>14} {:>6}"
     heads = "kernel,model,dtype,arch,regs,spill,KiB,tensor cores,occup."
     print(line.format(*heads.split(",")))
-    vendors = [[arch for arch in chosen.arch if arch.startswith(by)] for by in ("sm_", "gfx")]
-    for model, dtype, arches in itertools.product(models, dtypes, filter(None, vendors)):
-        of_model = launches(*MODELS[model], DTYPES[dtype], hip=arches[0].startswith("gfx"))
+    for model, dtype, arch in itertools.product(models, dtypes, chosen.arch):
+        of_model = launches(*MODELS[model], DTYPES[dtype], arch)
         for name, kernel, values, options in of_model:
-            for arch in arches if chosen.kernel in name else ():
-                row = {"kernel": name, "model": model, "dtype": dtype, "arch": arch}
-                row |= compile_kernel(kernel, values, options, arch)
-                rows.append(row)
-                cores = f"{row['tensor_core_instructions']} {row['tensor_cores']}".strip()
-                print(line.format(
-                    name, model, dtype, arch, row["registers"], row["spill_bytes"],
-                    f"{row['shared_kib']:.1f}", cores, f"{row['occupancy']:.0%}",
-                ), flush=True)  # fmt: skip
+            if chosen.kernel not in name:
+                continue
+            row = {"kernel": name, "model": model, "dtype": dtype, "arch": arch}
+            row |= compile_kernel(kernel, values, options, arch)
+            rows.append(row)
+            cores = f"{row['tensor_core_instructions']} {row['tensor_cores']}".strip()
+            print(line.format(
+                name, model, dtype, arch, row["registers"], row["spill_bytes"],
+                f"{row['shared_kib']:.1f}", cores, f"{row['occupancy']:.0%}",
+            ), flush=True)  # fmt: skip
     if chosen.table:
         print("", *table(rows), sep="\n")
     if chosen.json:
