@@ -24,7 +24,8 @@ class Gpu:
 
     Attributes:
         tflops, tbs: dense fp16 operations (1e12/s) and memory bandwidth (TB/s), by the datasheet.
-        sms: multiprocessors.
+        sms, ghz: multiprocessors, and their boost clock.
+        shared: products of which two large programs share a multiprocessor (docs/kernels.md).
         ours, library: share of tflops that large products in Triton and in cuBLAS reach.
         most_splits: of kernels/linear.py; 1: no product is split.
         whole_tiles: False for a bound: tiles as fine as would be needed to keep all busy.
@@ -34,15 +35,17 @@ class Gpu:
     tflops: float
     tbs: float
     sms: int
+    ghz: float
     ours: float
     library: float
+    shared: tuple[str, ...] = ()
     most_splits: int = 8
     whole_tiles: bool = True
 
 
-A100 = Gpu("A100", 312, 2.04, 108, 0.60, 0.75)
-H100 = Gpu("H100", 989, 3.35, 132, 0.45, 0.65)
-B200 = Gpu("B200", 2250, 8.0, 148, 0.30, 0.60)
+A100 = Gpu("A100", 312, 2.04, 108, 1.41, 0.60, 0.75)
+H100 = Gpu("H100", 989, 3.35, 132, 1.83, 0.45, 0.65, ("query_key_value", "output", "up"))
+B200 = Gpu("B200", 2250, 8.0, 148, 1.85, 0.30, 0.60, ("query_key_value",))
 GPUS = (A100, H100, B200)
 GAP_US = 1.5  # of a launch within a graph or a full queue, with filling and draining
 EAGER_US = 7.0  # of the host, for a launch that PyTorch makes
@@ -51,6 +54,9 @@ WAIT_US = 15.0  # of the host, for a value from the device
 # Of a call beside its layers, for checks, packing and embedding: launches in its graph, launches of
 # the host (copies into and out of the graph's buffers), waits.
 OUTSIDE = 113, 16, 1
+# Instructions of a warp before and after the loop of a large tile, by its machine code on sm_90
+# (`python -m tokenexit.kernels.report --kernel large`), less what only splits run.
+ENDS = {"query_key_value": 450, "output": 1600, "up": 1850, "down": 1800}
 LATENCY_US = 0.75  # of a load, or to tell another program something
 STEP_US = LATENCY_US / 3  # of a chain of loads, three in flight
 SM_TBS = 0.1  # from and to the L2 cache, of one multiprocessor
@@ -72,12 +78,29 @@ def bytes_us(gpu, size):
     return size / (gpu.tbs * 1e6 * MEMORY)
 
 
-def launch(gpu, name, flop, size, programs=0, empty=0, share=1.0, steps=0, resident=1, fixed_us=0):
-    """A launch of programs alike, `flop` operations on `size` bytes in all."""
+def launch(
+    gpu,
+    name,
+    flop,
+    size,
+    programs=0,
+    empty=0,
+    share=1.0,
+    steps=0,
+    resident=1,
+    fixed_us=0,
+    ends_us=0,
+):
+    """A launch of programs alike, `flop` operations on `size` bytes in all.
+
+    What a program does before and after its loop (ends_us) shows where no other is resident, and
+    of the last programs.
+    """
     load = programs / gpu.sms  # of a multiprocessor
     work = flop / (gpu.tflops * 1e6 * share)  # if all are busy
     if programs and gpu.whole_tiles:
         work = max(work * ceil(load) / load, ceil(load / resident) * steps * STEP_US)
+        work += ends_us * (ceil(load) if resident == 1 else 1)
     leaving = ceil(empty / (gpu.sms * resident)) * EMPTY_US
     us = GAP_US + fixed_us + max(work, bytes_us(gpu, size)) + leaving
     return Launch(name, flop / 1e9, size / 1e6, us)
@@ -92,20 +115,21 @@ def splits(tiles, steps, slots, most):
 
 
 def product(gpu, name, parts, k, capacity, extra=0, persistent=True):
-    """A matrix product; parts are (blocks of rows, rows, columns), the rest of capacity leaves.
+    """A matrix product; parts are (rows, columns).
 
-    Blocks of None are as many as the rows fill. Nothing leaves and few tiles are split if it is
-    persistent.
+    If it is persistent few tiles are split, else programs of the rest of capacity leave.
     """
     rows, cols, depth, resident = (128, 128, 64, 1) if capacity > 256 else (32, 32, 128, 4)
-    columns = [ceil(n / cols) for *_, n in parts]
-    grid = ceil(capacity / rows) * sum(columns)
-    tiles = sum((p[0] or ceil(p[1] / rows)) * c for p, c in zip(parts, columns, strict=True))
-    size = SIZE * sum(m * k + n * k + m * n for _, m, n in parts) + extra
+    ends_us = 0
+    if capacity > 256:  # 8 warps for 4 that issue at a time
+        ends_us, resident = ENDS[name] * 8 / 4 / gpu.ghz / 1e3, 1 + (name in gpu.shared)
+    grid = ceil(capacity / rows) * sum(ceil(n / cols) for _, n in parts)
+    tiles = sum(ceil(m / rows) * ceil(n / cols) for m, n in parts)
+    size = SIZE * sum(m * k + n * k + m * n for m, n in parts) + extra
     # Operations for each byte, of those of 128 x 128.
     share, flop = gpu.ours * rows * cols / (rows + cols) / 64, 2 * tiles * rows * cols * k
     if not persistent:
-        chain = k / depth, resident
+        chain = k / depth, resident, 0, ends_us
         return launch(gpu, name, flop, size, tiles, grid - tiles, share, *chain)
     most = gpu.most_splits if gpu.whole_tiles else 1
     slots = gpu.sms * resident
@@ -113,8 +137,8 @@ def product(gpu, name, parts, k, capacity, extra=0, persistent=True):
     # Parts are stored, then read by the last, which has to know that it is.
     moved = (ceil(tiles * n / slots) + n) * 4 * rows * cols
     adding = 2 * LATENCY_US + moved / (SM_TBS * 1e6) if n > 1 else 0
-    chain = ceil(k / depth / n), resident
-    return launch(gpu, name, flop, size, tiles * n, 0, share, *chain, adding)
+    chain = ceil(k / depth / n), resident, adding, ends_us
+    return launch(gpu, name, flop, size, tiles * n, 0, share, *chain)
 
 
 def layer(gpu, sentences, n, active=1.0, alive=1.0, decide=True, compact=True, keys="projected"):
@@ -130,13 +154,12 @@ def layer(gpu, sentences, n, active=1.0, alive=1.0, decide=True, compact=True, k
     a, s = ceil(active * capacity), max(1, round(alive * sentences))
     each = ceil(a / s)  # active tokens of a sentence that is not finished
     blocks = ceil(a / block)
-    parts, attend, sides = [(None, a, D)], (ATTENTION, n / 32, 3), []
+    parts, attend, sides = [(a, D)], (ATTENTION, n / 32, 3), []
     tile, rows, rows_all = min(64, max(16, n)), each, n
-    if keys == "projected":  # of a block if any of its sentences is alive
-        alive_blocks = 1 - (1 - s / sentences) ** max(1, block / n)
-        parts.append((ceil(ceil(capacity / block) * alive_blocks), s * n, 2 * D))
+    if keys == "projected":
+        parts.append((s * n, 2 * D))
     elif keys == "active":
-        parts.append((None, a, 2 * D))
+        parts.append((a, 2 * D))
     else:  # a head's queries are carried over to D numbers and back
         carry = 2 * a * D * D, SIZE * (D * D + a * D * (HEADS + 1)), blocks * HEADS * 6
         sides = [launch(gpu, f"carry_{to}", *carry, 0, gpu.ours) for to in ("in", "out")]
@@ -149,16 +172,16 @@ def layer(gpu, sentences, n, active=1.0, alive=1.0, decide=True, compact=True, k
     ends, all_ends = s * ceil(each / 16), sentences * ceil(n / 16)
     end = 2 * a * D * LABELS, 2 * row + SIZE * LABELS * (a + D), ends, all_ends - ends
     # The last program of a sentence decides on 32 words at a time, in two steps.
-    scan_us = GAP_US + 8 * STEP_US  # a memset before it
+    scan_us = 8 * STEP_US
     last_us = ceil(n / 32) * 2 * STEP_US if decide else 0
     return [
         product(gpu, "query_key_value", parts, D, capacity, persistent=False),
         *sides[:1],
         launch(gpu, "exit_attention", flop, size, programs, most - programs, *attend),
         *sides[1:],
-        product(gpu, "output", [(None, a, D)], D, capacity, row),
-        product(gpu, "up", [(None, a, F)], D, capacity),
-        product(gpu, "down", [(None, a, D)], F, capacity, row),
+        product(gpu, "output", [(a, D)], D, capacity, row),
+        product(gpu, "up", [(a, F)], D, capacity),
+        product(gpu, "down", [(a, D)], F, capacity, row),
         launch(gpu, "exit_step", *end, 0.02, D / 64, 7, last_us),
         *([launch(gpu, "compact_active", 0, 32 * a, fixed_us=scan_us)] * (decide and compact)),
     ]

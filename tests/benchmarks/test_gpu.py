@@ -42,19 +42,35 @@ def test_operations_of_full_depth_by_hand():
 
 
 def test_time_of_a_product_by_hand():
-    # 64 blocks of rows x 24 of columns on 132 multiprocessors: 12 rounds of one tile each.
+    # 64 blocks of rows x 24 of columns on 132 multiprocessors: 12 rounds of one tile each, with the
+    # ends of the last two showing at a time.
     tile_us = 2 * 128 * 128 * 768 / (989e6 / 132 * 0.45)
-    assert named(layer(H100, 64, 128), "up").us == pytest.approx(1.5 + 12 * tile_us)
+    ends_us = {name: 2 * n / 1.83e3 for name, n in gpu_model.ENDS.items()}
+    assert named(layer(H100, 64, 128), "up").us == pytest.approx(1.5 + 12 * tile_us + ends_us["up"])
+    # 64 x 6 tiles of four times as many steps, alone on their multiprocessors.
+    got = named(layer(H100, 64, 128), "down").us
+    assert got == pytest.approx(1.5 + 3 * (4 * tile_us + ends_us["down"]))
     # 820 rows: 7 x 24 tiles, two rounds; no part of them would be faster.
     got = named(layer(H100, 64, 128, 0.1), "up").us
-    assert got == pytest.approx(1.5 + 2 * tile_us)
+    assert got == pytest.approx(1.5 + 2 * tile_us + ends_us["up"])
     # 7 x 6 tiles in three parts; a part is stored and three are read, after two latencies.
     got = named(layer(H100, 64, 128, 0.1), "output").us
     adding_us = 1.5 + 4 * 128 * 128 * 4 / 0.1e6
-    assert got == pytest.approx(1.5 + max(tile_us / 3, 4 * 0.25) + adding_us)
+    assert got == pytest.approx(1.5 + max(tile_us / 3, 4 * 0.25) + ends_us["output"] + adding_us)
     # Queries of as many, keys and values of all; 57 x 6 programs of 64 x 18 leave.
     got = named(layer(H100, 64, 128, 0.1), "query_key_value").us
-    assert got == pytest.approx(1.5 + 7 * tile_us + 3 * 0.3)
+    assert got == pytest.approx(1.5 + 7 * tile_us + ends_us["query_key_value"] + 2 * 0.3)
+
+
+def test_what_shares_a_multiprocessor_is_what_the_kernels_let():
+    """By the compile report on sm_90; `test_residents` holds the rest."""
+    pytest.importorskip("triton")
+    from tokenexit.kernels import linear
+
+    x, tiles = torch.ones(300, 8, dtype=torch.float16), linear.tiles_of(300, 2)
+    assert linear.residents(x, tiles)[0] == 1  # without a Hopper
+    assert set(H100.shared) == gpu_model.ENDS.keys() - {"down"}
+    assert all(card.shared in ((), ("query_key_value",)) for card in GPUS if card is not H100)
 
 
 def test_splits_are_those_of_the_kernels():
