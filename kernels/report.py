@@ -24,7 +24,8 @@ import torch
 
 MODELS = {"minilm": (384, 12), "base": (768, 12), "large": (1024, 16)}  # hidden size, heads
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "i64", torch.int32: "i32"}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES |= {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
 # Shared memory of a block and of a multiprocessor in KiB, and its warps and blocks, by the CUDA
 # programming guide (technical specifications by compute capability) and AMD's CDNA3 manual.
 LIMITS = {
@@ -46,7 +47,7 @@ RATES = {
 
 def calls(hidden, num_heads, dtype):
     """(name, op, arguments) that launch every kernel; attention in training with all options."""
-    from tokenexit.kernels import attention, decision, linear, norm
+    from tokenexit.kernels import attention, decision, linear, norm, pack_static
 
     def numbers(*shape):
         return torch.empty(shape, dtype=dtype)
@@ -103,6 +104,7 @@ def calls(hidden, num_heads, dtype):
 
     yield "", norm.add_layer_norm, (x, x, weight, weight, 1e-12, i[:1])
     yield "", norm.bias_gelu, (x, weight)
+    yield "", pack_static.pack_static, (i.view(b, 128) > 0, i.view(b, 128))
 
 
 def launches(hidden, num_heads, dtype, arch="sm_80"):

@@ -40,6 +40,23 @@ class Packed:
     word_at: torch.Tensor
     sentence_of_token: torch.Tensor
 
+    @classmethod
+    def of(cls, shape, by_token, offsets, first_token) -> Packed:
+        """Of what `ops.pack_tokens.pack_tokens` gives."""
+        slots, positions, sentence_of_token, word_of_token, word_at = by_token.unbind()
+        cu_tokens, cu_words = offsets.unbind()
+        return cls(
+            shape=tuple(shape),
+            slots=slots,
+            positions=positions,
+            cu_tokens=cu_tokens,
+            cu_words=cu_words,
+            first_token=first_token,
+            word_of_token=word_of_token,
+            word_at=word_at,
+            sentence_of_token=sentence_of_token,
+        )
+
     @property
     def num_sentences(self) -> int:
         return self.cu_tokens.shape[0] - 1

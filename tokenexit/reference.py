@@ -31,6 +31,43 @@ def pack_tokens(mask, word_ids):
     )
 
 
+def pack_static(real, word_ids):
+    """As `pack_tokens`, in shapes that hang on no value: room for B * N tokens and words.
+
+    What it has in excess are tokens of slot 0 and of no word, in a last, empty sentence B.
+
+    Args:
+        real: `[B, N]` bool, true at real tokens; word_ids: `[B, N]` int64.
+
+    Returns:
+        What `pack_tokens` gives; and `[B, N]` int64, the packed index of each real token, else 0.
+    """
+    num_sentences, longest = real.shape
+    each, mask = torch.arange(real.numel(), device=real.device), real.flatten()
+    place = (mask.cumsum(0) - 1).masked_fill(~mask, 0)
+    slots = _inverse(place, mask)
+    lengths = F.pad(real.sum(1), (0, 1))
+    cu_tokens = F.pad(lengths.cumsum(0), (1, 0))
+    excess = each >= cu_tokens[-1]
+    sentence = (slots // longest).masked_fill(excess, num_sentences)
+    positions = (each - cu_tokens[sentence]).masked_fill(excess, 1)  # not the first of a sentence
+    ids = word_ids.flatten()[slots].masked_fill(excess, -1)
+    of_token, at, cu_words = words_of(ids, sentence, positions, lengths)
+    return (
+        torch.stack([slots, positions, sentence, of_token, at]),
+        torch.stack([cu_tokens, cu_words]),
+        _inverse(at, at >= 0),
+        place.view(real.shape),
+    )
+
+
+def _inverse(index, mask):
+    """`result[index[i]] = i` where mask, else 0; indices are distinct, below their number."""
+    size = len(index)
+    places = torch.arange(size, device=index.device)
+    return places.new_zeros(size + 1).scatter_(0, index.where(mask, size), places)[:size]
+
+
 def words_of(ids, sentence, positions, lengths):
     """word_of_token, word_at and cu_words of packed tokens' word ids, see `packing.Packed`."""
     first_of_sentence = positions == 0

@@ -32,6 +32,7 @@ from torch import nn
 from tokenexit.layers import ExitHead, ExitLayer, is_hooked
 from tokenexit.ops import compiled_devices, float32_precision
 from tokenexit.ops.compact_active import compact_active
+from tokenexit.packing import Packed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_LABELS = 256  # that exit_step_ takes
@@ -59,6 +60,22 @@ def applies(layers: Sequence[nn.Module], heads: Sequence[nn.Module], h) -> bool:
         and not is_hooked((*layers, *heads))
         and all(w.dtype == h.dtype and w.is_contiguous() for w in weights(layers, heads))
     )
+
+
+def pack(real: torch.Tensor, word_ids: torch.Tensor) -> tuple[Packed, torch.Tensor]:
+    """The layout of a padded batch, with room for all its cells and a last, empty sentence.
+
+    Args:
+        real: `[B, N]` bool, true at real tokens; word_ids: `[B, N]` int64.
+
+    Returns:
+        The layout, see `reference.pack_static` for what it has in excess; and `[B, N]` int64, the
+        packed index of each real token.
+    """
+    from tokenexit.kernels.pack_static import pack_static
+
+    *layout, place = pack_static(real, word_ids)
+    return Packed.of((len(real) + 1, real.shape[1]), *layout), place
 
 
 def weights(layers: Sequence[nn.Module], heads: Sequence[nn.Module]) -> list[torch.Tensor]:

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenexit import reference
 from tokenexit.ops import extension_available, extension_error
-from tokenexit.ops.pack_tokens import pack, pack_static, pack_tokens
+from tokenexit.ops.pack_tokens import pack_tokens
 
 compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 CELL = st.tuples(st.booleans(), st.integers(-1, 2))
@@ -59,16 +60,13 @@ def test_static_shapes(rows):
         return
     cells = torch.tensor(rows)
     mask, word_ids = cells[..., 0] != 0, cells[..., 1]
-    roomy, exact = pack_static(mask, word_ids), pack(mask, word_ids)
-    num_tokens, num_words, (b, n) = len(exact.slots), len(exact.first_token), mask.shape
-    assert roomy.shape == (b + 1, n)
-    for name in ("slots", "positions", "word_of_token", "word_at", "sentence_of_token"):
-        assert torch.equal(getattr(roomy, name)[:num_tokens], getattr(exact, name)), name
-        assert len(getattr(roomy, name)) == mask.numel()
-    for name in ("cu_tokens", "cu_words"):
-        offsets = getattr(exact, name)
-        assert torch.equal(getattr(roomy, name), torch.cat([offsets, offsets[-1:]])), name
-    assert torch.equal(roomy.first_token[:num_words], exact.first_token)
-    assert (roomy.sentence_of_token[num_tokens:] == b).all()
-    assert (roomy.word_of_token[num_tokens:] == -1).all()
-    assert (roomy.word_at[num_tokens:] == -1).all()
+    by_token, cu, first_token, place = reference.pack_static(mask, word_ids)
+    exact = reference.pack_tokens(mask, word_ids)
+    num_tokens, num_words = int(mask.sum()), len(exact[2])
+    assert by_token.shape == (5, mask.numel()) and len(first_token) == mask.numel()
+    assert torch.equal(by_token[:, :num_tokens], exact[0])
+    assert torch.equal(cu, torch.cat([exact[1], exact[1][:, -1:]], 1))
+    assert torch.equal(first_token[:num_words], exact[2])
+    excess = torch.tensor([0, 1, len(mask), -1, -1])
+    assert (by_token[:, num_tokens:] == excess[:, None]).all()
+    assert torch.equal(by_token[0][place[mask]], mask.flatten().nonzero()[:, 0])

@@ -31,7 +31,7 @@ from tokenexit.int8 import is_quantized
 from tokenexit.layers import ExitHead, ExitLayer, is_hooked
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import FAMILIES
-from tokenexit.ops.pack_tokens import pack, pack_static
+from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import STARTS_WORD, Packed, word_ids_from_kinds
 from tokenexit.policy import ExitPolicy
 
@@ -376,7 +376,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         word_ids = rows["word_ids"]
         if word_ids is None:
             word_ids = word_ids_from_kinds(self.token_kinds[inside["input_ids"]], mask)
-        packed = pack_static(mask, word_ids.long())
+        packed, place = static.pack(mask, word_ids.long())
         schedule = replace(  # with the empty sentence
             schedule,
             window=F.pad(schedule.window, (0, 1)),
@@ -395,7 +395,6 @@ class TokenExitForTokenClassification(PreTrainedModel):
             *modules, h, packed, schedule, self._bias(h.device), exit_layers
         )
         sound = sound & static.is_sound(self.encoder.heads, logits)
-        place = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(mask.shape)
         return logits[place].where(mask[..., None], 0), layers[place].where(mask, 0), sound
 
     def _run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from tokenexit import reference
 from tokenexit.ops import compiled_devices, use_compiled
@@ -51,58 +50,8 @@ def pack(attention_mask: torch.Tensor, word_ids: torch.Tensor) -> Packed:
         word_ids: `[B, N]` integers; a word is a run of neighboring real tokens with the same
             id, -1 is no word's token. Ids may start anew within a row (sentence pairs).
     """
-    by_token, offsets, first_token = pack_tokens(attention_mask != 0, word_ids.long())
-    slots, positions, sentence_of_token, word_of_token, word_at = by_token.unbind()
-    cu_tokens, cu_words = offsets.unbind()
-    return Packed(
-        shape=tuple(attention_mask.shape),
-        slots=slots,
-        positions=positions,
-        cu_tokens=cu_tokens,
-        cu_words=cu_words,
-        first_token=first_token,
-        word_of_token=word_of_token,
-        word_at=word_at,
-        sentence_of_token=sentence_of_token,
-    )
-
-
-def pack_static(real: torch.Tensor, word_ids: torch.Tensor) -> Packed:
-    """As `pack`, in shapes that hang on no value: room for B * N tokens and words.
-
-    What it has in excess are tokens of slot 0 and of no word, in a last, empty sentence B.
-
-    Args:
-        real: `[B, N]` bool, true at real tokens; word_ids: `[B, N]` int64.
-    """
-    num_sentences, longest = real.shape
-    each = torch.arange(real.numel(), device=real.device)
-    slots = _inverse(real.flatten().cumsum(0) - 1, real.flatten())
-    lengths = F.pad(real.sum(1), (0, 1))
-    cu_tokens = F.pad(lengths.cumsum(0), (1, 0))
-    excess = each >= cu_tokens[-1]
-    sentence = (slots // longest).masked_fill(excess, num_sentences)
-    positions = (each - cu_tokens[sentence]).masked_fill(excess, 1)  # not the first of a sentence
-    ids = word_ids.flatten()[slots].masked_fill(excess, -1)
-    word_of_token, word_at, cu_words = reference.words_of(ids, sentence, positions, lengths)
-    return Packed(
-        shape=(num_sentences + 1, longest),
-        slots=slots,
-        positions=positions,
-        cu_tokens=cu_tokens,
-        cu_words=cu_words,
-        first_token=_inverse(word_at, word_at >= 0),
-        word_of_token=word_of_token,
-        word_at=word_at,
-        sentence_of_token=sentence,
-    )
-
-
-def _inverse(index: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`result[index[i]] = i` where mask, else 0; indices are distinct, below their number."""
-    size = len(index)
-    places = torch.arange(size, device=index.device)
-    return places.new_zeros(size + 1).scatter_(0, index.where(mask, size), places)[:size]
+    layout = pack_tokens(attention_mask != 0, word_ids.long())
+    return Packed.of(attention_mask.shape, *layout)
 
 
 if _DEVICES:
