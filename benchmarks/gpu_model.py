@@ -53,7 +53,7 @@ TRITON_US = 40.0  # of the host, for a launch through torch.library.triton_op
 WAIT_US = 15.0  # of the host, for a value from the device
 # Of a call beside its layers, for checks, packing and embedding: launches in its graph, launches of
 # the host (copies into and out of the graph's buffers), waits.
-OUTSIDE = 113, 16, 1
+OUTSIDE = 61, 16, 1
 # Instructions of a warp before and after the loop of a large tile, by its machine code on sm_90
 # (`python -m tokenexit.kernels.report --kernel large`), less what only splits run.
 ENDS = {"query_key_value": 450, "output": 1600, "up": 1850, "down": 1800}
