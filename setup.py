@@ -46,7 +46,7 @@ def compiled_ops():
     extension = (build.CUDAExtension if cuda else build.CppExtension)(
         "tokenexit._C",
         sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + cuda * glob("csrc/cuda/*.cu")),
-        depends=glob("csrc/**/*.h", recursive=True),
+        depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cuh"),
         extra_compile_args={
             "cxx": [*flags, "-g0", "-Wno-psabi", "-fvisibility=hidden"],
             "nvcc": [*flags, "-DUSE_CUDA"],

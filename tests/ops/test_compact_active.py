@@ -304,3 +304,34 @@ def test_arithmetic_shared_with_the_gpu(tmp_path):
             arrays = (ctypes.c_int64 * size)(*counts), (ctypes.c_bool * size)(*told)
             for tile in {0, size // 2, size - 1}:
                 assert shared.sum_before(*arrays, ctypes.c_int64(tile)) == sum(counts[:tile])
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """The CUDA kernel on a CPU: blocks are processes, and threads threads."""
+    from torch.utils.cpp_extension import include_paths
+
+    library = tmp_path_factory.mktemp("simt") / "compact_active.so"
+    here, csrc = Path(__file__).parent / "simt", Path(__file__).parents[2] / "csrc"
+    includes = [f"-I{path}" for path in (here, csrc, *include_paths())]
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([*command, *includes, here / "compact_active.cpp", "-o", library], check=True)
+    return ctypes.CDLL(str(library)).run
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a compiler")
+@pytest.mark.parametrize("exit_rate", [0, 0.6, 1], ids="exit_rate={}".format)
+@pytest.mark.parametrize("lengths", [[], [40], [0, 5, 1, 30] * 6, [2] * 80], ids=lambda v: len(v))
+def test_the_cuda_kernel_on_a_cpu(lengths, exit_rate, simulated):
+    """As many blocks as there, at the same time; a second launch with what the first one left."""
+    args = make_args(lengths, exit_rate, unlisted=3)
+    cu_tokens = offsets_of_sentences(args)
+    expected = compact_by_loop(*(a.tolist() for a in args))
+    wanted = [*expected, *seen_by_loop(expected[1], cu_tokens.tolist(), len(args[2]))]
+    outputs = [torch.full((len(values),), -5) for values in wanted]
+    states = torch.full((-(-len(lengths) // 8) + 2 + (not lengths),), -5)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*args, cu_tokens, *outputs, states)]
+    sizes = [ctypes.c_int64(n) for n in (len(args[0]), len(args[2]), len(lengths), 2)]
+    assert simulated(*pointers, *sizes)
+    assert [o.tolist() for o in outputs] == wanted
+    assert not states.any()
