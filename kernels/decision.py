@@ -249,5 +249,5 @@ def exit_step_(
             d, x.stride(0), h.stride(0), num_stats, eps, layer, labels, max_prob, decide,
             tiles["BLOCK_N"], triton.next_power_of_2(num_stats),
             _ROWS, 128 // x.element_size(), max(16, triton.next_power_of_2(labels)), _WORDS,
-            num_stages=2,
+            num_stages=2 if x.element_size() == 2 else 1,
         )  # fmt: skip

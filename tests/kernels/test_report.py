@@ -18,6 +18,7 @@ CASES = [
     ("linear_up_small", "minilm", "fp32", "sm_90"),
     ("linear_up_large", "base", "fp32", "sm_120"),
     ("exit_decision", "base", "fp32", "sm_80"),
+    ("exit_step_44", "minilm", "fp32", "sm_80"),
     ("uncertainty", "base", "bf16", "sm_89"),
     ("bias_gelu", "base", "fp32", "sm_100"),
 ]
