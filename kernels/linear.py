@@ -139,10 +139,8 @@ def _linear_kernel(
     for part in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), disable_licm=full):
         tile, num_blocks = part // splits, tl.cdiv(N, BLOCK_N)
         pid_n, first = tile % num_blocks, (tile // num_blocks).to(tl.int64) * BLOCK_M
-        own = tl.arange(0, BLOCK_M)[
-            :, None
-        ]  # offsets in a tile fit 32 bits, and half the registers
         offs_m = first + tl.arange(0, BLOCK_M)
+        own = tl.arange(0, BLOCK_M)[:, None]  # within a tile 32 bits suffice: half the registers
         mask_m = offs_m < count
         cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = (cols < N) | EVEN
