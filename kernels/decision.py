@@ -129,7 +129,7 @@ def _exit_step_kernel(
     tokens = tl.load(active_ptr + rows, mask=mask_r, other=0)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    mean, rstd = mean_rstd(stats_ptr, rows, mask_r, D, num_stats, eps, BLOCK_S, S)
+    mean, rstd = mean_rstd(stats_ptr, rows, mask_r, D, num_stats, eps, BLOCK_S, S, 1)
     logits = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
@@ -249,5 +249,5 @@ def exit_step_(
             d, x.stride(0), h.stride(0), num_stats, eps, layer, labels, max_prob, decide,
             tiles["BLOCK_N"], triton.next_power_of_2(num_stats),
             _ROWS, 128 // x.element_size(), max(16, triton.next_power_of_2(labels)), _WORDS,
-            num_stages=2 if x.element_size() == 2 else 1,
+            num_stages=2,
         )  # fmt: skip

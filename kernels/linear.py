@@ -67,17 +67,25 @@ def is_even(tiles, k, *columns):
 
 
 @triton.jit
-def mean_rstd(stats_ptr, rows, mask_m, D, num_blocks, eps, BLOCK_S: tl.constexpr, S: tl.constexpr):
-    """Of rows of D columns, from the sums and squared deviations of blocks of BLOCK_S columns."""
-    offs_s = tl.arange(0, S)
-    size = tl.minimum(D - offs_s * BLOCK_S, BLOCK_S).to(tl.float32)[:, None]
-    mask = mask_m[None, :] & (offs_s < num_blocks)[:, None]
-    at = stats_ptr + (rows[None, :] * num_blocks + offs_s[:, None]) * 2
+def mean_rstd(
+    stats_ptr, rows, mask_m, D, num_blocks, eps,
+    BLOCK_S: tl.constexpr, S: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Of rows of D columns, from the sums and squared deviations of blocks of BLOCK_S columns.
+
+    AXIS is that of the blocks. With 1 what is made of the results is laid out as the loads are;
+    with 0 it keeps the layout of its other parts.
+    """
+    across: tl.constexpr = 1 - AXIS
+    offs_s = tl.expand_dims(tl.arange(0, S), across)
+    size = tl.minimum(D - offs_s * BLOCK_S, BLOCK_S).to(tl.float32)
+    mask = tl.expand_dims(mask_m, AXIS) & (offs_s < num_blocks)
+    at = stats_ptr + (tl.expand_dims(rows, AXIS) * num_blocks + offs_s) * 2
     total = tl.load(at, mask=mask, other=0.0)
     squares = tl.load(at + 1, mask=mask, other=0.0)
-    mean = tl.sum(total, 0) / D
-    apart = tl.where(mask, total / size - mean[None, :], 0.0)
-    variance = tl.sum(tl.where(mask, squares + size * apart * apart, 0.0), 0) / D
+    mean = tl.sum(total, AXIS) / D
+    apart = tl.where(mask, total / size - tl.expand_dims(mean, AXIS), 0.0)
+    variance = tl.sum(tl.where(mask, squares + size * apart * apart, 0.0), AXIS) / D
     return mean, 1 / tl.sqrt(variance + eps)
 
 
@@ -176,7 +184,7 @@ def _linear_kernel(
                 at = residual_ptr + near[:, None] * stride_rm + cols[None, :]
             r = tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
             if NORM_RESIDUAL:
-                m, s = mean_rstd(stats_in_ptr, near, mask_m, N, num_stats, eps, BLOCK_N, S)
+                m, s = mean_rstd(stats_in_ptr, near, mask_m, N, num_stats, eps, BLOCK_N, S, 0)
                 acc += r * s[:, None]
                 acc -= (m * s)[:, None] * load_row(norm_weight_ptr, cols, mask_n)
                 acc += load_row(norm_bias_ptr, cols, mask_n)
@@ -185,7 +193,7 @@ def _linear_kernel(
         if bias_ptr is not None:
             acc += load_row(bias_ptr, cols, mask_n)
         if NORM_X:
-            m, s = mean_rstd(stats_in_ptr, rows, mask_m, K, num_stats, eps, BLOCK_N, S)
+            m, s = mean_rstd(stats_in_ptr, rows, mask_m, K, num_stats, eps, BLOCK_N, S, 0)
             acc = (acc - m[:, None] * load_row(folded_ptr, cols, mask_n)) * s[:, None]
             acc += load_row(folded_ptr + N, cols, mask_n)
         if GELU:
