@@ -341,6 +341,8 @@ def linear_(
         )
     if norm_on == "residual" and residual is None:
         raise ValueError("got norm_on 'residual' without a residual")
+    if norm_on in ("out", "residual") and (norm_weight is None or norm_bias is None):
+        raise ValueError(f"got norm_on {norm_on!r} without norm_weight and norm_bias")
     if norm_on == "x" and (folded is None or bias is not None or residual is not None):
         raise ValueError("got norm_on 'x'; expected it with folded, without bias and residual")
     tiles = tiles_of(num_rows, x.element_size())

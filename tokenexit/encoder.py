@@ -54,11 +54,11 @@ class Schedule:
             ValueError: not one policy a sentence; policies that differ in criterion, copy or
                 neighbors; a list of thresholds that is not one per layer.
         """
-        if not isinstance(policies, Sequence):
-            policies = [policies] * num_sentences
+        shared = not isinstance(policies, Sequence)
+        policies = [policies] if shared else policies
         if not all(isinstance(policy, ExitPolicy) for policy in policies):
             raise TypeError(f"got policies {policies!r}; expected an ExitPolicy for each sentence")
-        if len(policies) != num_sentences:
+        if len(policies) != num_sentences and not shared:
             raise ValueError(f"got {len(policies)} policies for {num_sentences} sentences")
         kinds = {(p.criterion, p.copy, p.neighbors) for p in policies}
         if len(kinds) != 1:
@@ -70,10 +70,15 @@ class Schedule:
         thresholds = {p: p.thresholds(num_layers) for p in set(policies)}
         columns = [thresholds[p] for p in policies]
         criterion, copy, neighbors = kinds.pop()
+
+        def each(values, dtype=torch.int64):
+            values = torch.tensor(values, dtype=dtype, device=like.device).movedim(0, -1)
+            return values.expand(*values.shape[:-1], num_sentences).contiguous()
+
         return cls(
-            window=torch.tensor([p.reach for p in policies], device=like.device),
-            min_active=torch.tensor([p.min_active for p in policies], device=like.device),
-            threshold=torch.tensor(columns, dtype=dtype, device=like.device).T.contiguous(),
+            window=each([p.reach for p in policies]),
+            min_active=each([p.min_active for p in policies]),
+            threshold=each(columns, dtype),
             max_prob=criterion == "max_prob",
             pre_norm=copy == "pre_norm",
             recompute=neighbors == "recompute",

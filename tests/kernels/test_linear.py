@@ -306,6 +306,7 @@ def test_residents(monkeypatch):
     [
         (dict(activation="relu"), "got activation 'relu'"),
         (dict(norm_on="residual"), "without a residual"),
+        (dict(norm_on="out"), "got norm_on 'out' without norm_weight and norm_bias"),
         (dict(norm_on="x"), "expected it with folded, without bias and residual"),
         (
             dict(norm_on="x", folded=torch.ones(2, 5)),
