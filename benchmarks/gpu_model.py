@@ -54,8 +54,9 @@ WAIT_US = 15.0  # of the host, for a value from the device
 # Of a call beside its layers, for checks, packing and embedding: launches in its graph, launches of
 # the host (copies into and out of the graph's buffers), waits.
 OUTSIDE = 61, 16, 1
-# Instructions of a warp before and after the loop of a large tile, by its machine code on sm_90
-# (`python -m tokenexit.kernels.report --kernel large`), less what only splits run.
+# Instructions of a warp before and after the loop of a large tile: those outside the loop on sm_90
+# (rows of `python -m tokenexit.kernels.report --kernel large --arch sm_90 --json FILE`; 798, 2025,
+# 2251 and 2195), less an estimate of what only splits and `folded` run.
 ENDS = {"query_key_value": 450, "output": 1600, "up": 1850, "down": 1800}
 LATENCY_US = 0.75  # of a load, or to tell another program something
 STEP_US = LATENCY_US / 3  # of a chain of loads, three in flight
@@ -79,18 +80,9 @@ def bytes_us(gpu, size):
 
 
 def launch(
-    gpu,
-    name,
-    flop,
-    size,
-    programs=0,
-    empty=0,
-    share=1.0,
-    steps=0,
-    resident=1,
-    fixed_us=0,
-    ends_us=0,
-):
+    gpu, name, flop, size, programs=0, empty=0, share=1.0, steps=0, resident=1,
+    fixed_us=0, ends_us=0,
+):  # fmt: skip
     """A launch of programs alike, `flop` operations on `size` bytes in all.
 
     What a program does before and after its loop (ends_us) shows where no other is resident, and

@@ -135,7 +135,8 @@ def compile_kernel(kernel, values, options, arch):
     """Compile for `arch`, "sm_90" or "gfx942"; a dict of what was measured.
 
     "issue" is the time to issue the instructions of the loop about the kernel's only product, over
-    the time that tensor cores take for it; None for other kernels and on AMD's GPUs.
+    the time that tensor cores take for it; None for other kernels and on AMD's GPUs, of whose code
+    no loop is read either.
     "waits_for_each": whether some loop waits for each HGMMA before the next.
     """
     import triton
@@ -166,12 +167,13 @@ def compile_kernel(kernel, values, options, arch):
     slow = [line for line in dots if "f32>" in line.split("->")[0] and "tf32" not in line]
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     loops = tensor_core_loops(code)
+    in_loop = max(map(len, loops), default=0)
     issue = None
     if nvidia and loops and len(dots) == 1:
         sizes = re.search(r"tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x(\w+)>", dots[0])
         rows, depth, columns = map(int, sizes.group(1, 2, 3))
         cycles = rows * depth * columns / RATES[arch] * (2 if sizes[4] == "f32" else 1)
-        issue = max(map(len, loops)) * warps / 4 / cycles
+        issue = in_loop * warps / 4 / cycles
     return {
         "registers": registers,
         "spill_bytes": spill_bytes,
@@ -181,15 +183,22 @@ def compile_kernel(kernel, values, options, arch):
         "tensor_cores": "+".join(sorted(set(names))),
         "tensor_core_instructions": len(names),
         "occupancy": occupancy(arch, registers, shared, warps),
+        "loop_instructions": in_loop,
+        "other_instructions": len(instructions(code)) - in_loop,
         "issue": issue,
         "waits_for_each": any(map(waits_for_each, loops)),
     }
 
 
+def instructions(code):
+    """(address, instruction) of each line of SASS."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", code)
+    return [(int(at, 16), text.strip()) for at, text in found]
+
+
 def tensor_core_loops(code):
     """The instructions of each innermost loop of SASS that has tensor-core instructions."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", code)
-    lines = [(int(at, 16), text.strip()) for at, text in lines]
+    lines = instructions(code)
     jumps = [(at, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)) for at, text in lines]
     spans = {(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at}
     loops = {span: [text for at, text in lines if span[0] <= at <= span[1]] for span in spans}

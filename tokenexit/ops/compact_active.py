@@ -70,10 +70,10 @@ def compact_active(
     check_vector("cu_active", cu_active, cu_active.numel(), device)
     check_vector("word_of_token", word_of_token, word_of_token.numel(), device)
     check_vector("exit_layer", exit_layer, exit_layer.numel(), device)
-    for name, tensor in (("cu_tokens", cu_tokens), ("scratch", scratch)):
-        if tensor is not None:
-            size = cu_active.numel() if name == "cu_tokens" else tensor.numel()
-            check_vector(name, tensor, size, device)
+    if cu_tokens is not None:
+        check_vector("cu_tokens", cu_tokens, cu_active.numel(), device)
+    if scratch is not None:
+        check_vector("scratch", scratch, scratch.numel(), device)
     compiled = use_compiled(backend, device, _DEVICES)
     run = torch.ops.tokenexit.compact_active if compiled else reference.compact_active
     results = run(active, cu_active, word_of_token, exit_layer, cu_tokens, scratch)

@@ -89,7 +89,7 @@ inline bool launch(unsigned blocks, unsigned threads, const std::function<void()
   return well;
 }
 
-// A copy that all blocks see, given back to `to` by `give_back`.
+// Memory, zeros at first, that all blocks see; `give_back` copies it.
 template <class T>
 struct Shared {
   T* data;
