@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_CONFIG = "config.json"
+# Weights as `PreTrainedModel.save_pretrained` names them, whole, in shards, or their index, with
+# or without a variant: `model.safetensors`, `model.fp16-00001-of-00002.safetensors`.
+_WEIGHTS = re.compile(
+    r"model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index(?:\.(\w+))?\.json"
+)
+_OPEN_FILES = re.compile(r"/proc/\d+(/task/\d+)?/fd")
 
 
 def cache_folder() -> Path:
@@ -19,45 +29,149 @@ def cache_folder() -> Path:
 
 @contextmanager
 def write_aside(target: str | os.PathLike) -> Iterator[Path]:
-    """A path beside `target` to write to, renamed to it at the end, removed on any exception."""
-    target = Path(target).resolve()
+    """A path beside `target` to write to, renamed to it at the end, removed on any exception.
+
+    A file that was there hands on its mode and, where that is allowed, its owner. A device, a
+    pipe or an open file's name, as `/dev/stdout`, is written to itself, as by a shell's `>`.
+
+    Raises:
+        OSError: `target` is a folder or may not be written.
+    """
+    target = Path(target)
+    if _is_special(target):
+        yield target
+        return
+    target = target.resolve()
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; expected a file to write")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(target.suffix, f".{target.name}.", target.parent)
-    os.close(handle)
-    try:
-        yield Path(aside)
-        _give_usual_mode(aside, 0o666)
-        os.replace(aside, target)
-    finally:
-        Path(aside).unlink(missing_ok=True)
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(f"{target} is read-only; expected a file that may be written")
+    with _folder(target.parent):
+        aside = target.with_name(f".writing-{secrets.token_hex(8)}{target.suffix}")
+        try:
+            # `open` heeds the umask; what is to replace a private file is private all along.
+            mode = 0o600 if target.exists() else 0o666
+            os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+            yield aside
+            if target.exists():
+                _hand_on_mode(target, aside)
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 @contextmanager
 def write_folder_aside(target: str | os.PathLike) -> Iterator[Path]:
-    """A folder within `target` to write files to, each renamed into `target` at the end.
+    """A folder within `target` to write to; what is in it is renamed into `target` at the end.
 
-    Other files in `target` stay. Configuration (`*.json`) goes last: where it is, the rest is.
+    Files and folders of the same names are replaced, and so are weights in another number of
+    shards; all else in `target` stays. `config.json` goes before what belongs to it and comes
+    after it: whoever is killed in between leaves a folder that does not load, never new weights
+    beside an old policy. After an exception all is as it was.
+
+    Raises:
+        OSError: `target` is a file or may not be written.
     """
     target = Path(target)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; expected a folder to write")
-    is_new = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    # Inside it: the folder may be a mount point or a link, and renaming works in one file system.
-    aside = Path(tempfile.mkdtemp(dir=target, prefix=".writing-"))
+    with _folder(target):
+        # Inside it: it may be a mount point or a link, and renaming works in one file system.
+        aside = Path(tempfile.mkdtemp(dir=target, prefix=".writing-"))
+        moves = []
+        try:
+            new, old = aside / "new", aside / "old"
+            new.mkdir()
+            old.mkdir()
+            yield new
+            _give_modes(new, target)
+            if os.listdir(new) == [_CONFIG]:  # a single rename needs no way back
+                os.replace(new / _CONFIG, target / _CONFIG)
+            else:
+                moves = _moves(new, target, old)
+                for source, goal in moves:
+                    os.replace(source, goal)
+        except BaseException:
+            for source, goal in reversed(moves):
+                if not os.path.lexists(source):
+                    os.replace(goal, source)
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(folder: str | os.PathLike) -> Iterator[None]:
+    """Raise OSError in place of what the writers of torch and safetensors say of a full disk."""
     try:
-        yield aside
-        for file in sorted(aside.iterdir(), key=lambda f: f.suffix == ".json"):
-            os.replace(file, target / file.name)
-        is_new = False
-    finally:
-        shutil.rmtree(target if is_new else aside, ignore_errors=True)
+        yield
+    except Exception as error:
+        if not re.search("inline_container|PytorchStreamWriter|while serializing", str(error)):
+            raise
+        free = shutil.disk_usage(folder).free >> 20
+        raise OSError(f"could not write to {folder}, whose disk has {free} MiB left") from error
 
 
-def _give_usual_mode(path: str, mode: int):
-    """What `open` would have given it: temporary files are private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, mode & ~mask)
+def _is_special(path: Path) -> bool:
+    """Whether renaming a file to `path` would put it in the place of a device, a pipe or a link."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return True
+    seen = set()
+    while path not in seen:
+        seen.add(path)
+        folder = path.parent.resolve()
+        if _OPEN_FILES.fullmatch(str(folder)):
+            return True
+        if path.is_symlink():
+            path = folder / os.readlink(path)
+    return False
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder and those it lies in; after an exception remove those made that are empty."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _moves(new: Path, target: Path, old: Path) -> list[tuple[Path, Path]]:
+    """The renames of `write_folder_aside`, in order: sources and goals."""
+    names = sorted(os.listdir(new), key=lambda name: name == _CONFIG)
+    variants = {_variant(name) for name in names} - {None}
+    gone = [n for n in os.listdir(target) if n in names or _variant(n) in variants]
+    gone.sort(key=lambda name: name != _CONFIG)
+    return [(target / n, old / n) for n in gone] + [(new / n, target / n) for n in names]
+
+
+def _variant(name: str) -> str | None:
+    """The variant that a file of weights is of, "" for the plain ones; None for other files."""
+    found = _WEIGHTS.fullmatch(name)
+    return found and (found[1] or found[2] or "")
+
+
+def _give_modes(new: Path, target: Path):
+    """Give files the modes of those they replace, else `open`'s: safetensors makes private ones."""
+    handle = os.open(new.with_name("mode"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    usual = os.fstat(handle).st_mode & 0o777
+    os.close(handle)
+    for file in new.rglob("*"):
+        replaced = target / file.relative_to(new)
+        if file.is_file() and replaced.is_file():
+            _hand_on_mode(replaced, file)
+        elif file.is_file():
+            file.chmod(usual)
+
+
+def _hand_on_mode(old: Path, new: Path):
+    """Give a new file the mode of an old one and, where that is allowed, its owner."""
+    known = old.stat()
+    with suppress(OSError, AttributeError):  # others may not; Windows has none
+        os.chown(new, known.st_uid, known.st_gid)
+    new.chmod(known.st_mode & 0o777)

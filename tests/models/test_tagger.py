@@ -96,6 +96,23 @@ def test_save_and_load(tagger, tmp_path):
     assert again.tag(many) == tagger.tag(many)
 
 
+def test_what_was_saved_last_is_loaded(tmp_path, tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    # Saved to a folder within the folder, which a second save has to replace.
+    tokenizer.chat_template = {"default": "{{ messages }}", "other": "{{ messages }}"}
+    model = tokenexit.convert(random_classifier(vocab_size=len(tokenizer)), tokenizer)
+    for value, size in ((0.1, "50GB"), (0.2, "50KB"), (0.3, "20KB"), (0.4, "50GB")):
+        model.embeddings.word.weight.data.fill_(value)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        tokenizer.save_pretrained(tmp_path)
+        again = Tagger.from_pretrained(tmp_path).model
+        assert (again.embeddings.word.weight == model.embeddings.word.weight).all()
+    Tagger(model, tokenizer).save_pretrained(tmp_path)
+    Tagger(model, tokenizer).save_pretrained(tmp_path)
+    assert (tmp_path / "additional_chat_templates" / "other.jinja").is_file()
+    assert [f.name for f in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
 def test_a_model_in_training_is_run_in_evaluation_mode(tagger):
     many = sentences(6)
     expected = tagger.tag(many)
