@@ -2,10 +2,8 @@ import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.processors import RobertaProcessing
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, processors
+from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
 from tokenexit.models.encoding import Window, collate, encode, merge
@@ -180,9 +178,9 @@ def test_a_slow_tokenizer_is_refused():
 def byte_level_tokenizer(add_prefix_space):
     """As RoBERTa's: no token types, no unknown token, `Ġ` before words."""
     vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "a": 3, "Ġ": 4, "Ġa": 5}
-    tokenizer = Tokenizer(BPE(vocab, [("Ġ", "a")]))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=add_prefix_space)
-    tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
+    tokenizer = Tokenizer(models.BPE(vocab, [("Ġ", "a")]))
+    tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -199,10 +197,166 @@ def test_byte_level_tokenizer():
     assert window.word_ids == [-1, 0, 1, 1, -1]
     assert window.token_type_ids is None
     assert collate([window], tokenizer).keys() == {"input_ids", "attention_mask", "word_ids"}
-    with pytest.raises(ValueError, match="without an unknown token"):
+    with pytest.raises(ValueError, match="without an unknown token.*word 1 of sentence 0, ''"):
         encode(tokenizer, [["a", ""]], max_length=8)
     with pytest.raises(ValueError, match="add_prefix_space=True"):
         encode(byte_level_tokenizer(add_prefix_space=False), [["a"]], max_length=8)
+
+
+TEXT = [
+    "the tagger leaves as soon as the tagger is sure of the words it has seen",
+    "a word leaves the model, and it's seen by the words that have not left",
+    "layers 1 to 12 are the same for each word, 300 of them in the 7 sentences",
+]
+
+
+def trained(model, pre_tokenizer=None, normalizer=None, **options):
+    """A tokenizer with the vocabulary of a few sentences."""
+    core = Tokenizer(model)
+    if pre_tokenizer is not None:
+        core.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        core.normalizer = normalizer
+    if isinstance(model, models.Unigram):
+        options["unk_token"] = "<unk>"
+    trainer = type(model.get_trainer())
+    special = ["<pad>", "<unk>"]
+    core.train_from_iterator(
+        TEXT, trainer(vocab_size=400, special_tokens=special, show_progress=False, **options)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
+
+
+def bpe(*parts, **options):
+    options = {"initial_alphabet": pre.ByteLevel.alphabet(), **options}
+    return trained(models.BPE(unk_token="<unk>"), *parts, **options)
+
+
+def split():
+    """As most byte-level tokenizers of today cut a text before their `ByteLevel`."""
+    return pre.Split(Regex(r"'s| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
+
+
+def ends_of_words(pre_tokenizer):
+    model = models.BPE(unk_token="<unk>", end_of_word_suffix="</w>")
+    return trained(model, pre_tokenizer, end_of_word_suffix="</w>")
+
+
+TOLD_APART = {
+    "byte-level": lambda: bpe(pre.ByteLevel(add_prefix_space=True)),
+    "byte-level, digits": lambda: bpe(pre.Sequence([pre.Digits(), pre.ByteLevel()])),
+    "byte-level, split": lambda: bpe(pre.Sequence([split(), pre.ByteLevel(use_regex=False)])),
+    "Metaspace": lambda: trained(models.Unigram(), pre.Metaspace()),
+    "Metaspace, first": lambda: trained(models.Unigram(), pre.Metaspace(prepend_scheme="first")),
+    "Metaspace, sequence": lambda: trained(
+        models.Unigram(), pre.Sequence([pre.WhitespaceSplit(), pre.Metaspace()])
+    ),
+    "prepended by the normalizer": lambda: bpe(
+        pre.Split("▁", "merged_with_next"),
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    ),
+    "ends marked, byte-level": lambda: ends_of_words(
+        pre.Sequence([split(), pre.WhitespaceSplit(), pre.ByteLevel(add_prefix_space=False)])
+    ),
+    "ends marked": lambda: ends_of_words(pre.Whitespace()),
+    "WordPiece": lambda: trained(models.WordPiece(unk_token="<unk>"), pre.BertPreTokenizer()),
+    "words only": lambda: trained(models.WordLevel(unk_token="<unk>")),
+    "dropout": lambda: trained(models.BPE(unk_token="<unk>", dropout=0.5), pre.ByteLevel()),
+}
+
+
+@pytest.mark.parametrize("kind", TOLD_APART)
+def test_a_word_has_the_pieces_that_it_has_in_a_text(kind):
+    tokenizer = TOLD_APART[kind]()
+    sentence = ["words", "leaves", "there", "the", "sure"]
+    (window,) = encode(tokenizer, [sentence], max_length=64)
+    assert [window.word_ids.count(word) > 0 for word in range(5)] == [True] * 5
+    if kind == "dropout":  # which is off, in our copy only
+        assert encode(tokenizer, [sentence] * 9, max_length=64)[8].input_ids == window.input_ids
+        assert tokenizer.backend_tokenizer.model.dropout == 0.5
+    elif kind != "words only":
+        text = tokenizer(" ".join(sentence), add_special_tokens=False)["input_ids"]
+        assert window.input_ids == text
+
+
+WITHOUT = {"add_prefix_space": False}
+JOINED = {
+    "byte-level": lambda: bpe(pre.ByteLevel(**WITHOUT)),
+    "digits": lambda: bpe(pre.Sequence([pre.Digits(), pre.ByteLevel(**WITHOUT)])),
+    "split": lambda: bpe(pre.Sequence([split(), pre.ByteLevel(**WITHOUT, use_regex=False)])),
+    "nested": lambda: bpe(
+        pre.Sequence([pre.Sequence([split()]), pre.Sequence([pre.ByteLevel(**WITHOUT)])])
+    ),
+    "Metaspace": lambda: trained(models.Unigram(), pre.Metaspace(prepend_scheme="never")),
+    "Metaspace, sequence": lambda: trained(
+        models.Unigram(),
+        pre.Sequence([pre.Punctuation(), pre.Metaspace(replacement="_", prepend_scheme="never")]),
+    ),
+    "replaced by the normalizer": lambda: bpe(None, normalizers.Replace(" ", "▁")),
+    "byte-level normalizer": lambda: bpe(None, normalizers.ByteLevel()),
+}
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_a_tokenizer_that_joins_words_is_refused(kind):
+    with pytest.raises(ValueError, match="joins words to those before; expected one loaded with"):
+        encode(JOINED[kind](), [["the", "words"]], max_length=64)
+
+
+def test_a_tokenizer_that_knows_few_words():
+    core = Tokenizer(models.BPE({"北": 0, "京": 1, "<pad>": 2, "<s>": 3}, []))
+    core.pre_tokenizer = pre.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> <s> $A", special_tokens=[("<s>", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
+    (window,) = encode(tokenizer, [["北京", "北"]], max_length=8)
+    assert window.input_ids == [3, 3, 0, 1, 0]
+    assert window.word_ids == [-1, -1, 0, 0, 1]
+
+
+def test_the_unknown_token_that_only_the_model_of_the_tokenizer_names():
+    core = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer()
+    (window,) = encode(PreTrainedTokenizerFast(tokenizer_object=core), [["a", CONTROL]], 8)
+    assert (window.input_ids, window.word_ids) == ([1, 0], [0, 1])
+
+
+def test_added_tokens_are_words():
+    tokenizer = TOLD_APART["byte-level"]()
+    tokenizer.add_tokens(["<user>", AddedToken("#tag", single_word=True, lstrip=True)])
+    tokenizer.add_tokens(["<url>"], special_tokens=True)
+    (window,) = encode(tokenizer, [["the", "<user>", "words", "#tag", "<url>"]], max_length=64)
+    first = tokens(tokenizer, window)
+    assert [first[i] for i in window.first_pieces()] == [
+        "Ġthe",
+        "<user>",
+        "Ġwords",
+        "#tag",
+        "<url>",
+    ]
+
+
+def test_a_custom_pre_tokenizer():
+    """One in Python, which can be neither saved nor copied."""
+
+    class Dashes:
+        def pre_tokenize(self, text):
+            text.split(lambda _, part: part.split("-", "removed"))
+
+    core = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    core.pre_tokenizer = pre.PreTokenizer.custom(Dashes())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(core.model))
+    tokenizer.backend_tokenizer.pre_tokenizer = core.pre_tokenizer
+    (window,) = encode(tokenizer, [["a-b", "b"]], max_length=8)
+    assert (window.input_ids, window.word_ids) == ([0, 1, 1], [0, 0, 1])
+
+
+def test_words_that_look_special_where_special_tokens_are_split():
+    tokenizer = TOLD_APART["WordPiece"]()
+    tokenizer.split_special_tokens = True
+    (window,) = encode(tokenizer, [["<pad>"]], max_length=64)
+    assert window.input_ids == tokenizer("<pad>")["input_ids"] != [tokenizer.pad_token_id]
 
 
 def test_collate(tokenizer):

@@ -124,6 +124,42 @@ def test_a_model_in_training_is_run_in_evaluation_mode(tagger):
         tagger.model.eval()
 
 
+@pytest.mark.parametrize("setting", ["truncation", "padding"])
+def test_what_others_do_with_the_tokenizer_does_not_matter(tagger, tiny_tokenizer, setting):
+    """Another thread's call comes between the setting of ours and its use."""
+    shared = tiny_tokenizer()
+
+    def another_call(**kwargs):
+        if setting == "truncation":
+            shared.backend_tokenizer.enable_truncation(3)
+        else:
+            shared.backend_tokenizer.enable_padding(length=30)
+
+    shared.set_truncation_and_padding = another_call
+    another_call()
+    many = sentences(6)
+    assert Tagger(tagger.model, shared, batch_size=4).tag(many) == tagger.tag(many)
+
+
+def test_settings_of_the_tokenizer_stay_and_are_saved(tagger, tiny_tokenizer, tmp_path):
+    shared = tiny_tokenizer()
+    shared.backend_tokenizer.enable_truncation(7)
+    shared.backend_tokenizer.enable_padding(length=9)
+    ours = Tagger(tagger.model, shared)
+    ours.tag(sentences(3))
+    ours.save_pretrained(tmp_path / "out")
+    for tokenizer in (shared, Tagger.from_pretrained(tmp_path / "out").tokenizer):
+        assert tokenizer.backend_tokenizer.truncation["max_length"] == 7
+        assert tokenizer.backend_tokenizer.padding["length"] == 9
+
+
+def test_a_default_device_of_the_user_does_not_matter(tagger):
+    many = sentences(6)
+    expected = tagger.tag(many)
+    with torch.device("meta"):
+        assert tagger.tag(many) == expected
+
+
 def test_refuses(tagger):
     with pytest.raises(ValueError, match="batch_size is 0"):
         Tagger(tagger.model, tagger.tokenizer, batch_size=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from itertools import accumulate
 from typing import TypeVar
 
 import torch
+from tokenizers import Encoding, Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from tokenexit.models.convert import require_fast
@@ -17,6 +19,7 @@ from tokenexit.models.convert import require_fast
 logger = logging.getLogger(__name__)
 
 NO_WORD, NO_LABEL = -1, -100
+_MARKS = ("Ġ", "▁")  # of a space before a word: in byte-level vocabularies, and SentencePiece's
 
 _Value = TypeVar("_Value")
 
@@ -53,8 +56,93 @@ class Window:
         ]
 
 
+class WordTokenizer:
+    """A fast tokenizer's own copy for sentences given as words: nothing but the words matters.
+
+    Padding and truncation, which any call of a tokenizer sets for all who share it, and BPE
+    dropout are off. What is done to the tokenizer afterwards does not come here.
+
+    Args:
+        tokenizer: a fast tokenizer.
+
+    Raises:
+        ValueError: one that is not fast, or joins words to those before.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        require_fast(tokenizer)
+        self.name = type(tokenizer).__name__
+        self.pad_token_id = tokenizer.pad_token_id
+        self.backend = _own_backend(tokenizer)
+        self.unk_token_id = tokenizer.unk_token_id
+        if self.unk_token_id is None and (unk := getattr(self.backend.model, "unk_token", None)):
+            self.unk_token_id = self.backend.token_to_id(unk)
+        self.frame = _Frame.of(tokenizer)
+        self._refuse_joined_words()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase | WordTokenizer) -> WordTokenizer:
+        """The tokenizer itself, if it is one already."""
+        return tokenizer if isinstance(tokenizer, cls) else cls(tokenizer)
+
+    def pieces(
+        self, sentences: list[list[str]], batch_size: int = 1000
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield token ids and word ids of each sentence, without special tokens."""
+        for start in range(0, len(sentences), batch_size):
+            for encoding in self._encode(sentences[start : start + batch_size], words=True):
+                yield encoding.ids, encoding.word_ids
+
+    def by_word(
+        self, number: int, words: list[str], ids: list[int], word_ids: list[int]
+    ) -> list[list[int]]:
+        """Group the token ids of sentence `number` by word; the unknown token for words without."""
+        pieces = [[] for _ in words]
+        for piece, word in zip(ids, word_ids, strict=True):
+            pieces[word].append(piece)
+        if not all(pieces) and self.unk_token_id is None:
+            word = pieces.index([])
+            raise ValueError(
+                f"got a {self.name} without an unknown token; expected one, for words that it "
+                f"drops, such as word {word} of sentence {number}, {words[word]!r:.40}"
+            )
+        return [its_pieces or [self.unk_token_id] for its_pieces in pieces]
+
+    def _encode(self, texts: list, words: bool) -> list[Encoding]:
+        return self.backend.encode_batch(texts, is_pretokenized=words, add_special_tokens=False)
+
+    def _refuse_joined_words(self):
+        """Raise unless a word given after another has the pieces that it has in a text.
+
+        Byte-level and SentencePiece vocabularies mark the space before a word. Whether a word
+        that comes alone gets that mark is up to several settings of several parts; so ask.
+        """
+        words = _some_words(self.backend)
+        texts = self._encode([f"{word} {word}" for word in words], words=False)
+        pairs = self._encode([[word, word] for word in words], words=True)
+        for word, text, pair in zip(words, texts, pairs, strict=True):
+            end = len(word)
+            if any(start < end < stop for start, stop in text.offsets):
+                continue  # a tokenizer of words only: no text tells how they begin
+            got = [i for i, its_word in zip(pair.ids, pair.word_ids, strict=True) if its_word == 1]
+            # The space is a token of its own, or part of one, or nothing.
+            expected = [
+                [i for i, (_, stop) in zip(text.ids, text.offsets, strict=True) if stop > least]
+                for least in (end + 1, end)
+            ]
+            if got not in expected:
+                got, expected = (
+                    [self.backend.id_to_token(i) for i in ids] for ids in (got, expected[1])
+                )
+                raise ValueError(
+                    f"got a {self.name} that joins words to those before; expected one loaded "
+                    f"with add_prefix_space=True or whose pre-tokenizer marks each word: given "
+                    f"after another one, {word!r} becomes {got}; in a text, {expected}"
+                )
+
+
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | WordTokenizer,
     sentences: Sequence[Sequence[str]],
     max_length: int,
     overlap: int = 32,
@@ -67,7 +155,7 @@ def encode(
     token; one that alone overflows a window keeps its first tokens, with a logged warning.
 
     Args:
-        tokenizer: a fast tokenizer.
+        tokenizer: a fast tokenizer, or what `WordTokenizer` made of it, once for many calls.
         sentences: lists of words; an empty one gives a window of special tokens only.
         max_length: tokens, special ones included.
         overlap: words that neighboring windows share; fewer if that were more than half of one.
@@ -80,15 +168,10 @@ def encode(
         ValueError: a tokenizer that is not fast, joins words, or has no unknown token for a word
             it drops; a `max_length` without room for a word; a negative `overlap`.
     """
-    require_fast(tokenizer)
-    if getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", True) is False:
-        raise ValueError(
-            f"got a {type(tokenizer).__name__} that joins words to those before; expected one "
-            "loaded with add_prefix_space=True"
-        )
+    tokenizer = WordTokenizer.of(tokenizer)
     if overlap < 0:
         raise ValueError(f"overlap is {overlap}; expected 0 or more words")
-    frame = _Frame.of(tokenizer)
+    frame = tokenizer.frame
     room = max_length - len(frame.before) - len(frame.after)
     if room < 1:
         raise ValueError(
@@ -98,13 +181,13 @@ def encode(
 
     windows = []
     sentences = [_words(words, number) for number, words in enumerate(sentences)]
-    for number, (ids, word_ids) in enumerate(_tokenize(tokenizer, sentences)):
+    for number, (ids, word_ids) in enumerate(tokenizer.pieces(sentences)):
         words = sentences[number]
         if len(ids) <= room and len(set(word_ids)) == len(words):
             all_words = (0, len(words))
             windows.append(frame.around(number, all_words, all_words, ids, word_ids))
             continue
-        pieces = _pieces_of_words(tokenizer, ids, word_ids, len(words))
+        pieces = tokenizer.by_word(number, words, ids, word_ids)
         for word, its_pieces in enumerate(pieces):
             if len(its_pieces) > room:
                 logger.warning(
@@ -125,7 +208,7 @@ def encode(
 
 def collate(
     windows: Sequence[Window],
-    tokenizer: PreTrainedTokenizerBase | int,
+    tokenizer: PreTrainedTokenizerBase | WordTokenizer | int,
     labels: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Pad B windows on the right to the longest, N tokens.
@@ -153,7 +236,8 @@ def collate(
     longest = max(len(window.input_ids) for window in windows)
 
     def padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
-        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+        rows = [row + [value] * (longest - len(row)) for row in rows]
+        return torch.tensor(rows, device="cpu")  # whatever the default device is
 
     batch = {
         "input_ids": padded([window.input_ids for window in windows], pad),
@@ -212,14 +296,16 @@ class _Frame:
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase) -> _Frame:
-        """Read the special tokens off a sentence of one word."""
-        encoding = _call(tokenizer, [[tokenizer.unk_token or "a"]], add_special_tokens=True)[0]
-        first = encoding.word_ids.index(0)
-        last = len(encoding.ids) - encoding.word_ids[::-1].index(0)
+        """What its post-processor puts around a word, whichever words it knows."""
+        one_word = Tokenizer(models.WordLevel({"word": 0}, unk_token="word"))
+        if (post_processor := tokenizer.backend_tokenizer.post_processor) is not None:
+            one_word.post_processor = post_processor
+        encoding = one_word.encode(["word"], is_pretokenized=True)
+        at = encoding.word_ids.index(0)
         types = None
         if "token_type_ids" in tokenizer.model_input_names:
-            types = tuple(encoding.type_ids[position] for position in (0, first, -1))
-        return _Frame(encoding.ids[:first], encoding.ids[last:], types)
+            types = tuple(encoding.type_ids[position] for position in (0, at, -1))
+        return _Frame(encoding.ids[:at], encoding.ids[at + 1 :], types)
 
     def around(
         self,
@@ -258,42 +344,38 @@ def _words(words: Sequence[str], number: int) -> list[str]:
     return list(words)
 
 
-def _call(tokenizer, sentences, add_special_tokens):
-    return tokenizer(
-        sentences,
-        is_split_into_words=True,
-        add_special_tokens=add_special_tokens,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # it would warn of long sentences, which are cut here
-    ).encodings
+def _own_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the backend that encodes alike, and whose settings are its own.
+
+    The vocabulary, large and never changed, is shared where that is possible.
+    """
+    theirs = tokenizer.backend_tokenizer
+    added = {index: repr(token) for index, token in theirs.get_added_tokens_decoder().items()}
+    own = Tokenizer(theirs.model)
+    for part in ("normalizer", "pre_tokenizer"):
+        if (value := getattr(theirs, part)) is not None:
+            setattr(own, part, value)
+    own.add_tokens([token for _, token in sorted(theirs.get_added_tokens_decoder().items())])
+    again = {index: repr(token) for index, token in own.get_added_tokens_decoder().items()}
+    dropout = getattr(theirs.model, "dropout", None)
+    if again != added or dropout:
+        own = copy.deepcopy(theirs)
+        own.no_truncation()
+        own.no_padding()
+        if dropout:
+            own.model.dropout = None
+    own.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
+    return own
 
 
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, sentences: list[list[str]], batch_size: int = 1000
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield token ids and word ids of each sentence, without special tokens."""
-    for start in range(0, len(sentences), batch_size):
-        batch = sentences[start : start + batch_size]
-        for encoding in _call(tokenizer, batch, add_special_tokens=False):
-            yield encoding.ids, encoding.word_ids
-
-
-def _pieces_of_words(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], word_ids: list[int], n_words: int
-) -> list[list[int]]:
-    """Group token ids by word; the unknown token for words that have none."""
-    pieces = [[] for _ in range(n_words)]
-    for piece, word in zip(ids, word_ids, strict=True):
-        pieces[word].append(piece)
-    if not all(pieces) and tokenizer.unk_token_id is None:
-        raise ValueError(
-            f"got a {type(tokenizer).__name__} without an unknown token; expected one, for the "
-            "words that it drops"
-        )
-    return [its_pieces or [tokenizer.unk_token_id] for its_pieces in pieces]
+def _some_words(backend: Tokenizer, most: int = 200) -> list[str]:
+    """Words that the vocabulary has, those first that it marks as such."""
+    size = backend.get_vocab_size(with_added_tokens=False)
+    tokens = [backend.id_to_token(i) or "" for i in range(0, size, size // 5000 + 1)]
+    tokens.sort(key=lambda token: not token.startswith(_MARKS))
+    words = (token.lstrip("".join(_MARKS)) for token in tokens)
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    return [word for word in dict.fromkeys(words) if word.isalnum() and word not in added][:most]
 
 
 def _cut(

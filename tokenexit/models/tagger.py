@@ -12,8 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import quantize
-from tokenexit.models.convert import require_fast
-from tokenexit.models.encoding import Window, collate, encode, merge
+from tokenexit.models.encoding import Window, WordTokenizer, collate, encode, merge
 from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
 from tokenexit.policy import ExitPolicy
 
@@ -32,12 +31,13 @@ class Tagger:
 
     Args:
         model: the tagger.
-        tokenizer: its fast tokenizer.
+        tokenizer: its fast tokenizer, of which the tagger takes a copy: what is done to it
+            afterwards does not change results.
         batch_size: sentences a forward pass.
         overlap: words that the windows of a sentence too long for the model share.
 
     Raises:
-        ValueError: not a fast tokenizer; batch_size below 1.
+        ValueError: a tokenizer that is not fast or joins words; batch_size below 1.
     """
 
     def __init__(
@@ -47,13 +47,18 @@ class Tagger:
         batch_size: int = 32,
         overlap: int = 32,
     ):
-        require_fast(tokenizer)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
         self.model = model
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
+        self._words = WordTokenizer(tokenizer)
         self.batch_size = batch_size
         self.overlap = overlap
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one given, which is saved along; another needs another `Tagger`."""
+        return self._tokenizer
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, int8: bool = False, **kwargs) -> Tagger:
@@ -107,7 +112,7 @@ class Tagger:
     def windows(self, sentences: Sequence[Sequence[str]]) -> list[Window]:
         """The model's inputs for some sentences: a window each, more for long ones."""
         limit = min(self.model.config.max_tokens, self.tokenizer.model_max_length)
-        return encode(self.tokenizer, sentences, limit, self.overlap)
+        return encode(self._words, sentences, limit, self.overlap)
 
     def words(
         self, output: TokenExitOutput, firsts: Sequence[torch.Tensor]
@@ -137,8 +142,10 @@ class Tagger:
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
             chosen = [windows[i] for i in indices]
-            batch = collate(chosen, self.tokenizer)
-            firsts = [torch.tensor(w.first_pieces(), dtype=torch.int64) for w in chosen]
+            batch = collate(chosen, self._words)
+            firsts = [
+                torch.tensor(w.first_pieces(), dtype=torch.int64, device="cpu") for w in chosen
+            ]
             batch = {name: value.to(device) for name, value in batch.items()}
             training = self.model.training
             try:
