@@ -51,7 +51,7 @@ def to_hugging_face(model: TokenExitForTokenClassification, config) -> BertForTo
     """
     theirs = BertForTokenClassification(config).eval()
     state, ours = theirs.state_dict(), model.state_dict()
-    for name, parts in FAMILIES["bert"].names(config.num_hidden_layers).items():
+    for name, parts in FAMILIES["bert"].names(config).items():
         for kind in ("weight", "bias"):
             if f"{name}.{kind}" in ours:
                 for part, value in zip(

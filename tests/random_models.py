@@ -4,8 +4,10 @@ import torch
 import transformers
 
 import tokenexit
+from tokenexit.models import families
 
-FAMILIES = ("bert", "mpnet")
+FAMILIES = ("bert", "mpnet")  # those whose layers differ
+ALL_FAMILIES = tuple(families.FAMILIES)
 
 
 def random_classifier(family="bert", layers=4, labels=5, hidden=32, heads=4, seed=0, **changes):
@@ -16,7 +18,7 @@ def random_classifier(family="bert", layers=4, labels=5, hidden=32, heads=4, see
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "intermediate_size": 2 * hidden,
+        ("hidden_dim" if family == "distilbert" else "intermediate_size"): 2 * hidden,
         "max_position_embeddings": 160,
         "num_labels": labels,
         "initializer_range": 0.4,

@@ -3,17 +3,18 @@
 import pytest
 import torch
 import transformers
-from random_models import FAMILIES, random_batch, random_classifier
+from random_models import ALL_FAMILIES, FAMILIES, random_batch, random_classifier
 
 import tokenexit
 from tokenexit import ExitPolicy
 from tokenexit.models.convert import token_kinds
+from tokenexit.models.families import FAMILIES as FAMILY_TABLE
 
 LENGTHS = [5, 17, 1, 9, 2, 150]
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @torch.no_grad()
 def test_never_equals_hugging_face(family, backend):
     theirs = random_classifier(family)
@@ -40,9 +41,66 @@ def test_token_types_and_positions_as_hugging_face_takes_them():
     torch.testing.assert_close(ours(ids, **extra).logits, theirs(ids, **extra).logits)
 
 
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_gradients_of_the_last_head_equal_hugging_face(family):
+    """Each of their parameters has the gradient that ours, under its name here, has."""
+    theirs = random_classifier(family).train()
+    for part in theirs.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0
+    theirs.config.attention_probs_dropout_prob = theirs.config.hidden_dropout_prob = 0
+    for layer in theirs.modules():  # dropout of attention is a number there
+        for name in ("dropout_prob", "attention_dropout"):
+            if isinstance(getattr(layer, name, None), float):
+                setattr(layer, name, 0.0)
+    ours = tokenexit.convert(theirs)
+    for part in ours.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0
+        if hasattr(part, "attention_dropout"):
+            part.attention_dropout = 0.0
+    ours.exit_heads[-1].dropout = 0.0
+    batch = random_batch([9, 3])
+    mask = batch["attention_mask"] != 0
+    weight = torch.randn(*mask.shape, 5, generator=torch.Generator().manual_seed(0))
+    for model in (theirs, ours):
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits
+        (logits * weight)[mask].sum().backward()
+    got = dict(ours.named_parameters())
+    expected = dict(theirs.named_parameters())
+    for name, parts in FAMILY_TABLE[family].names(theirs.config).items():
+        for kind in ("weight", "bias"):
+            if f"{name}.{kind}" in got:
+                wanted = torch.cat([expected[f"{part}.{kind}"].grad for part in parts])
+                found = got[f"{name}.{kind}"].grad
+                torch.testing.assert_close(found, wanted, atol=2e-3, rtol=1e-3)
+
+
 @torch.no_grad()
-def test_mpnet_positions_skip_the_padding_id_inside_a_sentence():
-    theirs = random_classifier("mpnet")
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("electra", {"embedding_size": 32}),
+        ("electra", {"embedding_size": 16}),
+        ("ernie", {"use_task_id": True, "type_vocab_size": 3}),
+        ("bert", {"hidden_act": "gelu_new"}),
+        ("distilbert", {"activation": "relu"}),
+        ("distilbert", {"sinusoidal_pos_embds": True}),
+        ("roberta", {"type_vocab_size": 1, "pad_token_id": 2}),
+    ],
+    ids=str,
+)
+def test_settings_that_change_the_computation(family, changes):
+    theirs = random_classifier(family, **changes)
+    ids = torch.tensor([[5, 6, 7, 59], [8, 9, 1, 2]])
+    got = tokenexit.convert(theirs)(ids).logits
+    torch.testing.assert_close(got, theirs(ids, torch.ones_like(ids)).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["mpnet", "roberta", "xlm-roberta", "camembert"])
+@torch.no_grad()
+def test_positions_skip_the_padding_id_inside_a_sentence(family):
+    theirs = random_classifier(family)
     ids = torch.tensor([[5, 1, 6, 7, 1, 8]])
     torch.testing.assert_close(
         tokenexit.convert(theirs)(ids).logits, theirs(ids, torch.ones_like(ids)).logits
@@ -140,7 +198,7 @@ def test_refuses_other_architectures():
         vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8, num_labels=2
     )
     gpt = transformers.GPT2ForTokenClassification(config)
-    with pytest.raises(ValueError, match=r"'gpt2' model; supported architectures are \['bert', 'm"):
+    with pytest.raises(ValueError, match=r"'gpt2' model; supported architectures are \['bert', 'c"):
         tokenexit.convert(gpt)
     with pytest.raises(TypeError, match="got a Linear; expected a Hugging Face"):
         tokenexit.convert(torch.nn.Linear(2, 2))

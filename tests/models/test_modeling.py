@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from random_models import FAMILIES, random_batch, random_classifier, random_tagger
+from random_models import ALL_FAMILIES, random_batch, random_classifier, random_tagger
 
 import tokenexit
 from tokenexit import ExitPolicy, TokenExitForTokenClassification
@@ -80,7 +80,7 @@ def test_layer_logits_are_nan_where_nothing_was_computed():
     assert torch.equal(computed.sum(0), output.exit_layers)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_saved_and_loaded(family, tmp_path):
     tagger = random_tagger(family, dtype=torch.float32)
     tagger.policy = POLICY

@@ -12,6 +12,8 @@ class TokenExitConfig(PreTrainedConfig):
 
     Args:
         source_model_type: the Hugging Face family it was converted from.
+        embedding_size: width of the embeddings, which are projected to `hidden_size` where they
+            differ. None: `hidden_size`.
         position_padding_id: families that number positions from a padding id: positions start
             after it, and that token itself does not count. None: from 0.
         relative_attention_buckets: rows of the relative-position bias table; 0 for none.
@@ -27,6 +29,7 @@ class TokenExitConfig(PreTrainedConfig):
     source_model_type: str = "bert"
     vocab_size: int = 30522
     hidden_size: int = 768
+    embedding_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072

@@ -51,7 +51,7 @@ def convert(
     if getattr(theirs, "is_decoder", False):
         raise ValueError("got a decoder (config.is_decoder); expected an encoder")
     weights = model.state_dict()
-    names = family.names(theirs.num_hidden_layers)
+    names = family.names(theirs)
     lacking = [
         part for parts in names.values() for part in parts if f"{part}.weight" not in weights
     ]
@@ -63,13 +63,16 @@ def convert(
     if any(value.is_meta for value in weights.values()):
         raise ValueError("got a model on the meta device; expected one with its weights")
 
+    if family.prepare is not None:
+        family.prepare(weights, theirs)
+
     # Fields that only ours has keep their defaults; the family says where theirs differ.
     shared = {
         f.name: getattr(theirs, f.name) for f in fields(TokenExitConfig) if hasattr(theirs, f.name)
     }
     shared.update({k: v(theirs) if callable(v) else v for k, v in family.config.items()})
     if shared.get("classifier_dropout") is None:
-        shared["classifier_dropout"] = theirs.hidden_dropout_prob
+        shared["classifier_dropout"] = shared["hidden_dropout_prob"]
     for name in ("model_type", "architectures", "transformers_version"):
         shared.pop(name, None)
     config = TokenExitConfig(**shared, source_model_type=theirs.model_type)

@@ -2,13 +2,19 @@
 
 A family is a table: our parameter name to theirs, and the settings in which it differs. Several
 of their names for one of ours are concatenated along the first dimension.
+
+A new family that is BERT's layer under other names needs a table here, and nothing else: the parity
+tests take it from here and hold it against Hugging Face.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from torch import Tensor
+from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,9 @@ class Family:
         outer: parameters outside the layers.
         layer: parameters of layer i, with `{i}` for its number from 0.
         layer_prefix: what their layer names start with.
-        config: our configuration's fields from theirs, where names or meanings differ.
+        config: our configuration's fields: a value, or a function of their configuration, where
+            names or meanings differ.
+        prepare: changes their weights, given by name, where values differ; or None.
     """
 
     prefix: str
@@ -28,10 +36,18 @@ class Family:
     layer: Mapping[str, str | tuple[str, ...]]
     layer_prefix: str = "encoder.layer.{i}."
     config: Mapping[str, object] = field(default_factory=dict)
+    prepare: Callable[[dict[str, Tensor], PreTrainedConfig], None] | None = None
 
-    def names(self, num_layers: int) -> dict[str, tuple[str, ...]]:
-        """Our parameter, without `.weight` or `.bias`, to their names in the state dict."""
+    def names(self, config: PreTrainedConfig) -> dict[str, tuple[str, ...]]:
+        """Our parameter, without `.weight` or `.bias`, to their names in the state dict.
+
+        Args:
+            config: theirs.
+        """
+        num_layers = config.num_hidden_layers
         names = {ours: (self.prefix + theirs,) for ours, theirs in self.outer.items()}
+        if getattr(config, "embedding_size", config.hidden_size) == config.hidden_size:
+            names.pop("embeddings.projection", None)
         for i in range(num_layers):
             for ours, theirs in self.layer.items():
                 parts = (theirs,) if isinstance(theirs, str) else theirs
@@ -52,18 +68,75 @@ _EMBEDDINGS = {
     "embeddings.norm": "embeddings.LayerNorm",
 }
 
+_BERT_EMBEDDINGS = {
+    **_EMBEDDINGS,
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+}
+_BERT_LAYER = {
+    "query": "attention.self.query",
+    "key_value": ("attention.self.key", "attention.self.value"),
+    "attention_output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    **_FEED_FORWARD,
+}
+
+
+def _add_task(weights: dict[str, Tensor], config: PreTrainedConfig):
+    """ERNIE adds the first of its task embeddings to every token."""
+    if config.use_task_id:
+        types = "ernie.embeddings.token_type_embeddings.weight"
+        task = weights["ernie.embeddings.task_type_embeddings.weight"][0]
+        weights[types] = weights[types] + task
+
+
+def _roberta() -> Family:
+    """RoBERTa, and those that only differ from it in vocabulary."""
+    return Family(
+        prefix="roberta.",
+        outer=_BERT_EMBEDDINGS,
+        layer=_BERT_LAYER,
+        config={"position_padding_id": lambda config: config.pad_token_id},
+    )
+
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "bert": Family(
             prefix="bert.",
-            outer={**_EMBEDDINGS, "embeddings.token_type": "embeddings.token_type_embeddings"},
+            outer=_BERT_EMBEDDINGS,
+            layer=_BERT_LAYER,
+        ),
+        "camembert": _roberta(),
+        "distilbert": Family(
+            prefix="distilbert.",
+            outer=_EMBEDDINGS,
             layer={
-                "query": "attention.self.query",
-                "key_value": ("attention.self.key", "attention.self.value"),
-                "attention_output": "attention.output.dense",
-                "attention_norm": "attention.output.LayerNorm",
-                **_FEED_FORWARD,
+                "query": "attention.q_lin",
+                "key_value": ("attention.k_lin", "attention.v_lin"),
+                "attention_output": "attention.out_lin",
+                "attention_norm": "sa_layer_norm",
+                "up": "ffn.lin1",
+                "down": "ffn.lin2",
+                "output_norm": "output_layer_norm",
             },
+            layer_prefix="transformer.layer.{i}.",
+            config={
+                "type_vocab_size": 0,
+                "intermediate_size": lambda config: config.hidden_dim,
+                "hidden_act": lambda config: config.activation,
+                "hidden_dropout_prob": lambda config: config.dropout,
+                "attention_probs_dropout_prob": lambda config: config.attention_dropout,
+                "classifier_dropout": lambda config: config.dropout,
+                "layer_norm_eps": 1e-12,
+            },
+        ),
+        "electra": Family(
+            prefix="electra.",
+            outer={**_BERT_EMBEDDINGS, "embeddings.projection": "embeddings_project"},
+            layer=_BERT_LAYER,
+        ),
+        "ernie": Family(
+            prefix="ernie.", outer=_BERT_EMBEDDINGS, layer=_BERT_LAYER, prepare=_add_task
         ),
         "mpnet": Family(
             prefix="mpnet.",
@@ -81,5 +154,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "relative_attention_buckets": lambda config: config.relative_attention_num_buckets,
             },
         ),
+        "roberta": _roberta(),
+        "xlm-roberta": _roberta(),
     }
 )

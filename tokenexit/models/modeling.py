@@ -70,13 +70,15 @@ class ExitEmbeddings(nn.Module):
 
     def __init__(self, config: TokenExitConfig):
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        width = config.embedding_size or config.hidden_size
+        self.word = nn.Embedding(config.vocab_size, width)
+        self.position = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type = self.projection = None
         if config.type_vocab_size:
-            self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        else:
-            self.token_type = None
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+            self.token_type = nn.Embedding(config.type_vocab_size, width)
+        if width != config.hidden_size:
+            self.projection = nn.Linear(width, config.hidden_size)
+        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, positions, token_type_ids):
@@ -84,7 +86,8 @@ class ExitEmbeddings(nn.Module):
         h = self.word(input_ids) + self.position(positions)
         if self.token_type is not None:
             h = h + self.token_type(token_type_ids)
-        return self.dropout(self.norm(h))
+        h = self.dropout(self.norm(h))
+        return h if self.projection is None else self.projection(h)
 
 
 class TokenExitForTokenClassification(PreTrainedModel):
