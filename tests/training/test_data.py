@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 from pathlib import Path
@@ -6,6 +7,7 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 
+from tokenexit.training import data
 from tokenexit.training.data import check_labels, label_names, read_sentences, stream_sentences
 
 
@@ -68,9 +70,16 @@ def test_column_files(write, text):
     assert rows(read_sentences(path)) == TWO
     assert rows(read_sentences(str(path))) == TWO
     words = [words for words, _ in TWO]
-    assert list(stream_sentences(path.open("rb"), "conll")) == words
-    assert list(stream_sentences(path.open(encoding="utf-8"), "conll")) == words
-    assert list(stream_sentences(path.open(encoding="utf-8", newline=""), "conll")) == words
+    for file in (path.open("rb"), path.open(encoding="utf-8"), path.open("r", newline="")):
+        streamed = stream_sentences(file, "conll")
+        assert [sentence for sentence in streamed if sentence != ["-DOCSTART-"]] == words
+
+
+def test_a_stream_keeps_marks_of_documents():
+    lines = ["-DOCSTART- -X- O\n", "\n", "a N O\n", "-DOCSTART- O\n", "b N O\n"]
+    mark = ["-DOCSTART-"]
+    assert list(stream_sentences(lines, "conll")) == [mark, ["a"], mark, ["b"]]
+    assert list(stream_sentences(["-DOCSTART-ed O\n"], "conll")) == [["-DOCSTART-ed"]]
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.tsv", "x.bio", "x.train", "x.dev", "x", "x.unknown"])
@@ -93,6 +102,56 @@ def test_hash_is_a_word_unless_its_line_has_other_columns(write):
     assert rows(read_sentences(write("#fb\t#\n\n#a\tO\n"))) == [(["#fb"], ["#"]), (["#a"], ["O"])]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("# id 0a1\tdomain=xx\nhe _ _ O\nAda _ _ B\n\n# id 0a2\tdomain=xx\nParis _ _ B\n",
+         [["he", "Ada"], ["Paris"]]),
+        ("# id 0a1\tdomain=xx\nhe\tO\n", [["he"]]),
+        ("# first\n# document\na O\n\n# second\nb O\n", [["a"], ["b"]]),
+        ("# sent_id = 1\na x y O\n\n# sent_id = 2\nb x y O\n", [["a"], ["b"]]),
+        ("# only\n# comments\n", []),
+        ("# O\n1 O\n\na O\n# O\n", [["#", "1"], ["a", "#"]]),
+        ("#\tX\n1\tO\n", [["#", "1"]]),
+        ("#\tO\n# 1\tO\n", [["#", "# 1"]]),
+        ("pay VB\n# #\n5 CD\n\n# #\n6 CD\n", [["pay", "#", "5"], ["#", "6"]]),
+        ("#fb #\n#me O\n", [["#fb", "#me"]]),
+        ("a O\n\n#\nb O\n# O O\n", [["a"], ["b"]]),
+    ],
+    ids=["tab-in-blanks", "tabs", "two-columns", "more-columns", "nothing-else", "word",
+         "word-by-tabs", "blank-within-tabs", "pound-sign", "hashtags", "other-width"],
+)  # fmt: skip
+def test_comments_are_told_from_words_by_their_labels(write, text, expected):
+    assert list(stream_sentences(io.StringIO(text), "conll")) == expected
+    if expected:
+        assert read_sentences(write(text))["words"][:] == expected
+
+
+def test_a_label_known_only_later_makes_a_word(write):
+    text = "# B-X\n1 I-X\n\na B-X\n"
+    assert rows(read_sentences(write(text)))[0] == (["#", "1"], ["B-X", "I-X"])
+    with pytest.raises(ValueError, match=r"<stream>:4: got the label 'B-X', which line 1 has too"):
+        list(stream_sentences(text.splitlines(), "conll"))  # which could not wait for it
+
+
+@pytest.mark.parametrize("text", ["a O\n# comment\nb O\n", "a\tO\n# my\tcomment\n"])
+def test_a_comment_amid_a_sentence_is_refused_where_it_may_be_a_word(write, text):
+    for read in (
+        lambda: read_sentences(write(text)),
+        lambda: list(stream_sentences(text.splitlines(), "conll")),
+    ):
+        with pytest.raises(ValueError, match=":2: got a row that begins with '# '.*'comment'"):
+            read()
+
+
+def test_a_stream_remembers_no_more_than_labels(monkeypatch):
+    monkeypatch.setattr(data, "_MOST_LABELS", 10)
+    lines = [line for i in range(20) for line in (f"word {i}", "")]
+    assert len(list(stream_sentences(lines, "conll"))) == 20
+    with pytest.raises(ValueError, match="<stream>:41: got a row that begins with '# '"):
+        list(stream_sentences([*lines, "# x"], "conll"))
+
+
 def test_words_without_labels(write):
     path = write("# a comment\nAnn\n#fb\n\nok\n")
     assert rows(read_sentences(path)) == [(["Ann", "#fb"], None), (["ok"], None)]
@@ -108,6 +167,20 @@ def test_no_word_is_lost(write):
     path = write("".join(f"{space} O\n" for space in spaces))
     assert rows(read_sentences(path)) == [(spaces, ["O"] * len(spaces))]
     assert list(stream_sentences(path.open(encoding="utf-8"), "conll")) == [spaces]
+
+
+CONLLU = """\
+# sent_id = 1
+# text = vámonos al mar
+1-2\tvámonos\t_\t_\t_\t_\t_\t_\t_\t_
+1\tvamos\tir\tVERB\tv1\t_\t0\troot\t_\t_
+2\tnos\tnosotros\tPRON\tp1\t_\t1\tobj\t_\t_
+2.1\thidden\t_\tX\tx\t_\t_\t_\t_\t_
+3\t#\t#\tSYM\ts1\t_\t1\tpunct\t_\t_
+
+# text = 10 000 .
+1\t10 000\t_\tNUM\tn1\t_\t0\troot\t_\t_
+"""
 
 
 @pytest.mark.parametrize(
@@ -129,7 +202,16 @@ def test_no_word_is_lost(write):
         ("", {}, r"data.conll has no sentence"),
         ("\n \n-DOCSTART- O\n", {}, r"data.conll has no sentence"),
         (b"a O\n\xff\xfe O\n", {}, r"data.conll:2: .*expected UTF-8"),
-        ("a O\n".encode("utf-16"), {}, r"data.conll:1: .*expected UTF-8"),
+        ("a O\n".encode("utf-16"), {}, r"data.conll:1: .*UTF-16; expected UTF-8"),
+        ("a O\n".encode("utf-16-le"), {}, r"data.conll:1: .*NUL character .*expected UTF-8"),
+        (gzip.compress(b"a O\n"), {}, r"data.conll:1: the file is compressed by gzip"),
+        ("a O\n\nb O\rc O\n", {}, r"data.conll:3: got a carriage return within"),
+        ("a\tO\rb\tO\r", {}, r"data.conll:1: got a carriage return within"),
+        ('{"words": ["a", "b"]}\n', {}, r"data.conll:1: .* looks like jsonl; expected conll"),
+        ('["a",  "b"]\n', {}, r"data.conll:1: .* looks like jsonl; expected conll"),
+        ("\n".join(CONLLU.splitlines()[3:5]), {}, r"data.conll:2: .* looks like conllu"),
+        ("a,B-X\nb,O\n", {}, r"data.conll:2: .* looks like csv"),
+        ("1 a O\n2 b O\n", {}, r"data.conll:2: .* of which the first counts the words"),
     ],
 )
 def test_wrong_column_files(write, text, options, message):
@@ -137,18 +219,12 @@ def test_wrong_column_files(write, text, options, message):
         read_sentences(write(text), **options)
 
 
-CONLLU = """\
-# sent_id = 1
-# text = vámonos al mar
-1-2\tvámonos\t_\t_\t_\t_\t_\t_\t_\t_
-1\tvamos\tir\tVERB\tv1\t_\t0\troot\t_\t_
-2\tnos\tnosotros\tPRON\tp1\t_\t1\tobj\t_\t_
-2.1\thidden\t_\tX\tx\t_\t_\t_\t_\t_
-3\t#\t#\tSYM\ts1\t_\t1\tpunct\t_\t_
-
-# text = 10 000 .
-1\t10 000\t_\tNUM\tn1\t_\t0\troot\t_\t_
-"""
+def test_a_format_given_is_believed(write):
+    assert rows(read_sentences(write('["a", "b"]\n'), format="conll")) == [(['["a",'], ['"b"]'])]
+    assert rows(read_sentences(write("1 O\n2 O\n"), format="conll")) == [(["1", "2"], ["O", "O"])]
+    assert rows(read_sentences(write("a O\n", "x.csv"), format="conll")) == [(["a"], ["O"])]
+    with pytest.raises(ValueError, match="x.csv is by its name of no format that is read"):
+        read_sentences(write("a,O\n", "x.csv"))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +254,8 @@ def test_conllu(write, column, labels):
         (CONLLU, {"column": "pos"}, r"column is 'pos'; expected a number, 'upos'"),
         (CONLLU.replace("\tSYM", "\t"), {}, r"x.conllu:7: column 3 is empty"),
         ("# only a comment\n", {}, r"no sentence"),
+        (CONLLU.replace("\n\n", "\n"), {}, r"x.conllu:9: got '1'; .* here 4, or an empty line"),
+        (CONLLU.replace("\n2\t", "\n3\t"), {}, r"x.conllu:5: got '3'; .* here 2"),
     ],
 )
 def test_wrong_conllu(write, text, options, message):
@@ -222,6 +300,8 @@ def test_json_without_labels(write):
         ('{"words": ["a", null], "labels": ["O", "O"]}', r"the words are \['a', None\]"),
         ('{"words": ["\\ud83d"], "labels": ["O"]}', "the words are no valid Unicode"),
         ('{"words": ["a"', "expected a JSON value on each line"),
+        ("[" * 100_000, "recursion.*expected a JSON value on each line"),
+        ("\xa0", "expected a JSON value on each line"),
         ("17", "the words are 17; expected a list of strings"),
     ],
 )
@@ -243,6 +323,70 @@ def test_text(write):
     assert rows(read_sentences(path, format="text")) == [(sentence, None) for sentence in words]
     assert list(stream_sentences(path.open("rb"), "text")) == words
     assert list(stream_sentences(["Ann  ran .\n", "", "ok"], "text")) == words
+
+
+def test_one_idea_of_a_blank(write):
+    words = ["10\xa0000", "\u3000", "a\u2028b\x85c\x1cd", "e\x0bf"]
+    line = " ".join(words)
+    for text, format in (
+        (line, "text"),
+        (json.dumps(line), "jsonl"),
+        (json.dumps({"words": line.replace(" ", "\r\n\t")}), "jsonl"),
+        ("\n".join(f"{word} O" for word in words), "conll"),
+    ):
+        assert read_sentences(write(text), format=format)["words"][:] == [words]
+        assert list(stream_sentences(io.BytesIO(text.encode()), format)) == [words]
+
+
+@pytest.mark.parametrize("format", ["text", "jsonl"])
+def test_a_sentence_for_each_line(format):
+    line = {"text": "a b", "jsonl": '["a", "b"]'}[format]
+    lines = ["", line, " \t", line, "", ""]
+    expected = [[], ["a", "b"], [], ["a", "b"], [], []]
+    assert list(stream_sentences([f"{line}\r\n" for line in lines], format)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("x.txt", "a b\n", [["a", "b"]]),
+        ("x.jsonl", '["a"]\n', [["a"]]),
+        ("x.ndjson", '["a"]\n', [["a"]]),
+        ("x.conll", "a O\nb O\n", [["a", "b"]]),
+        ("x.IOB2", "a O\nb O\n", [["a", "b"]]),
+        ("x.conllu", CONLLU, [["vamos", "nos", "#"], ["10 000"]]),
+        ("x.txt", "Ada O\nran fast O\n", [["Ada", "O"], ["ran", "fast", "O"]]),
+        ("x.txt", "[1] a\n[2]\n[]\n", [["[1]", "a"], ["[2]"], ["[]"]]),
+        ("x.txt", "# 1\nAda\tran\nBob ran\n", [["#", "1"], ["Ada", "ran"], ["Bob", "ran"]]),
+        ("x.txt", "1 Ada\n2 Bob\n", [["1", "Ada"], ["2", "Bob"]]),
+    ],
+)
+def test_a_stream_tells_its_format_by_name_and_content(write, name, text, words):
+    assert list(stream_sentences(write(text, name).open("rb"))) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"words": ["a"]}\n', ":1: .*looks like jsonl"),
+        ('\n["a"]\n', ":2: .*looks like jsonl"),
+        ("ada B-X\nsat O\n", ":2: .*looks like conll"),
+        ("a O\nb O\n", ":2: .*looks like conll"),
+        ("-DOCSTART- -X- O\n", ":1: .*looks like conll"),
+        ("# c\nada\tN\n\nsat\tV\n", ":4: .*looks like conll"),
+        (CONLLU, ":4: .*looks like conllu"),
+        ("a,B-X\nb,O\n", ":2: .*looks like csv"),
+    ],
+)
+def test_a_stream_refuses_what_is_clearly_no_text(write, text, message):
+    with (
+        write(text, "x.txt").open("rb") as file,
+        pytest.raises(ValueError, match=f"x.txt{message}"),
+    ):
+        list(stream_sentences(file))
+    with pytest.raises(ValueError, match=f"<stream>{message}; expected text"):
+        list(stream_sentences(text.splitlines()))
+    assert list(stream_sentences(text.splitlines(), "text"))
 
 
 def test_stream_of_nothing_and_of_anything_else():
@@ -287,7 +431,19 @@ def test_stream_reads_no_further_than_it_must(format, line):
 
 
 @pytest.mark.usefixtures("no_hub")
-@pytest.mark.parametrize("name", ["missing.conll", "missing.json", "./missing", "a/b/c", "~/none"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "missing.conll",
+        "missing.json",
+        "./missing",
+        "a/b/c",
+        "~/none",
+        "dev.connl",
+        "dev.gz",
+        "a/x.v",
+    ],
+)
 def test_missing_file(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"no such file: {name}"):
@@ -408,6 +564,32 @@ def test_name_of_no_dataset(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match="nothing is no file and loads as no data set: not on"):
         read_sentences("nothing")
+
+
+def test_folders_of_files(tmp_path, no_hub):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.conll").write_text("a O\n")
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder; expected a file, as .*x.conll"):
+        read_sentences(tmp_path)
+    with pytest.raises(ValueError, match=f"no such file: {tmp_path}, which is a folder"):
+        read_sentences(tmp_path, format="conll")
+
+
+def test_unknown_hub_names_are_told_at_once(monkeypatch):
+    def unreachable(self, name, timeout):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(data.huggingface_hub.HfApi, "dataset_info", unreachable)
+    with pytest.raises(ValueError, match="no such file: trian; nor .* a data set: no network"):
+        data.check_hub_name("trian")
+    monkeypatch.setattr(datasets.load.CachedDatasetModuleFactory, "get_module", lambda self: None)
+    data.check_hub_name("cached")
+
+
+def test_labels_and_words_are_counted():
+    dataset = Dataset.from_dict({"words": [["a"], ["b"]], "labels": [["O"], ["O", "O"]]})
+    with pytest.raises(ValueError, match="sentence 1: got 2 labels for 1 words"):
+        check_labels(dataset, ["O"])
 
 
 def test_label_names():

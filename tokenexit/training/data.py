@@ -6,10 +6,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
+import huggingface_hub
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 WORD_KEYS = ("words", "tokens")
@@ -18,25 +20,28 @@ LABEL_KEYS = ("labels", "tags", "ner_tags", "pos_tags")
 _CONLLU_WORD, _CONLLU_WIDTH = 1, 10
 _CONLLU_LABELS = {"upos": 3, "xpos": 4, "deprel": 7}
 _CONLLU_NO_WORD = re.compile(r"\d+-\d+|\d+\.\d+")  # multiword tokens and empty nodes
-_FORMAT_OF_SUFFIX = {".conllu": "conllu", ".json": "jsonl", ".jsonl": "jsonl"}
-_FILE_SUFFIXES = (
-    *_FORMAT_OF_SUFFIX,
-    ".conll",
-    ".txt",
-    ".tsv",
-    ".bio",
-    ".bioes",
-    ".iob",
-    ".iob2",
-    ".bmes",
-    ".train",
-    ".dev",
-    ".valid",
-    ".test",
-)
-# Not str.split and str.strip: a no-break or an ideographic space can be a word.
-_BLANK = " \t"
-_BLANKS = re.compile("[ \t]+")
+_FORMAT_OF_SUFFIX = {
+    ".conllu": "conllu",
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "jsonl"),
+    **dict.fromkeys((".conll", ".tsv", ".bio", ".bioes", ".iob", ".iob2", ".bmes"), "conll"),
+    **dict.fromkeys((".csv", ".parquet", ".arrow", ".xlsx", ".xml"), None),  # not read
+}
+_NOT_TEXT = {
+    b"\x1f\x8b": "compressed by gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"PK\x03\x04": "a zip archive",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+# The one idea of a blank. Not str.split and str.strip: a no-break or an ideographic space is part
+# of a word, and can be one. Line ends are met within strings of JSON only.
+_BLANK = " \t\r\n"
+_BLANKS = re.compile(f"[{_BLANK}]+")
+_DOCUMENT = "-DOCSTART-"
+_CHUNK_LABEL = re.compile(r"O|[BIESMLU]-\S+")
+_MOST_LABELS = 10_000  # that a stream of columns remembers; more are no labels
 
 
 def read_sentences(
@@ -58,8 +63,9 @@ def read_sentences(
     | `dataset` | folder of `save_to_disk`, or name for `datasets.load_dataset` | its column |
 
     A `conll` file whose rows have one column holds words without labels. Its `-DOCSTART-` lines
-    are skipped. A line that starts with `#` is a comment only if it has not as many columns as
-    the first other row: `#` is a word of tweets.
+    are skipped. `#` is a word of tweets, so a line that starts with `#` is a comment only if it
+    has not as many columns as the first other row; or if it starts with `# `, before the words of
+    a sentence, and where its label would be stands one that no other row has.
 
     Args:
         source: a file, a folder, a data set's name, or a data set in memory.
@@ -67,7 +73,8 @@ def read_sentences(
             `labels`, `tags`, `ner_tags`, `pos_tags` the first that is there.
         split: which split of a data set. None: its only one.
         config: the configuration for `datasets.load_dataset`.
-        format: one of the table. None: told by the file's name, `conll` if that tells nothing.
+        format: one of the table. None: told by the file's name, `conll` if that tells nothing; a
+            file that begins like one of another format is refused.
 
     Returns:
         A data set with the columns `words`, lists of str, and, where the source has labels,
@@ -93,16 +100,17 @@ def read_sentences(
     path = Path(source).expanduser()
     is_file = path.exists() and not path.is_dir()
     if not is_file or format == "dataset":
-        if format in _PARSERS or (not path.exists() and _looks_like_a_path(source)):
+        if format in _PARSERS and path.is_dir():
+            raise ValueError(f"no such file: {source}, which is a folder")
+        if format in _PARSERS or (format is None and is_missing_path(source)):
             raise ValueError(f"no such file: {source}")
         return _from_dataset(_load(source, path, config, split), column)
     if split is not None or config is not None:
         raise ValueError(
             f"got split {split!r} and config {config!r} with the file {source}; expected neither"
         )
-    format = format or _FORMAT_OF_SUFFIX.get(path.suffix.lower(), "conll")
     with path.open("rb") as file:
-        sentences = list(_PARSERS[format](_lines(file, str(source)), str(source), column, True))
+        sentences = list(_sentences(file, str(source), format, "conll", column, True))
     if not sentences:
         raise ValueError(f"{source} has no sentence; expected at least one")
     words, labels = zip(*sentences, strict=True)
@@ -110,26 +118,31 @@ def read_sentences(
     return Dataset.from_dict(rows, features=_features(rows))
 
 
-def stream_sentences(file: Iterable[str] | Iterable[bytes], format: str) -> Iterator[list[str]]:
+def stream_sentences(
+    file: Iterable[str] | Iterable[bytes], format: str | None = None
+) -> Iterator[list[str]]:
     """Yield the words of one sentence after another, in constant memory.
 
     Args:
         file: an open file, or lines. A binary one is read as UTF-8, and an error names the very
             line; of a text one, which decodes ahead, a line near it.
-        format: `text` (a sentence a line; an empty line is an empty sentence), `conll` (the
-            first column), `conllu`, or `jsonl` (a line is a list of words, a string to be split
-            at blanks, or an object with either under `words` or `tokens`).
+        format: `text` (a sentence a line), `conll` (the first column; a `-DOCSTART-` line is a
+            sentence of that word), `conllu`, or `jsonl` (a line is a list of words, a string to be
+            split at blanks, or an object with either under `words` or `tokens`). None: told by
+            the file's name, `text` if that tells nothing; a file that begins like one of another
+            format is refused.
 
     Yields:
-        The words of a sentence.
+        The words of a sentence. In `text` and `jsonl` the n-th is that of line n: an empty line
+        is an empty sentence.
 
     Raises:
         ValueError: an unknown format, or a line that is not as the format says.
     """
-    if format not in _PARSERS:
+    if format is not None and format not in _PARSERS:
         raise ValueError(f"format is {format!r}; expected one of {[*_PARSERS]}")
     name = str(getattr(file, "name", "<stream>"))
-    return (words for words, _ in _PARSERS[format](_lines(file, name), name, None, False))
+    return (words for words, _ in _sentences(file, name, format, "text", None, False))
 
 
 def label_names(dataset: Dataset, labels: Sequence[str] | None = None) -> list[str]:
@@ -153,12 +166,16 @@ def label_names(dataset: Dataset, labels: Sequence[str] | None = None) -> list[s
 def check_labels(dataset: Dataset, label_names: Sequence[str]) -> None:
     """Raise ValueError unless `label_names` has every label of the data set, each once.
 
-    The message names the label and the sentence, counted from 0.
+    So it does where a sentence has not as many labels as words. The message names the label and
+    the sentence, counted from 0.
     """
     known = set(label_names)
     if len(known) != len(label_names):
         raise ValueError(f"the label names are {list(label_names)}; expected each once")
-    for number, labels in enumerate(_label_lists(dataset)):
+    words = dataset["words"] if "words" in dataset.column_names else repeat(None)
+    for number, (words_, labels) in enumerate(zip(words, _label_lists(dataset), strict=False)):
+        if words_ is not None and len(words_) != len(labels):
+            raise ValueError(f"sentence {number}: got {len(labels)} labels for {len(words_)} words")
         for label in labels:
             if label not in known:
                 raise ValueError(
@@ -178,27 +195,100 @@ _NumberedLines = Iterator[tuple[int, str]]
 _Sentences = Iterator[tuple[list[str], list[str] | None]]  # words and labels
 
 
+def _sentences(
+    file: Iterable[str] | Iterable[bytes],
+    name: str,
+    format: str | None,
+    default: str,
+    column: int | str | None,
+    labelled: bool,
+) -> _Sentences:
+    """Choose the parser by format, name and content; it starts at once, so that checks do."""
+    lines = _lines(file, name)
+    if format is None:
+        format = _FORMAT_OF_SUFFIX.get(Path(name).suffix.lower(), default)
+        if format is None:
+            raise ValueError(
+                f"{name} is by its name of no format that is read; expected one of {[*_PARSERS]}, "
+                "or the format to be given"
+            )
+        lines = _of_no_other_format(lines, name, format)
+    return _PARSERS[format](lines, name, column, labelled)
+
+
 def _lines(file: Iterable[str] | Iterable[bytes], name: str) -> _NumberedLines:
     """Yield number and text of each line, without byte order mark and line end."""
     number = 0
     try:
         for number, line in enumerate(file, 1):
             if isinstance(line, bytes):
+                for magic, what in _NOT_TEXT.items():
+                    if number == 1 and line.startswith(magic):
+                        raise ValueError(f"{name}:1: the file is {what}; expected UTF-8 text")
                 line = line.decode()
             elif not line.isascii():
                 line.encode()  # standard input may hand wrong bytes on as lone surrogates
             if number == 1:
                 line = line.removeprefix("\ufeff")
-            yield number, line.rstrip("\r\n")
+            line = line.rstrip("\r\n")
+            if "\r" in line or "\0" in line:
+                what = "a carriage return" if "\r" in line else "a NUL character"
+                raise ValueError(
+                    f"{name}:{number}: got {what} within {line!r:.60}; expected UTF-8 text whose "
+                    "lines end in a line feed"
+                )
+            yield number, line
     except UnicodeError as error:
         raise ValueError(f"{name}:{number}: {error}; expected UTF-8") from error
 
 
-def _column_rows(lines: _NumberedLines, name: str) -> Iterator[tuple[int, list[str] | None]]:
-    """Yield number and columns of each row of a column file; None where a sentence ends."""
+def _of_no_other_format(lines: _NumberedLines, name: str, format: str) -> _NumberedLines:
+    """Hand lines on; refuse those that begin like another format than the name tells."""
+    first = []
+    for number, line in lines:
+        if len(first) < 2 and line.strip(_BLANK) and not line.startswith("#"):
+            first.append(line)
+            found = _looks_like(first, format)
+            if found not in (None, format):
+                raise ValueError(
+                    f"{name}:{number}: {line!r:.60} looks like {found}; expected {format}, as the "
+                    "name tells, or the format to be given"
+                )
+        yield number, line
+
+
+def _looks_like(rows: list[str], format: str) -> str | None:
+    """What the first one or two rows of a file are clearly of; None if that cannot be told."""
+    if rows[0].startswith(("[", "{")):
+        try:
+            row = json.loads(rows[0])
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) or (row and all(isinstance(word, str) for word in row)):
+            return "jsonl"
+    columns = [_BLANKS.split(row.strip(_BLANK)) for row in rows]
+    if columns[0][0] == _DOCUMENT:
+        return "conll"
+    if len(rows) < 2 or format in ("jsonl", "conllu"):  # whose own readers refuse others
+        return None
+    tabs = [row.count("\t") for row in rows]
+    if tabs[0] == tabs[1] == _CONLLU_WIDTH - 1 and columns[0][0].split("-")[0] == "1":
+        return "conllu"
+    if all("," in row and _CHUNK_LABEL.fullmatch(row.rpartition(",")[2]) for row in rows):
+        return "csv"
+    even = len(columns[0]) == len(columns[1]) > 1
+    if format == "conll":
+        numbered = even and [row[0] for row in columns] == ["1", "2"]
+        return "columns of which the first counts the words" if numbered else None
+    labels = all(_CHUNK_LABEL.fullmatch(row[-1]) for row in columns)
+    return "conll" if tabs[0] == tabs[1] > 0 or (even and labels) else None
+
+
+def _column_rows(lines: _NumberedLines, name: str) -> Iterator[tuple[int, str, list[str] | None]]:
+    """Yield number, line and columns of each row of a column file; None where a sentence ends."""
 
     def ends_sentence(line: str) -> bool:
-        return not line.strip(_BLANK) or line.startswith("-DOCSTART-")
+        return not line.strip(_BLANK) or _BLANKS.split(line, maxsplit=1)[0] == _DOCUMENT
 
     # Whether a line with '#' is a comment is known only from another row: read up to that.
     head = []
@@ -211,7 +301,7 @@ def _column_rows(lines: _NumberedLines, name: str) -> Iterator[tuple[int, list[s
                 break
             example = example or (number, line)
     if example is None:
-        return
+        example = 0, ""
     tabs = "\t" in example[1]
 
     def cut(line: str) -> list[str]:
@@ -220,9 +310,9 @@ def _column_rows(lines: _NumberedLines, name: str) -> Iterator[tuple[int, list[s
     width = len(cut(example[1]))
     for number, line in chain(head, lines):
         if ends_sentence(line):
-            yield number, None
+            yield number, line, None
         elif len(columns := cut(line)) == width:
-            yield number, columns
+            yield number, line, columns
         elif not line.startswith("#"):
             raise ValueError(
                 f"{name}:{number}: got {len(columns)} columns in {line!r}; expected {width}, as "
@@ -230,19 +320,85 @@ def _column_rows(lines: _NumberedLines, name: str) -> Iterator[tuple[int, list[s
             )
 
 
+class _Row(NamedTuple):
+    """A row of a column file that is or may be a word."""
+
+    number: int
+    word: str
+    label: str | None
+    unsure: bool  # it may be a comment
+
+
+def _without_comments(rows: Iterable[_Row | None], name: str, whole: bool) -> Iterator[_Row | None]:
+    """Decide by the labels which rows are comments; None where a sentence ends.
+
+    Args:
+        whole: by all labels of the file, not only by those up to the end of the sentence.
+    """
+
+    def groups() -> Iterator[list[_Row | None]]:
+        group = []
+        for row in rows:
+            group.append(row)
+            if row is None and not whole:
+                yield group
+                group = []
+        yield group
+
+    known = {"#", None}  # the label of '#' in the Penn Treebank; that of rows without labels
+    comments = {}
+    for group in groups():
+        sure = {row.label: row.number for row in group if row is not None and not row.unsure}
+        if len(known) < _MOST_LABELS:
+            known.update(sure)
+        for label in comments.keys() & sure.keys():
+            raise ValueError(
+                f"{name}:{sure[label]}: got the label {label!r}, which line {comments[label]} has "
+                "too, but that begins with '# ' and was taken for a comment; expected tabs between "
+                "the columns, or comments of another number of columns"
+            )
+        inside = False
+        for row in group:
+            if row is None or not row.unsure or row.label in known:
+                yield row
+                inside = row is not None
+            elif not inside and len(known) < _MOST_LABELS:
+                comments[row.label] = row.number
+            else:
+                raise ValueError(
+                    f"{name}:{row.number}: got a row that begins with '# ', as comments do, but "
+                    f"stands amid a sentence and has a label of its own, {row.label!r}; expected a "
+                    "label of other rows, or comments between sentences only"
+                )
+
+
 def _read_columns(
     lines: _NumberedLines, name: str, column: int | str | None, labelled: bool
 ) -> _Sentences:
     index = -1 if column is None else _column_number(column, {})
-    words, labels = [], []
-    for number, columns in chain(_column_rows(lines, name), [(0, None)]):
-        if columns is not None:
-            where = f"{name}:{number}"
-            words.append(columns[0])
-            if labelled and (column is not None or len(columns) > 1):
-                if index in (0, -len(columns)):
+
+    def rows() -> Iterator[_Row | None]:
+        for number, line, columns in _column_rows(lines, name):
+            if columns is None:
+                yield None
+                if line.strip(_BLANK) and not labelled:
+                    yield _Row(number, _DOCUMENT, None, False)
+                    yield None
+                continue
+            label = None
+            if len(columns) > 1 or (labelled and column is not None):
+                where = f"{name}:{number}"
+                if labelled and index in (0, -len(columns)):
                     raise ValueError(f"{where}: column {column} has the words; expected another")
-                labels.append(_label(columns, index, where))
+                label = _label(columns, index, where) if labelled else columns[-1]
+            yield _Row(number, columns[0], label, line.startswith("# "))
+
+    words, labels = [], []
+    for row in chain(_without_comments(rows(), name, labelled), [None]):
+        if row is not None:
+            words.append(row.word)
+            if labelled and row.label is not None:
+                labels.append(row.label)
         elif words:
             yield words, labels or None
             words, labels = [], []
@@ -267,8 +423,11 @@ def _read_conllu(
                 )
             if _CONLLU_NO_WORD.fullmatch(columns[0]):
                 continue
-            if not columns[0].isdecimal():
-                raise ValueError(f"{name}:{number}: got {columns[0]!r}; expected a word's number")
+            if columns[0] != str(len(words) + 1):
+                raise ValueError(
+                    f"{name}:{number}: got {columns[0]!r}; expected a word's number, here "
+                    f"{len(words) + 1}, or an empty line before another sentence"
+                )
             words.append(columns[_CONLLU_WORD])
             if labelled:
                 labels.append(_label(columns, index, f"{name}:{number}"))
@@ -280,11 +439,13 @@ def _read_json(
     had_labels = None
     for number, line in lines:
         where = f"{name}:{number}"
-        if not line.strip():
+        if not line.strip(_BLANK):
+            if not labelled:
+                yield [], None
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}; expected a JSON value on each line") from error
         words, labels = row, None
         if isinstance(row, dict):
@@ -292,7 +453,9 @@ def _read_json(
             if labelled and (column is not None or any(key in row for key in LABEL_KEYS)):
                 labels = row[_key(row, LABEL_KEYS if column is None else [column], where)]
                 labels = _strings(labels, "labels", where)
-        words = words.split() if isinstance(words, str) else _strings(words, "words", where)
+        if isinstance(words, str):
+            words = _split(words)
+        words = _strings(words, "words", where)
         if labels is not None and len(labels) != len(words):
             raise ValueError(f"{where}: got {len(labels)} labels for {len(words)} words")
         if labelled and had_labels not in (None, labels is not None):
@@ -308,7 +471,7 @@ def _read_text(
     if column is not None:
         raise ValueError(f"got column {column!r} for {name}, which is text; expected none")
     for _, line in lines:
-        yield line.split(), None
+        yield _split(line), None
 
 
 _PARSERS: dict[str, Callable[[_NumberedLines, str, int | str | None, bool], _Sentences]] = {
@@ -317,6 +480,11 @@ _PARSERS: dict[str, Callable[[_NumberedLines, str, int | str | None, bool], _Sen
     "jsonl": _read_json,
     "text": _read_text,
 }
+
+
+def _split(text: str) -> list[str]:
+    """The words between blanks."""
+    return [word for word in _BLANKS.split(text) if word]
 
 
 def _column_number(column: int | str, named: dict[str, int]) -> int:
@@ -355,21 +523,42 @@ def _strings(values: object, what: str, where: str) -> list[str]:
     return values
 
 
-def _looks_like_a_path(source: str | os.PathLike) -> bool:
+def is_missing_path(source: str | os.PathLike) -> bool:
     """Tell a mistyped path from the name of a data set, `name` or `owner/name`."""
-    path = Path(source)
+    path = Path(source).expanduser()
+    if path.exists():
+        return False
     return (
         not isinstance(source, str)
         or source.startswith((".", "~", os.sep))
         or "\\" in source
         or len(path.parts) > 2
-        or path.suffix.lower() in _FILE_SUFFIXES
+        or re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) is not None
         or (len(path.parts) == 2 and path.parent.is_dir())
     )
 
 
+def check_hub_name(name: str) -> None:
+    """Raise ValueError at once if `name` is no data set, where `datasets` would try for long."""
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
+    except Exception as error:
+        try:
+            datasets.load.CachedDatasetModuleFactory(name).get_module()
+        except OSError:
+            raise ValueError(
+                f"no such file: {name}; nor is it known as a data set: {error}"
+            ) from error
+
+
 def _load(source: str | os.PathLike, path: Path, config: str | None, split: str | None) -> Dataset:
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if path.is_dir() and not saved:
+        # `datasets` has ideas of its own of these: it would drop labels.
+        suffixes = {".txt", *(s for s, f in _FORMAT_OF_SUFFIX.items() if f in ("conll", "conllu"))}
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() in suffixes:
+                raise ValueError(f"{source} is a folder; expected a file, as {file}")
     try:
         if saved:
             loaded = datasets.load_from_disk(path)
@@ -378,7 +567,8 @@ def _load(source: str | os.PathLike, path: Path, config: str | None, split: str 
             loaded = datasets.load_dataset(name, config, split=split)
             split = None
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{source} is no file and loads as no data set: {error}") from error
+        what = "a folder" if path.is_dir() else "no file"
+        raise ValueError(f"{source} is {what} and loads as no data set: {error}") from error
     return _one_split(loaded, split, str(source))
 
 
