@@ -6,13 +6,18 @@ BIN := $(VENV)/bin
 # The root holds kernels/, which Python must not take for Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint bench asan clean
+.PHONY: demo test test-gpu lint bench asan clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenexit demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 $(TESTS)
+
+# All tests that run on a GPU, of which one is needed. Most of the time kernels compile: WORKERS at a time.
+WORKERS ?= 8
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m gpu -n $(WORKERS) $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -90,6 +90,17 @@ def exits(batch: texts.Batch, num_layers: int, rate: float, kind: str) -> torch.
     return torch.where(is_word, result, last).masked_fill(~batch.real, 0)
 
 
+def judges(model: Model, batch: texts.Batch, layers: torch.Tensor | None) -> dict:
+    """Of `systems` the two that others are held against; nothing is recorded or compiled."""
+    padded = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+    def paper():
+        with mock.patch.object(static, "applies", lambda *_: False):
+            return model.ours(**padded, word_ids=batch.word_ids, exit_layers=layers).logits
+
+    return {HF: lambda: model.theirs(**padded).logits, PAPER: paper}
+
+
 def systems(model: Model, batch: texts.Batch, layers: torch.Tensor | None, flash=None) -> dict:
     """By name, what gives the logits `[B, N, C]`; of ours, with exit layers if they are given.
 
@@ -101,15 +112,11 @@ def systems(model: Model, batch: texts.Batch, layers: torch.Tensor | None, flash
     padded = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     call = {**padded, "word_ids": batch.word_ids, "exit_layers": layers}
 
-    def paper():
-        with mock.patch.object(static, "applies", lambda *_: False):
-            return ours(**call).logits
-
     def with_graphs(on, **more):
         ours.cuda_graphs = on
         return ours(**call, **more).logits
 
-    found = {HF: lambda: theirs(**padded).logits, PAPER: paper}
+    found = judges(model, batch, layers)
     if flash is not None:
         found["Hugging Face flash"] = lambda: flash(**padded).logits
     if batch.input_ids.is_cuda:
@@ -216,6 +223,18 @@ def measure(found: Mapping[str, Callable], device: str, rounds: int) -> dict[str
     return result
 
 
+def size_of(text: str) -> tuple[int, int]:
+    """Of "64x128": sentences and tokens.
+
+    Raises:
+        ValueError: another text.
+    """
+    sentences, tokens = map(int, text.split("x"))
+    if min(sentences, tokens) < 1:
+        raise ValueError(f"got {text!r}; expected at least one sentence and one token")
+    return sentences, tokens
+
+
 def case(truth: Model, model: Model, sizes, rate, kind, device, rounds, flash=None):
     """Check and time the systems on one batch; rows, and what is wrong with those left out."""
     sentences, n = sizes
@@ -228,8 +247,7 @@ def case(truth: Model, model: Model, sizes, rate, kind, device, rounds, flash=No
     batch = texts.Batch(*(getattr(batch, x).to(device) for x in batch.__dataclass_fields__))
     layers = None if layers is None else layers.to(device)
     found, failures, same = systems(model, batch, layers, flash), [], {}
-    expected = {name: run() for name, run in systems(truth, batch, layers).items() if name in
-                (HF, PAPER)}  # fmt: skip
+    expected = {name: run() for name, run in judges(truth, batch, layers).items()}
     if not rate and (why := wrong(expected[PAPER], *[expected[HF]] * 2, batch.real)):
         return [], [f"our eager loop in fp32: {why}"]
     for name in (HF, PAPER):
@@ -285,6 +303,8 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--device", default="cuda", help="cpu: only to try the program (--quick)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp16", "bf16"])
+    parser.add_argument("--sizes", nargs="+", type=size_of, help="like 64x128; default: 16")
+    parser.add_argument("--rates", nargs="+", type=float, default=EXIT_RATES)
     parser.add_argument("--quick", action="store_true", help="a tiny model, two sizes")
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
     options = parser.parse_args(arguments)
@@ -299,8 +319,9 @@ def main(arguments=None) -> int:
         for dtype in options.dtype:
             ours = model.to(options.device, DTYPES[dtype])
             flash = flash_of(ours.theirs)
-            for sizes in [(1, 8), (4, 16)] if options.quick else SIZES:
-                plan = [(r, k) for r in EXIT_RATES for k in ("even", "whole") if r or k == "even"]
+            for sizes in options.sizes or ([(1, 8), (4, 16)] if options.quick else SIZES):
+                rates = options.rates
+                plan = [(r, k) for r in rates for k in ("even", "whole") if r or k == "even"]
                 if sizes == GOAL[:2] or options.quick:
                     plan.append((1 - GOAL[2] if not options.quick else 0.5, "goal"))
                 for rate, kind in plan:

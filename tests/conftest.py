@@ -1,5 +1,7 @@
 """Fixtures for all tests."""
 
+import os
+
 import fixtures
 import pytest
 import torch
@@ -11,3 +13,23 @@ torch.set_num_threads(1)  # as many test processes as cores run beside each othe
 def tiny_tokenizer():
     """The builder of small tokenizers, see fixtures.py."""
     return fixtures.tiny_tokenizer
+
+
+# After these no GPU code runs in the process any more.
+BROKEN = (
+    "an illegal memory access",
+    "an illegal instruction",
+    "device-side assert",
+    "misaligned address",
+    "unspecified launch failure",
+)
+
+
+def pytest_runtest_logreport(report):
+    """A process beside others whose GPU context is broken ends: else all its later tests fail.
+
+    pytest-xdist has been told of the failure, and starts another process.
+    """
+    text = str(report.longrepr) if report.failed else ""
+    if any(sign in text for sign in BROKEN) and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(3)

@@ -1,15 +1,17 @@
 """The command line, from training to tagging, and its one-line errors."""
 
+import importlib.util
 import json
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 from random_models import random_classifier
 from test_trainer import data
 
-from tokenexit import ExitPolicy, Tagger, cli
+from tokenexit import ExitPolicy, Tagger, cli, static
 
 
 def call(capsys, *arguments):
@@ -204,8 +206,19 @@ def test_info(trained, capsys):
     assert code == 0
     assert "compiled ops" in out and "bert, 4 layers of 32" in out and "B-PER" in out
     assert call(capsys, "info")[0] == 0
-    if "compiled ops │ yes" in " ".join(out.split()):
+    if "compiled ops │ for CPU" in " ".join(out.split()):
         assert "32 x 64, 4 heads, fp32" in " ".join(out.split()) and "absorbed block" in out
+
+
+def test_info_tells_what_keeps_a_gpu_slow(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(static, "_DEVICES", frozenset())
+    out = " ".join(call(capsys, "info")[1].split())
+    assert "H100, used slowly: the CUDA op compact_active (" in out
+    monkeypatch.setattr(static, "_DEVICES", {"cuda"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert "slowly" not in call(capsys, "info")[1]
 
 
 def test_int8_and_min_active(trained, folder, capsys):

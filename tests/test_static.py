@@ -1,6 +1,10 @@
 """The loop with static shapes: that nothing in it waits for the host, and how much it launches."""
 
+import contextlib
 import importlib.util
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ from random_models import FAMILIES, random_batch, random_tagger
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenexit import ExitPolicy, static
 from tokenexit.encoder import Schedule
@@ -195,13 +201,250 @@ def test_buffers_made_in_inference_mode_are_filled_in_any():
             assert torch.equal(inputs[1].threshold[:, :2], schedule.threshold)
 
 
+class Sums(torch.nn.Module):
+    """All that graphs are told apart by goes into its result; its sums are exact in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("shift", torch.tensor(3.0))
+        self.inner = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False)])
+        torch.nn.init.ones_(self.inner[0].weight)
+
+    def forward(self, rows, schedule):
+        value = self.weight * rows["input_ids"] + self.shift + self.inner[0].weight
+        for name, part in self.named_children():
+            value = value + sum(p.sum() for p in part.parameters()) * (1 + len(name))
+        if rows["word_ids"] is not None:
+            value = value + rows["word_ids"] / 16
+        value = value + sum(schedule.decides) / 4 + schedule.max_prob / 8
+        value = value + (static.float32_precision() == "ieee") / 32
+        value = value + schedule.threshold[0, :, None] + schedule.window[:, None]
+        value = value.where(rows["attention_mask"], 0)
+        return value, value.sum()
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The recordings so far; a replay runs what was recorded, with the weights of that time."""
+
+    class Recordings(list):
+        module = None  # whose weights they read
+
+    class Graph:
+        def __init__(self, run, module):
+            self.run, self.module, self.results = run, module, run()
+            self.held = {k: v for k, v in (*module.named_parameters(), *module.named_buffers())}
+
+        def replay(self):
+            with _reparametrize_module(self.module, self.held):
+                for old, new in zip(self.results, self.run(), strict=True):
+                    old.copy_(new)
+
+    def record(run, pool=None):
+        calls.append(Graph(run, calls.module))
+        return calls[-1], calls[-1].results
+
+    calls = Recordings()
+    monkeypatch.setattr(static, "record", record)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(static, "FALLBACKS", Counter())
+    return calls
+
+
+def rows_of(sentences=3, tokens=5, **more):
+    ids = torch.arange(sentences * tokens).view(sentences, tokens)
+    return {"input_ids": ids, "attention_mask": ids % 4 > 0, "word_ids": None, **more}
+
+
+def schedule_of(policy=None, sentences=3):
+    return Schedule.of(policy or ExitPolicy(threshold=0.25), 4, sentences, torch.zeros(0))
+
+
+def other_parameter(module):
+    module.weight = torch.nn.Parameter(torch.tensor(5.0))
+
+
+def other_data(module):
+    module.inner[0].weight.data = torch.tensor([[7.0]])
+
+
+def other_buffer(module):
+    module.shift = torch.tensor(1.0)
+
+
+def more_modules(module):
+    module.new = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.ones_(module.new.weight)
+
+
+CHANGES = [other_parameter, other_data, other_buffer, more_modules]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_other_weights_get_another_graph(change, recorded):
+    recorded.module = module = Sums()
+    graphs = static.Graphs()
+    for step in ("as made", "replayed", change, "replayed"):
+        if callable(step):
+            step(module)
+        got = graphs(module, rows_of(), schedule_of(), module)
+        assert all(map(torch.equal, got, module(rows_of(), schedule_of()))), step
+    assert len(recorded) == 2
+    module.weight.fill_(9)  # in place, which the graph reads
+    got = graphs(module, rows_of(), schedule_of(), module)
+    assert all(map(torch.equal, got, module(rows_of(), schedule_of())))
+    assert len(recorded) == 2 and not static.FALLBACKS
+
+
+BASE = ExitPolicy(threshold=0.25)
+INPUTS = {
+    "decides": (rows_of(), schedule_of(ExitPolicy(threshold=(0.25, 0, 0.25, 0.25)))),
+    "max_prob": (rows_of(), schedule_of(ExitPolicy(threshold=0.25, criterion="max_prob"))),
+    "row": (rows_of(word_ids=torch.ones(3, 5).long()), schedule_of()),
+    "dtype": (rows_of(input_ids=torch.ones(3, 5).int()), schedule_of()),
+    "bucket": (rows_of(9, 5), schedule_of(sentences=9)),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@torch.no_grad()
+def test_other_options_get_another_graph(name, recorded):
+    recorded.module = module = Sums()
+    graphs = static.Graphs()
+    for rows, schedule in (both := [(rows_of(), schedule_of()), INPUTS[name]]) * 2:
+        got = graphs(module, rows, schedule, module)
+        assert all(map(torch.equal, got, module(rows, schedule)))
+    assert len(recorded) == len(both)
+
+
+@torch.no_grad()
+def test_one_graph_serves_values_sizes_and_thresholds(recorded):
+    recorded.module = module = Sums()
+    graphs = static.Graphs()
+    for sentences, tokens, threshold in [(3, 5, 0.25), (8, 16, 0.5), (1, 1, 0.75), (3, 5, 0.25)]:
+        policies = [ExitPolicy(threshold=threshold, window=i) for i in range(sentences)]
+        rows, schedule = rows_of(sentences, tokens), schedule_of(policies, sentences)
+        got = graphs(module, rows, schedule, module)
+        assert all(map(torch.equal, got, module(rows, schedule)))
+    assert len(recorded) == 1
+
+
+@torch.no_grad()
+def test_precision_gets_another_graph(recorded):
+    recorded.module = module = Sums()
+    graphs, before = static.Graphs(), torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            got = graphs(module, rows_of(), schedule_of(), module)
+            assert all(map(torch.equal, got, module(rows_of(), schedule_of())))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(recorded) == 2
+
+
+@torch.no_grad()
+def test_where_recording_fails_all_is_run_directly_and_told_once(recorded, monkeypatch):
+    def fails(run, pool=None):
+        recorded.append(run)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(static, "record", fails)
+    module, graphs = Sums(), static.Graphs()
+    with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted") as told:
+        for sentences in (3, 3, 9):
+            rows, schedule = rows_of(sentences), schedule_of(sentences=sentences)
+            got = graphs(module, rows, schedule, module)
+            assert all(map(torch.equal, got, module(rows, schedule)))
+    assert len(recorded) == 2  # not tried again for the same key
+    assert len(told) == 1 and static.FALLBACKS == {"not recorded": 2}
+
+
+def test_a_failed_recording_leaves_the_stream_as_it_was(monkeypatch):
+    """torch.cuda.graph does not, where its end raises."""
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    before, streams = Stream(), [Stream()]
+    streams[0] = before
+
+    @contextlib.contextmanager
+    def stream(new):
+        old, streams[0] = streams[0], new
+        yield
+        streams[0] = old
+
+    @contextlib.contextmanager
+    def graph(_, pool):
+        streams[0] = Stream()
+        yield
+        raise RuntimeError("the capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda new: streams.__setitem__(0, new))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        static.record(lambda: None)
+    assert streams == [before]
+
+
+@pytest.mark.parametrize("missing", ["the CUDA op compact_active", "triton"])
+@torch.no_grad()
+def test_a_gpu_without_what_it_wants_is_told_once(missing, monkeypatch):
+    layers, heads, *_ = arguments()
+    if missing == "triton":
+        monkeypatch.setattr(static, "_DEVICES", {"cuda"})
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(static, "FALLBACKS", Counter())
+    with FakeTensorMode():
+        h = torch.empty(1, 32, device="cuda")
+    with pytest.warns(UserWarning, match=f"slow on this GPU: {missing} .*is missing") as told:
+        assert not any(static.applies(layers, heads, h) for _ in range(3))
+    assert len(told) == 1 and static.FALLBACKS == {"not installed": 3}
+
+
+@pytest.mark.parametrize("policies", [BASE, [BASE, replace(BASE, window=3)]], ids=["one", "two"])
+def test_a_schedule_is_one_copy_that_nobody_waits_for(policies, monkeypatch):
+    made, copies, tensor = [], [], torch.tensor
+
+    def from_host(*args, pin_memory=False, **kwargs):
+        made.append(pin_memory)
+        return tensor(*args, **kwargs)
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if kwargs.get("device") is not None and args[0].device.type == "cpu":
+                copies.append(kwargs.get("non_blocking"))
+            return function(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", from_host)
+    device = torch.device("meta")  # in place of a GPU
+    like = SimpleNamespace(device=device, is_cuda=True, dtype=torch.float16)
+    with Copies():
+        schedule = Schedule.of(policies, 4, 2, like)
+    assert made == [True] and copies == [True]
+    values = schedule.window, schedule.min_active, schedule.threshold
+    assert {(v.device, v.shape[-1]) for v in values} == {(device, 2)}
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", static.DTYPES, ids=str)
 @torch.no_grad()
 def test_graphs_replay_what_the_model_does(dtype):
     tagger = random_tagger(dtype=dtype).cuda()
-    for lengths in (LENGTHS, [9, 33, 2], LENGTHS, [128] * 64):
+    # With a graph's spare rows too, each is small or large as without: the same tiles, so bits.
+    for lengths in (LENGTHS, [9, 31, 2], LENGTHS, [128] * 64):
         batch = {name: value.cuda() for name, value in random_batch(lengths).items()}
         for policy in (ExitPolicy(threshold=0.3, window=1), ExitPolicy(threshold=0.6)):
             results = []

@@ -434,7 +434,7 @@ def info(
     import torch
     import transformers
 
-    from tokenexit import costs, ops
+    from tokenexit import costs, ops, static
 
     table = Table("", "", show_header=False)
     table.add_row("tokenexit", __version__)
@@ -442,8 +442,11 @@ def info(
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     table.add_row("transformers", transformers.__version__)
     built = ops.extension_available()
-    table.add_row("compiled ops", "yes" if built else f"no: {ops.extension_error()}")
+    devices = " and ".join(sorted(ops.compiled_devices("compact_active"))).upper()
+    table.add_row("compiled ops", f"for {devices}" if built else f"no: {ops.extension_error()}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    if gpu != "none" and (what := static.lacks()):
+        gpu += f", used slowly: {what} is missing"
     table.add_row("GPU", gpu)
     if model is not None:
         loaded = _tagger(model, 1).model

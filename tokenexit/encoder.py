@@ -70,15 +70,20 @@ class Schedule:
         thresholds = {p: p.thresholds(num_layers) for p in set(policies)}
         columns = [thresholds[p] for p in policies]
         criterion, copy, neighbors = kinds.pop()
+        # One copy for all, which the host does not wait for: a GPU's copies of other memory wait.
+        flat = [x for p, column in zip(policies, columns, strict=True)
+                for x in (p.reach, p.min_active, *column)]  # fmt: skip
+        values = torch.tensor(flat, dtype=torch.float64, pin_memory=like.is_cuda)
+        values = values.view(len(policies), -1).to(like.device, non_blocking=True).T
 
         def each(values, dtype=torch.int64):
-            values = torch.tensor(values, dtype=dtype, device=like.device).movedim(0, -1)
+            values = values.to(dtype)
             return values.expand(*values.shape[:-1], num_sentences).contiguous()
 
         return cls(
-            window=each([p.reach for p in policies]),
-            min_active=each([p.min_active for p in policies]),
-            threshold=each(columns, dtype),
+            window=each(values[0]),
+            min_active=each(values[1]),
+            threshold=each(values[2:], dtype),
             max_prob=criterion == "max_prob",
             pre_norm=copy == "pre_norm",
             recompute=neighbors == "recompute",

@@ -23,6 +23,7 @@ import dataclasses
 import importlib.util
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenexit.layers import ExitHead, ExitLayer, is_hooked
-from tokenexit.ops import compiled_devices, float32_precision
+from tokenexit.ops import compiled_devices, extension_error, float32_precision
 from tokenexit.ops.compact_active import compact_active
 from tokenexit.packing import Packed
 
@@ -38,6 +39,25 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_LABELS = 256  # that exit_step_ takes
 MOST_GRAPHS = 64
 _DEVICES = compiled_devices("compact_active") & {"cuda"}
+# How often a GPU was served by a slower path, by reason.
+FALLBACKS = Counter()
+
+
+def fell_back(reason: str, message: str) -> None:
+    """Count a call for `FALLBACKS`, and warn of the first one with that reason."""
+    FALLBACKS[reason] += 1
+    if FALLBACKS[reason] == 1:
+        warnings.warn(message, stacklevel=3)
+
+
+def lacks(device: str = "cuda") -> str | None:
+    """What the loop wants and is not installed, in words; None if all is there."""
+    if device not in _DEVICES:
+        why = extension_error() or "the compiled ops were built without CUDA"
+        return f"the CUDA op compact_active ({why})"
+    if importlib.util.find_spec("triton") is None:
+        return "triton (pip install triton)"
+    return None
 
 
 def applies(layers: Sequence[nn.Module], heads: Sequence[nn.Module], h) -> bool:
@@ -45,13 +65,14 @@ def applies(layers: Sequence[nn.Module], heads: Sequence[nn.Module], h) -> bool:
 
     That is inference on a GPU that has Triton and the compiled `compact_active`, in fp16, bf16
     or fp32 throughout, with contiguous weights, exact GELU, plain linear layers, no hooks and at
-    most 256 labels. Schedules have to be post_norm, without recompute.
+    most 256 labels. Schedules have to be post_norm, without recompute. Where Triton or the op is
+    all that is missing, there is a warning.
     """
-    return (
-        h.device.type in _DEVICES
+    device = h.device.type
+    fits = (
+        device in {"cuda", *_DEVICES}
         and h.dtype in DTYPES
         and not torch.is_grad_enabled()
-        and importlib.util.find_spec("triton") is not None
         and all(type(layer) is ExitLayer and layer.activation is F.gelu for layer in layers)
         and not any(layer.training for layer in layers)
         and {nn.Linear, nn.LayerNorm}.issuperset(map(type, _parts(layers)))
@@ -60,6 +81,10 @@ def applies(layers: Sequence[nn.Module], heads: Sequence[nn.Module], h) -> bool:
         and not is_hooked((*layers, *heads))
         and all(w.dtype == h.dtype and w.is_contiguous() for w in weights(layers, heads))
     )
+    if fits and (what := lacks(device)):
+        fell_back("not installed", f"slow on this GPU: {what} is missing; see `tokenexit info`")
+        return False
+    return fits
 
 
 def pack(real: torch.Tensor, word_ids: torch.Tensor) -> tuple[Packed, torch.Tensor]:
@@ -187,23 +212,37 @@ def bucket(size: int, least: int = 16) -> int:
 
 def record(run: Callable, pool=None) -> tuple[torch.cuda.CUDAGraph, object]:
     """A CUDA graph of `run()`, and its results, which each replay computes anew."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         run()  # compiles the kernels
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        results = run()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            results = run()
+    finally:
+        torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own where recording fails
     return graph, results
+
+
+def held(module: nn.Module) -> list[torch.Tensor]:
+    """All parameters and buffers of a module and those within it, fast: a call asks for them."""
+    found, parts = [], [module]
+    for part in parts:
+        found += part._parameters.values()
+        found += part._buffers.values()
+        parts += [inner for inner in part._modules.values() if inner is not None]
+    return [tensor for tensor in found if tensor is not None]
 
 
 class Graphs:
     """What is done for padded batches, recorded as a CUDA graph for each bucket of sizes.
 
     A graph belongs to B and N, each rounded up, to which rows there are, to options of the policy
-    and to addresses of weights: of others, a new one is recorded, and the oldest of 64 forgotten.
-    Where recording fails, or within another graph or torch.compile, all is run directly. Buffers
+    and to the addresses of all that the modules hold: of others, a new one is recorded, and the
+    oldest of 64 forgotten. Where recording fails, or within another graph or torch.compile, all is
+    run directly. Buffers
     are shared by calls, so calls on several streams must not overlap. Copies and pickles start
     without graphs.
     """
@@ -214,7 +253,7 @@ class Graphs:
     def __reduce__(self):
         return type(self), ()
 
-    def __call__(self, run: Callable, rows: dict, schedule, weights: list[torch.Tensor]):
+    def __call__(self, run: Callable, rows: dict, schedule, module: nn.Module):
         """`run(rows, schedule)`.
 
         Args:
@@ -222,7 +261,7 @@ class Graphs:
                 the host, nor look at where "attention_mask" is false.
             rows: by name `[B, N]` or None, on the GPU; "attention_mask" is bool.
             schedule: of B sentences.
-            weights: all that run reads.
+            module: holds all parameters and buffers that run reads.
         """
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return run(rows, schedule)
@@ -230,6 +269,7 @@ class Graphs:
         size = bucket(len(mask), 8), bucket(mask.shape[1])
         given = tuple((name, value.dtype) for name, value in rows.items() if value is not None)
         options = schedule.decides, schedule.max_prob, mask.device, float32_precision()
+        weights = held(module)
         key = (*size, given, *options, *(weight.data_ptr() for weight in weights))
         with self._lock, torch.cuda.device(mask.device):
             if key not in self._graphs:
@@ -252,7 +292,7 @@ class Graphs:
         try:
             graph, results = record(lambda: run(*inputs), self._pool)
         except RuntimeError as error:
-            warnings.warn(f"the model runs without a CUDA graph: {error}", stacklevel=2)
+            fell_back("not recorded", f"the model runs without a CUDA graph: {error}")
             return None
         # The weights too: their memory must not go to others while the graph may read it.
         return graph, inputs, results, weights

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 
 #include "../checks.h"
 #include "compact_active.cuh"
@@ -49,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_active(
   }
 
   void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(active.get_device_index(), &current));
   const auto stream = static_cast<cudaStream_t>(current);
   Tensor states = scratch_ ? *scratch_ : torch::stable::new_empty(active, {num_tiles + 2});

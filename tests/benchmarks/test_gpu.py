@@ -253,3 +253,22 @@ def test_quick_run(tmp_path):
     assert all(wanted <= row.keys() and row["check"] == "passed" for row in rows)
     assert {row["active_fraction"] for row in rows if row["exit_rate"] == 0} == {1}
     assert (tmp_path / "gpu.png").exists() and harness.read("gpu", tmp_path) == rows
+
+
+def test_sizes_and_rates_are_chosen_and_the_truth_has_no_graphs(tmp_path, monkeypatch):
+    of, real = [], gpu.systems
+    monkeypatch.setattr(gpu, "systems", lambda model, *a: of.append(model) or real(model, *a))
+    chosen = "--quick --device cpu --dtype bf16 --sizes 2x5 3x4 --rates 0.5".split()
+    assert gpu.main([*chosen, "--results", str(tmp_path)]) == 0
+    rows = harness.read("gpu", tmp_path)
+    assert {(row["sentences"], row["longest"]) for row in rows} == {(2, 5), (3, 4)}
+    assert {row["exit_rate"] for row in rows} == {0.5}
+    assert {model.ours.dtype for model in of} == {torch.bfloat16}
+    for wrong in ("5", "0x4", "2x", "axb"):
+        with pytest.raises(SystemExit):
+            gpu.main([*chosen, "--sizes", wrong])
+
+
+def test_where_rows_come_from_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert harness.origin()["commit"] == ""

@@ -3,24 +3,36 @@
 The interpreter has to be chosen before triton is imported, and other tests must not meet it. So
 without a GPU each file of this folder is one test, that runs pytest on the file in a process of its
 own; to pick tests of a file, set TRITON_INTERPRET=1. The files are plain ones, that import kernels
-at their top and take the fixture `device`; what must not be interpreted is named below.
+at their top and take the fixture `device`; what must not be interpreted is named below. With a GPU
+each of their tests is marked as one of it.
 """
 
 import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED_ONLY = {"test_report.py"}
+HERE = Path(__file__).parent
 
 
 @pytest.fixture
 def device():
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    if INTERPRETED or not torch.cuda.is_available():
+        return
+    for item in items:
+        if item.path.parent == HERE and item.path.name not in COMPILED_ONLY:
+            item.add_marker(pytest.mark.gpu)
 
 
 class InterpretedFile(pytest.File):

@@ -160,7 +160,8 @@ def stats_of(x):
 
 def of_rounded(x):
     """Tolerances for stats, which are of sums before these are rounded."""
-    return dict(rtol=1e-3, atol=1e-3 if x.dtype == torch.float32 else 3e-2)
+    times = 8 if x.dtype == torch.bfloat16 else 1  # as coarse as fp16
+    return dict(rtol=1e-3 * times, atol=1e-3 if x.dtype == torch.float32 else 3e-2 * times)
 
 
 @pytest.fixture

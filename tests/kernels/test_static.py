@@ -180,7 +180,8 @@ def test_buffers_that_are_larger_than_the_batch(family, device):
         batch = {name: value.to(device) for name, value in random_batch(lengths).items()}
         rows = dict.fromkeys(("token_type_ids", "position_ids", "exit_layers")) | batch
         rows["attention_mask"] = rows["attention_mask"] != 0
-        schedule = Schedule.of(ExitPolicy(threshold=0.4, window=1), 4, len(lengths), torch.empty(0))
+        like = torch.empty(0, device=device)
+        schedule = Schedule.of(ExitPolicy(threshold=0.4, window=1), 4, len(lengths), like)
         if inputs is None:
             inputs = static.buffers((8, 32), rows, schedule)
         static.fill(*inputs, rows, schedule)

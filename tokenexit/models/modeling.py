@@ -359,14 +359,16 @@ class TokenExitForTokenClassification(PreTrainedModel):
         if schedule.pre_norm or schedule.recompute:
             return None
         if self.cuda_graphs:
-            others = [*self.embeddings.children(), self.relative_bias]
-            weights = static.weights(self.encoder.layers, self.encoder.heads)
-            weights += [p for part in others if part is not None for p in part.parameters()]
-            found = self._graphs(self._tag_static, rows, schedule, [*weights, self.token_kinds])
+            found = self._graphs(self._tag_static, rows, schedule, self)
         else:
             found = self._tag_static(rows, schedule)
         *results, sound = found
-        return tuple(results) if sound else None
+        if sound:
+            return tuple(results)
+        static.fell_back(
+            "unsound", "the GPU loop met a NaN or a value out of range: the slower one looks for it"
+        )
+        return None
 
     def _tag_static(self, rows, schedule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Padded logits, layers, and whether all was as it has to be; without a wait."""
