@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The root holds kernels/, which Python must not take for Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-gpu lint bench asan clean
+.PHONY: demo test test-gpu gpu-check lint bench asan clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenexit demo
@@ -18,6 +18,11 @@ test: $(VENV)/.installed
 WORKERS ?= 8
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m gpu -n $(WORKERS) $(TESTS)
+
+# The first questions to a GPU, within BUDGET seconds; any python with torch does (PYTHON=), it builds aside.
+BUDGET ?= 465
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --budget $(BUDGET) --workers $(WORKERS) $(STAGES)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -138,6 +138,7 @@ def compile_kernel(kernel, values, options, arch):
     the time that tensor cores take for it; None for other kernels and on AMD's GPUs, of whose code
     no loop is read either.
     "waits_for_each": whether some loop waits for each HGMMA before the next.
+    "spills_in_loop": how many instructions of the loops about products spill.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -177,6 +178,7 @@ def compile_kernel(kernel, values, options, arch):
     return {
         "registers": registers,
         "spill_bytes": spill_bytes,
+        "spills_in_loop": sum(bool(re.search(r"\b(STL|LDL)\b", x)) for loop in loops for x in loop),
         "shared_kib": shared / 1024,
         "within_shared": shared <= LIMITS[arch][0] * 1024,
         "wants_tensor_cores": len(dots) > len(slow),

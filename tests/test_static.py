@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import warnings
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,10 +11,10 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from random_models import FAMILIES, random_batch, random_tagger
+from recording import Stream, pretend
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenexit import ExitPolicy, static
@@ -226,32 +227,8 @@ class Sums(torch.nn.Module):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The recordings so far; a replay runs what was recorded, with the weights of that time."""
-
-    class Recordings(list):
-        module = None  # whose weights they read
-
-    class Graph:
-        def __init__(self, run, module):
-            self.run, self.module, self.results = run, module, run()
-            self.held = {k: v for k, v in (*module.named_parameters(), *module.named_buffers())}
-
-        def replay(self):
-            with _reparametrize_module(self.module, self.held):
-                for old, new in zip(self.results, self.run(), strict=True):
-                    old.copy_(new)
-
-    def record(run, pool=None):
-        calls.append(Graph(run, calls.module))
-        return calls[-1], calls[-1].results
-
-    calls = Recordings()
-    monkeypatch.setattr(static, "record", record)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(static, "FALLBACKS", Counter())
-    return calls
+    """The recordings so far."""
+    return pretend(monkeypatch)
 
 
 def rows_of(sentences=3, tokens=5, **more):
@@ -364,15 +341,39 @@ def test_where_recording_fails_all_is_run_directly_and_told_once(recorded, monke
     assert len(told) == 1 and static.FALLBACKS == {"not recorded": 2}
 
 
+@torch.no_grad()
+def test_calls_on_another_stream_wait_for_those_before(recorded, monkeypatch):
+    recorded.module = module = Sums()
+    graphs, a, b = static.Graphs(), Stream(), Stream()
+    for stream in (a, a, b, b, a):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda stream=stream: stream)
+        graphs(module, rows_of(), schedule_of(), module)
+    assert b.waited == [a] and a.waited == [b]
+
+
+@torch.no_grad()
+def test_where_memory_is_short_all_graphs_are_forgotten(recorded, monkeypatch):
+    recorded.module = module = Sums()
+    graphs, record = static.Graphs(), static.record
+
+    def fails(run, pool=None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for sentences, way in ((3, record), (9, fails), (9, record), (3, record)):
+        monkeypatch.setattr(static, "record", way)
+        rows, schedule = rows_of(sentences), schedule_of(sentences=sentences)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = graphs(module, rows, schedule, module)
+        assert all(map(torch.equal, got, module(rows, schedule)))
+    assert len(recorded) == 2 and static.FALLBACKS == {"not recorded": 1}
+
+
 def test_a_failed_recording_leaves_the_stream_as_it_was(monkeypatch):
     """torch.cuda.graph does not, where its end raises."""
 
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    before, streams = Stream(), [Stream()]
-    streams[0] = before
+    before = Stream()
+    streams = [before]
 
     @contextlib.contextmanager
     def stream(new):
@@ -381,7 +382,7 @@ def test_a_failed_recording_leaves_the_stream_as_it_was(monkeypatch):
         streams[0] = old
 
     @contextlib.contextmanager
-    def graph(_, pool):
+    def graph(_, pool, capture_error_mode):
         streams[0] = Stream()
         yield
         raise RuntimeError("the capture was invalidated")

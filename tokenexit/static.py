@@ -219,7 +219,8 @@ def record(run: Callable, pool=None) -> tuple[torch.cuda.CUDAGraph, object]:
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        # thread_local: other threads may allocate meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             results = run()
     finally:
         torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own where recording fails
@@ -239,16 +240,17 @@ def held(module: nn.Module) -> list[torch.Tensor]:
 class Graphs:
     """What is done for padded batches, recorded as a CUDA graph for each bucket of sizes.
 
-    A graph belongs to B and N, each rounded up, to which rows there are, to options of the policy
-    and to the addresses of all that the modules hold: of others, a new one is recorded, and the
-    oldest of 64 forgotten. Where recording fails, or within another graph or torch.compile, all is
-    run directly. Buffers
-    are shared by calls, so calls on several streams must not overlap. Copies and pickles start
+    A graph belongs to B and N, each rounded up, to which rows there are, and to options of the
+    policy: of others, a new one is recorded, and the oldest of 64 forgotten. All belong to the
+    addresses of all that the module holds: where one has changed, they are recorded anew. Where
+    recording fails, or within another graph or torch.compile, all is run directly. Buffers are
+    shared by calls, so those on another stream wait for those before. Copies and pickles start
     without graphs.
     """
 
     def __init__(self):
         self._graphs, self._pool, self._lock = {}, None, threading.Lock()
+        self._weights, self._addresses, self._stream = [], [], None
 
     def __reduce__(self):
         return type(self), ()
@@ -268,34 +270,43 @@ class Graphs:
         mask = rows["attention_mask"]
         size = bucket(len(mask), 8), bucket(mask.shape[1])
         given = tuple((name, value.dtype) for name, value in rows.items() if value is not None)
-        options = schedule.decides, schedule.max_prob, mask.device, float32_precision()
+        key = (*size, given, schedule.decides, schedule.max_prob, mask.device, float32_precision())
         weights = held(module)
-        key = (*size, given, *options, *(weight.data_ptr() for weight in weights))
+        addresses = [weight.data_ptr() for weight in weights]
         with self._lock, torch.cuda.device(mask.device):
+            stream = torch.cuda.current_stream()
+            if self._stream not in (None, stream):
+                stream.wait_stream(self._stream)
+            self._stream = stream
+            if addresses != self._addresses:
+                self._graphs.clear()
+                # Kept, as their memory must not go to others while a graph may read it.
+                self._weights, self._addresses = weights, addresses
             if key not in self._graphs:
                 if len(self._graphs) >= MOST_GRAPHS:
                     del self._graphs[next(iter(self._graphs))]
-                self._graphs[key] = self._record(run, size, rows, schedule, weights)
+                self._graphs[key] = self._record(run, size, rows, schedule)
             if self._graphs[key] is None:
                 return run(rows, schedule)
-            graph, inputs, results, _ = self._graphs[key]
+            graph, inputs, results = self._graphs[key]
             fill(*inputs, rows, schedule)
             graph.replay()
             *padded, last = results
             b, n = mask.shape
             return *(result[:b, :n].clone() for result in padded), last.clone()
 
-    def _record(self, run, size, rows, schedule, weights):
-        inputs = buffers(size, rows, schedule)
-        fill(*inputs, rows, schedule)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+    def _record(self, run, size, rows, schedule):
         try:
+            inputs = buffers(size, rows, schedule)
+            fill(*inputs, rows, schedule)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph, results = record(lambda: run(*inputs), self._pool)
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                self._graphs.clear()  # the others' memory may be what a direct run wants
             fell_back("not recorded", f"the model runs without a CUDA graph: {error}")
             return None
-        # The weights too: their memory must not go to others while the graph may read it.
-        return graph, inputs, results, weights
+        return graph, inputs, results
 
 
 @torch.inference_mode(False)  # else they could be filled in that mode only

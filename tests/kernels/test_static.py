@@ -1,8 +1,11 @@
 """The loop with static shapes, by way of the model, against the reference."""
 
 import itertools
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import recording
 import torch
 from assertions import assert_as_exact
 from random_models import FAMILIES, random_batch, random_tagger
@@ -10,6 +13,7 @@ from test_reference import POLICIES
 
 from tokenexit import ExitPolicy, compiled, static
 from tokenexit.encoder import Schedule
+from tokenexit.ops.pack_tokens import pack
 
 LENGTHS = [5, 17, 1, 9, 2, 33]
 MINE = [p for p in POLICIES if (p.copy, p.neighbors) == ("post_norm", "frozen")]
@@ -192,3 +196,192 @@ def test_buffers_that_are_larger_than_the_batch(family, device):
         for large, small in zip(roomy[:2], exact[:2], strict=True):
             torch.testing.assert_close(large[:b, :n], small)
             assert not large[b:].any() and not large[:, n:].any()
+
+
+@pytest.fixture
+def graphed(device, taken, monkeypatch):
+    """Makes a tagger whose calls are recorded: for real on a GPU, as `recording` pretends else."""
+    made = recording.pretend(monkeypatch) if device == "cpu" else None
+    monkeypatch.setattr(static, "FALLBACKS", Counter())
+
+    def graphed(dtype=torch.float32, **shape):
+        tagger = random_tagger(dtype=dtype, **({"layers": 2} | shape)).to(device)
+        tagger.cuda_graphs = True
+        if made is not None:
+            made.module = tagger
+        return tagger
+
+    return graphed
+
+
+def batch_of(lengths, device, longest=0):
+    batch = random_batch([*lengths, longest] if longest else lengths)
+    if longest:  # the columns are there, the sentence is not
+        batch = {name: value[:-1] for name, value in batch.items()}
+    return {name: value.long().to(device) for name, value in batch.items()}
+
+
+def check_graphs(tagger, batch, times=2, **kwargs):
+    """Recorded and replayed, then replayed alone, against the reference."""
+    ours = [tagger(**batch, **kwargs) for _ in range(times)]
+    tagger.backend = "reference"
+    truth = tagger(**batch, **kwargs)
+    tagger.backend = "auto"
+    for got in ours:
+        assert torch.equal(got.exit_layers, truth.exit_layers)
+        torch.testing.assert_close(got.logits, truth.logits, atol=1e-4, rtol=1e-4)
+    assert not static.FALLBACKS and tagger._graphs._graphs
+    return truth
+
+
+POLICY = ExitPolicy(threshold=0.5, window=1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "longest"),
+    [([1], 0), ([3, 0, 2, 0], 0), ([0, 0, 4], 0), ([2, 1], 9), ([512] * 300, 0), ([512], 0)],
+    ids=["1x1", "empty ones", "empty first", "empty columns", "300x512", "1x512"],
+)
+@torch.no_grad()
+def test_odd_batches_in_graphs(lengths, longest, device, graphed):
+    if device == "cpu" and max(lengths) > 100:
+        pytest.skip("on a GPU only")
+    tagger, batch = graphed(max_position_embeddings=600), batch_of(lengths, device, longest)
+    if max(lengths) < 100:
+        check_graphs(tagger, batch, policy=POLICY)
+    else:  # of so many decisions some are within rounding of the threshold
+        check_graphs(tagger, batch, exit_layers=1 + batch["input_ids"] % 2)
+
+
+@torch.no_grad()
+def test_a_policy_for_each_sentence_in_graphs(device, graphed):
+    tagger, batch = graphed(), batch_of([5, 9, 1], device)
+    policies = [ExitPolicy.never(), ExitPolicy.sentence(0.6), POLICY]
+    truth = check_graphs(tagger, batch, policy=policies)
+    assert len(truth.exit_layers.unique()) > 2
+    check_graphs(tagger, batch, policy=[p.replace(criterion="max_prob") for p in policies])
+
+
+@torch.no_grad()
+def test_weights_that_change_between_calls(device, graphed):
+    """In place, by other data, by other parameters, by other modules."""
+    tagger, batch = graphed(), batch_of([5, 9, 1], device)
+    layer, seen = tagger.encoder.layers[1], []
+
+    def other_head():
+        tagger.exit_heads[0] = torch.nn.Linear(32, 5).to(device)
+
+    def other_words():
+        tagger.embeddings.word.weight = torch.nn.Parameter(tagger.embeddings.word.weight * 1.5)
+
+    def other_data():
+        layer.up.weight.data = layer.up.weight * 2
+
+    changes = (lambda: layer.down.bias.add_(1), other_data, other_words, other_head)
+    for change in (lambda: None, *changes):
+        change()
+        seen.append(check_graphs(tagger, batch, times=1, policy=POLICY).logits)
+    assert not any(map(torch.equal, seen, seen[1:]))
+
+
+@torch.no_grad()
+def test_nan_in_a_graph_is_told_and_mended(device, graphed):
+    tagger, batch = graphed(), batch_of([5, 2], device)
+    before = check_graphs(tagger, batch, times=1, policy=POLICY)
+    kept = tagger.encoder.layers[1].up.weight.clone()
+    tagger.encoder.layers[1].up.weight[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="met a NaN"), pytest.raises(ValueError, match="layer 2"):
+        tagger(**batch, policy=ExitPolicy.never())
+    assert static.FALLBACKS == {"unsound": 1}
+    static.FALLBACKS.clear()
+    tagger.encoder.layers[1].up.weight.copy_(kept)
+    again = check_graphs(tagger, batch, times=1, policy=POLICY)
+    assert torch.equal(again.logits, before.logits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_dynamo_goes_round_what_it_cannot_trace(device, graphed):
+    tagger, batch = graphed(), batch_of([5, 2], device)
+    tagger.cuda_graphs = False
+    wanted = tagger(**batch, policy=POLICY)
+    got = torch.compile(tagger, backend="eager")(**batch, policy=POLICY)
+    assert torch.equal(got.exit_layers, wanted.exit_layers)
+    torch.testing.assert_close(got.logits, wanted.logits)
+
+
+@torch.no_grad()
+def test_autocast_leaves_the_loop_in_its_dtype(device, graphed):
+    tagger, batch = graphed(torch.float16), batch_of([5, 2], device)
+    for tagger.cuda_graphs in (False, True):
+        wanted = tagger(**batch, policy=POLICY)
+        with torch.autocast(device, dtype=torch.float16 if device == "cuda" else torch.bfloat16):
+            got = tagger(**batch, policy=POLICY)
+        assert torch.equal(got.logits, wanted.logits) and got.logits.dtype == torch.float16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_two_threads_and_two_streams_in_graphs(device, graphed):
+    tagger = graphed()
+    batches = [batch_of(lengths, device) for lengths in ([5, 9, 1], [16] * 8, [60] * 20, [2])]
+    wanted = [tagger(**batch, policy=POLICY).logits for batch in batches]
+    torch.cuda.synchronize()
+
+    def calls(number):
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for i in range(40):
+                at = (i * (number + 1)) % len(batches)
+                got = tagger(**batches[at], policy=POLICY).logits
+                torch.testing.assert_close(got, wanted[at], atol=1e-5, rtol=1e-5)
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(calls, range(2)))
+    # Of one thread, none of which is waited for by the host.
+    graphs, streams, results = tagger._graphs, [torch.cuda.Stream() for _ in range(2)], []
+    rows = dict.fromkeys(("token_type_ids", "position_ids", "exit_layers"))
+    for i in range(40):
+        with torch.cuda.stream(streams[i % 2]):
+            batch = batches[i % 3]
+            given = rows | batch | {"attention_mask": batch["attention_mask"] != 0}
+            schedule = Schedule.of(POLICY, 2, len(batch["input_ids"]), wanted[0])
+            results.append((i % 3, graphs(tagger._tag_static, given, schedule, tagger)[0]))
+    torch.cuda.synchronize()
+    for at, got in results:
+        torch.testing.assert_close(got, wanted[at], atol=1e-5, rtol=1e-5)
+    assert not static.FALLBACKS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_out_of_memory_is_told_and_done_with(device, graphed):
+    tagger, small = graphed(), batch_of([5, 9, 1], device)
+    before = check_graphs(tagger, small, policy=POLICY)
+    large = batch_of([128] * 4096, device)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total + 1e-4)
+        with pytest.warns(UserWarning, match="memory"), pytest.raises(torch.OutOfMemoryError):
+            tagger(**large, policy=POLICY)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    static.FALLBACKS.clear()
+    assert torch.equal(check_graphs(tagger, small, policy=POLICY).logits, before.logits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_the_loop_compiled(device, graphed):
+    """By torch.compile's own backend, in one graph."""
+    tagger, batch = graphed(), batch_of([5, 9, 1], device)
+    packed = pack(batch["attention_mask"] != 0, batch["word_ids"])
+    ids = packed.pack(batch["input_ids"])
+    h = tagger.embeddings(ids, packed.positions, torch.zeros_like(ids))
+    arguments = tagger.encoder.layers, tagger.encoder.heads, h, packed
+    arguments += (Schedule.of(POLICY, 2, 3, h),)
+    wanted = static.exit_loop(*arguments)
+    got = torch.compile(static.exit_loop, fullgraph=True)(*arguments)
+    assert torch.equal(got[1], wanted[1])
+    torch.testing.assert_close(got[0], wanted[0], atol=1e-4, rtol=1e-4)

@@ -358,10 +358,11 @@ class TokenExitForTokenClassification(PreTrainedModel):
         schedule = self._schedule(policy, num_rows, like)
         if schedule.pre_norm or schedule.recompute:
             return None
-        if self.cuda_graphs:
-            found = self._graphs(self._tag_static, rows, schedule, self)
-        else:
-            found = self._tag_static(rows, schedule)
+        with torch.autocast(like.device.type, enabled=False):  # all is in the weights' dtype
+            if self.cuda_graphs:
+                found = self._graphs(self._tag_static, rows, schedule, self)
+            else:
+                found = self._tag_static(rows, schedule)
         *results, sound = found
         if sound:
             return tuple(results)

@@ -1,0 +1,641 @@
+"""What `gpu_check.py` asks in its stages smoke, speed, peers and sizes; its --help tells of them.
+
+    PYTHONPATH=benchmarks:tests python -m gpu_probes PART ...          (--help for options)
+
+Each answer is printed as it comes and kept in the folder --out: for reading in notes/STAGE.txt, for
+programs in gpu_check.jsonl. What fails is told, and the rest goes on. What is wrong is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import faulthandler
+import functools
+import os
+import statistics
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import gpu
+import harness
+import texts
+import torch
+import torch.nn.functional as F
+
+import tokenexit
+from tokenexit import ExitPolicy, static
+from tokenexit.ops.pack_tokens import pack
+
+STARTED = time.perf_counter()
+TINY = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128)
+GRAPHS = ["tokenexit graph", "layers, graph"]
+IN_A_GRAPH = 10  # products, so that what starts it is not what is timed
+# After these nothing runs in the process any more.
+BROKEN = ("an illegal memory access", "device-side assert", "unspecified launch failure",
+          "misaligned address", "an illegal instruction")  # fmt: skip
+CHOSEN = None
+BAD = []
+
+
+def say(*words, keep=False):
+    text = " ".join(str(word) for word in words)
+    print(f"[{time.perf_counter() - STARTED:6.1f}] {text}", flush=True)
+    if keep:
+        notes = CHOSEN.out / "notes"
+        notes.mkdir(parents=True, exist_ok=True)
+        with open(notes / f"{CHOSEN.stage}.txt", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+@functools.cache
+def origin() -> dict:
+    device = torch.cuda.get_device_name() if CHOSEN.device != "cpu" else "tried on a CPU"
+    return harness.origin() | {"device": device}
+
+
+def write(**row):
+    harness.write("gpu_check", [{"stage": CHOSEN.stage, **row, **origin()}], CHOSEN.out)
+
+
+def left() -> float:
+    """Seconds of --seconds that are left."""
+    return CHOSEN.seconds - (time.perf_counter() - STARTED)
+
+
+def attempt(name, run):
+    """run()'s result; None, told and remembered, where it raises."""
+    faulthandler.dump_traceback_later(45)  # says where it stands if it takes long
+    try:
+        return run()
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        told = f"{type(error).__name__} at {where}: {str(error)[:300]}"
+        say(f"FAILED {name}: {told}", keep=True)
+        traceback.print_exc(limit=-12, file=sys.stdout)
+        BAD.append(name)
+        if any(sign in str(error) for sign in BROKEN):
+            say("the GPU's context is lost: the rest of this stage is left out", keep=True)
+            sys.stdout.flush()
+            os._exit(4)
+        return None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+# What runs
+
+
+def ours(model, batch, layers=None, graph=True, **more):
+    model.ours.cuda_graphs = graph
+    padded = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return model.ours(**padded, word_ids=batch.word_ids, exit_layers=layers, **more).logits
+
+
+def capture(run):
+    """run in a CUDA graph; itself without a GPU."""
+    if CHOSEN.device == "cpu":
+        return run
+    graph, result = static.record(run)
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
+
+
+def theirs_graph(model, batch):
+    """Hugging Face's modules in a CUDA graph, all sentences of full length: no mask."""
+    bert, head, ids = model.theirs.bert, model.theirs.classifier, batch.input_ids
+
+    def run():
+        h = bert.embeddings(input_ids=ids)
+        for layer in bert.encoder.layer:
+            h = layer(h, None)
+            h = h[0] if isinstance(h, tuple) else h
+        return head(h)
+
+    return capture(run)
+
+
+def sentence_by_sentence(packed):
+    ends = packed.cu_tokens.tolist()
+
+    def attention(q, k, v):
+        done = []
+        for a, b in zip(ends, ends[1:], strict=False):
+            one = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))
+            done.append(F.scaled_dot_product_attention(*one)[0].transpose(0, 1))
+        return torch.cat(done)
+
+    return attention
+
+
+def varlen(packed):
+    """PyTorch's attention over packed sentences; one by one on a CPU, which has none."""
+    if CHOSEN.device == "cpu":
+        return sentence_by_sentence(packed)
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = packed.cu_tokens.int(), packed.shape[1]
+    return lambda q, k, v: varlen_attn(q, k, v, cu, cu, longest, longest)
+
+
+def flexible(packed):
+    """FlexAttention over packed sentences, compiled on a GPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    sentence, size = packed.sentence_of_token, len(packed.sentence_of_token)
+
+    def same(b, h, q, k):
+        return sentence[q] == sentence[k]
+
+    mask = create_block_mask(same, None, None, size, size, device=sentence.device)
+    gpu_is_here = CHOSEN.device != "cpu"
+    attend = torch.compile(flex_attention, dynamic=False) if gpu_is_here else flex_attention
+
+    def attention(q, k, v):
+        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return attend(*heads_first, block_mask=mask)[0].transpose(0, 1)
+
+    return attention
+
+
+def packed_graph(model, batch, attention_of):
+    """Hugging Face's weights on packed tokens: cuBLAS, such an attention, a CUDA graph."""
+    bert, head = model.theirs.bert, model.theirs.classifier
+    packed = pack(batch.attention_mask, batch.word_ids)
+    ids, words, attention = packed.pack(batch.input_ids), bert.embeddings, attention_of(packed)
+    parts = [
+        [getattr(layer.attention.self, name) for name in ("query", "key", "value")]
+        for layer in bert.encoder.layer
+    ]
+    weights = [torch.cat([p.weight for p in part]) for part in parts]
+    biases = [torch.cat([p.bias for p in part]) for part in parts]
+    heads = bert.config.num_attention_heads
+
+    def run():
+        h = words.word_embeddings(ids) + words.position_embeddings(packed.positions)
+        h = words.LayerNorm(h + words.token_type_embeddings(torch.zeros_like(ids)))
+        for layer, weight, bias in zip(bert.encoder.layer, weights, biases, strict=True):
+            qkv = F.linear(h, weight, bias).unflatten(-1, (3, heads, -1))
+            h = layer.attention.output(attention(*qkv.unbind(1)).flatten(1), h)
+            h = layer.output(layer.intermediate(h), h)
+        return head(h)
+
+    replay = capture(run)
+    return lambda: packed.unpack(replay())
+
+
+def compiled(model, batch, mode=None):
+    net = copy.deepcopy(model.theirs)
+    if CHOSEN.device != "cpu":  # where a compiler may be missing
+        for layer in net.bert.encoder.layer:
+            layer.compile(dynamic=False, mode=mode)
+    return lambda: net(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+
+
+# How it is judged and timed
+
+
+def judge(name, got, truth, same, real) -> bool:
+    """Whether logits are right, as `gpu.wrong` has it; told if not."""
+    why = gpu.wrong(got, truth, same, real)
+    if why:
+        BAD.append(name)
+        say(f"WRONG {name}: {why}", keep=True)
+    return why is None
+
+
+def table(title, found, base, tokens=0, each=1, brief=False, **facts) -> dict[str, float]:
+    """Time the systems, tell a line of each, write a row of each; milliseconds by name.
+
+    Args:
+        base: the system that others are held against, or the first.
+        tokens: of a call, for a rate; 0 for none.
+        each: how often a call does it; times are of one.
+        brief: the lines are for the log only.
+    """
+    found = {name: run for name, run in found.items() if attempt(name, run) is not None}
+    if not found:
+        return {}
+    rounds = 20 if CHOSEN.device != "cpu" else 2
+    measured = gpu.measure(found, CHOSEN.device, rounds)
+    base = base if base in measured else next(iter(measured))
+    for m in measured.values():
+        m["times_ms"] = [ms / each for ms in m["times_ms"]]
+        m["back_to_back_ms"] /= each
+    say(title, keep=not brief)
+    rows = harness.rows({name: m["times_ms"] for name, m in measured.items()}, base, **facts)
+    for row in rows:
+        m = measured[row["system"]]
+        close, ratio = m["back_to_back_ms"], row[f"speedup_over_{base}"]
+        median = statistics.median(m["times_ms"])
+        rate = f" {tokens / close / 1e3:6.2f} Mtok/s" if tokens else ""
+        line = f"  {row['system']:24} {median:8.3f} ms {close:8.3f}{rate} x{ratio:.2f}"
+        say(line, keep=not brief)
+        write(**{**row, **m, "median_ms": median, "tokens": tokens})
+    return {name: statistics.median(m["times_ms"]) for name, m in measured.items()}
+
+
+class Bench:
+    """BERT-base with random weights, Hugging Face's and ours, in fp32 and the dtype under test."""
+
+    def __init__(self):
+        self.dtype = torch.float16 if CHOSEN.device != "cpu" else torch.bfloat16
+        self.cpu = gpu.base(**(TINY | {"vocab_size": 200} if CHOSEN.tiny else {}))
+        self.truth = self.cpu.to(CHOSEN.device, torch.float32)
+        self.model = self.cpu.to(CHOSEN.device, self.dtype)
+        config = self.cpu.theirs.config
+        self.vocab, self.layers = config.vocab_size, config.num_hidden_layers
+        self.width, self.inner = config.hidden_size, config.intermediate_size
+        self.size = (4, 16) if CHOSEN.tiny else gpu.GOAL[:2]
+        say("models are on the device")
+
+    def of_dtype(self, dtype):
+        other = copy.copy(self)
+        other.dtype, other.model = dtype, self.cpu.to(CHOSEN.device, dtype)
+        return other
+
+    def batch(self, sentences, n, lengths=None):
+        made = texts.uniform(sentences, n, self.vocab)
+        if lengths is not None:
+            made = [texts.uniform(1, m, self.vocab, seed)[0] for seed, m in enumerate(lengths)]
+        return texts.batch(made)
+
+    def ragged(self):
+        """Lengths of sentences as text has them: most are short, the longest is the limit."""
+        g = torch.Generator().manual_seed(0)
+        lengths = 6 + 30 * torch.empty(self.size[0]).exponential_(generator=g)
+        return [self.size[1], *lengths.clamp(max=self.size[1]).long().tolist()[1:]]
+
+    def exits(self, batch, rate, kind):
+        if not rate:
+            return None
+        if kind != "goal whole":
+            return gpu.exits(batch, self.layers, rate, kind)
+        # Sentences leave as words do in "goal".
+        each = gpu.exits(batch, self.layers, rate, "goal")[batch.real].sort().values
+        place = (torch.arange(len(batch.real)) + 0.5) / len(batch.real) * len(each)
+        order = torch.randperm(len(place), generator=torch.Generator().manual_seed(0))
+        return each[place.long()][order][:, None] * batch.real
+
+    def case(self, sentences, n, rate, kind, systems, lengths=None, theirs=True):
+        """Check and time; the systems are names of `of`. Milliseconds by name."""
+        cpu = self.batch(sentences, n, lengths)
+        layers, tokens = self.exits(cpu, rate, kind), int(cpu.real.sum())
+        share = 1.0 if layers is None else float(layers[cpu.real].double().mean()) / self.layers
+        batch = on_device(cpu)
+        layers = None if layers is None else layers.to(CHOSEN.device)
+        judge_name = gpu.HF if layers is None else gpu.PAPER
+        truth, same = (
+            attempt(f"{judge_name}, {what}", gpu.judges(model, batch, layers)[judge_name])
+            for what, model in (("fp32", self.truth), (str(self.dtype), self.model))
+        )
+        if truth is None or same is None:
+            return {}
+        found = {gpu.HF: gpu.judges(self.model, batch, layers)[gpu.HF]} if theirs else {}
+        for name in systems:
+            run = attempt(f"making {name}", lambda name=name: self.of(name, batch, layers))
+            got = None if run is None else attempt(name, run)
+            if got is not None and judge(name, got, truth, same, batch.real):
+                found[name] = run
+        what = f"{sentences} x {n}" + (f" ragged, {tokens} tokens" if lengths else "")
+        dtype = str(self.dtype)[6:]
+        title = f"-- {what}, {dtype}, exits {rate} {kind}: {share:.3f} of token-layers"
+        facts = dict(sentences=sentences, longest=n, exit_rate=rate, profile=kind, dtype=dtype)
+        facts |= dict(active_fraction=round(share, 4), ragged=bool(lengths))
+        return table(title, found, gpu.HF, tokens, **facts)
+
+    def of(self, name, batch, layers):
+        """What gives the logits; of our own ways, once it is sure that they are taken."""
+        model = self.model
+        if name == "layers, graph":
+            if CHOSEN.device == "cpu":
+                return gpu.judges(model, batch, layers)[gpu.PAPER]
+            return gpu.layers_alone(model.ours, batch, layers)
+        vain = ExitPolicy(threshold=1e-30)  # nobody is ever that sure
+        run = {
+            "tokenexit graph": lambda: ours(model, batch, layers),
+            "tokenexit, no graph": lambda: ours(model, batch, layers, graph=False),
+            "asked in vain": lambda: ours(model, batch, layers, policy=vain),
+            gpu.PAPER: gpu.judges(model, batch, layers)[gpu.PAPER],
+        }[name]
+        if CHOSEN.device != "cpu" and name != gpu.PAPER:
+            static.FALLBACKS.clear()
+            other = RuntimeError("the static loop was not taken")
+            with mock.patch.object(type(model.ours), "_run", side_effect=other):
+                run()
+            if static.FALLBACKS:
+                raise RuntimeError(f"a slower path served: {dict(static.FALLBACKS)}")
+        return run
+
+
+def on_device(batch):
+    return texts.Batch(*(getattr(batch, x).to(CHOSEN.device) for x in batch.__dataclass_fields__))
+
+
+@functools.cache
+def bench():
+    return Bench()
+
+
+# The parts
+
+
+def smoke():
+    """A tiny tagger, directly and in a graph, against the reference on the same device."""
+    missing = static.lacks() if CHOSEN.device != "cpu" else None
+    if missing:
+        BAD.append("the CUDA op")
+        say(f"MISSING: {missing}; the static loop is not taken", keep=True)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        with torch.no_grad():
+            attempt(f"tiny tagger, {dtype}", lambda dtype=dtype: tiny_tagger(dtype))
+
+
+def tiny_tagger(dtype):
+    from random_models import random_batch, random_tagger
+
+    tagger = random_tagger(dtype=dtype).to(CHOSEN.device)
+    batch = random_batch([5, 17, 1, 9, 2, 33])
+    batch = {name: value.to(CHOSEN.device) for name, value in batch.items()}
+    results, text, policy = {}, str(dtype)[6:], ExitPolicy(threshold=0.4, window=1)
+    static.FALLBACKS.clear()
+    for name, backend, graph in (
+        ("reference", "reference", False), ("direct", "auto", False), ("graph", "auto", True)
+    ):  # fmt: skip
+        tagger.backend, tagger.cuda_graphs = backend, graph
+        start = time.perf_counter()
+        out = attempt(f"tiny {text} {name}", lambda: tagger(**batch, policy=policy))
+        if out is None:
+            return
+        results[name] = out
+        took, seen = time.perf_counter() - start, out.exit_layers.unique().tolist()
+        say(f"tiny {text} {name}: {took:.1f} s at first, exits at {seen}")
+    truth = results.pop("reference")
+    for name, got in results.items():
+        alike = got.exit_layers == truth.exit_layers
+        share = alike.double().mean().item()
+        apart = (got.logits - truth.logits)[alike].abs().max().item()
+        strict = dtype == torch.float32
+        limit = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.8}[dtype]
+        good = (share == 1 if strict else share > 0.8) and apart < limit
+        verdict = "right" if good else "WRONG"
+        told = f"{share:.3f} of exits the same, logits within {apart:.1e}: {verdict}"
+        say(f"tiny {text} {name}: {told}", keep=True)
+        write(system=f"tiny {name}", dtype=text, same_exits=share, apart=apart, check=verdict)
+        BAD.extend([] if good else [f"tiny {text} {name}"])
+    if static.FALLBACKS:
+        BAD.append(f"tiny {text}")
+        say(f"tiny {text}: a slower path served: {dict(static.FALLBACKS)}", keep=True)
+
+
+def speed():
+    """At the goal's size, with and without exits; then with products done in other ways."""
+    full = None
+    for rate, kind in (
+        (0.0, "even"), (0.75, "goal"), (0.75, "goal whole"), (0.75, "even"), (0.75, "whole"),
+    ):  # fmt: skip
+        names = [*GRAPHS, "asked in vain"] if not rate else GRAPHS
+        if kind in ("even", "goal") and (not rate or kind == "goal"):
+            names = [*names, "tokenexit, no graph", gpu.PAPER]
+        ms = bench().case(*bench().size, rate, kind, names).get("layers, graph")
+        full = full or ms
+        if full and ms:
+            say(f"  layers: {full / ms:.2f} times as fast as full depth", keep=True)
+        if left() < 15:
+            return
+    if CHOSEN.device == "cpu":
+        return
+    from tokenexit.kernels import linear
+
+    def alone(x, tiles, norm_on="none"):
+        return (4 if tiles["BLOCK_M"] == 32 else 1), {}
+
+    changes = [("products never split", {"MOST_SPLITS": 1})]
+    changes.append(("one program of products a multiprocessor", {"residents": alone}))
+    for title, change in changes:
+        say(f"-- {title}:", keep=True)
+        with mock.patch.multiple(linear, **change):
+            for rate, kind in ((0.0, "even"), (0.75, "goal")):
+                bench().case(*bench().size, rate, kind, ["layers, graph"], theirs=False)
+        if left() < 15:
+            return
+
+
+def sizes():
+    """Ragged sentences, small batches, bf16, long sentences."""
+    plan = ((0.0, "even"), (0.75, "goal"))
+    for rate, kind in plan:
+        bench().case(*bench().size, rate, kind, GRAPHS, lengths=bench().ragged())
+    for sentences, n in [(1, 32), (1, 128), (8, 64)] if not CHOSEN.tiny else [(1, 8)]:
+        for rate, kind in plan:
+            bench().case(sentences, n, rate, kind, [*GRAPHS, "tokenexit, no graph"])
+        if left() < 12:
+            return
+    other = bench().of_dtype(torch.bfloat16)
+    for b, size in ((other, bench().size), (bench(), (32, 512) if not CHOSEN.tiny else (2, 24))):
+        for rate, kind in plan:
+            if left() > 15:
+                b.case(*size, rate, kind, GRAPHS)
+
+
+def peers():
+    """Beside other ways to run the same tagger, without exits; then sentences of many lengths."""
+    model = bench().model
+    for lengths in (None, bench().ragged()):
+        cpu = bench().batch(*bench().size, lengths)
+        layers, tokens = bench().exits(cpu, 0.75, "goal").to(CHOSEN.device), int(cpu.real.sum())
+        batch = on_device(cpu)
+        judges = [gpu.judges(m, batch, None)[gpu.HF] for m in (bench().truth, model)]
+        truth, same = judges[0](), judges[1]()
+        makers = {
+            "packed varlen, graph": lambda batch=batch: packed_graph(model, batch, varlen),
+            "packed flex, graph": lambda batch=batch: packed_graph(model, batch, flexible),
+            "Hugging Face, graph": lambda batch=batch: theirs_graph(model, batch),
+            "torch.compile": lambda batch=batch: compiled(model, batch),
+            "torch.compile reduce-overhead": lambda batch=batch: compiled(
+                model, batch, "reduce-overhead"
+            ),
+            "tokenexit graph": lambda batch=batch: lambda: ours(model, batch),
+        }
+        if lengths is not None:  # those without a mask do not apply
+            makers.pop("Hugging Face, graph")
+            makers.pop("torch.compile reduce-overhead")
+        found = {gpu.HF: judges[1]}
+        for name, make in makers.items():
+            start = time.perf_counter()
+            run = attempt(f"making {name}", make)
+            got = None if run is None else attempt(name, run)
+            say(f"{name}: {time.perf_counter() - start:.1f} s at first")
+            if got is not None and judge(name, got.clone(), truth, same, batch.real):
+                found[name] = run
+        found["tokenexit graph, goal"] = lambda b=batch, x=layers: ours(model, b, x)
+        what = "{} x {}".format(*bench().size) + (f" ragged, {tokens} tokens" if lengths else "")
+        facts = dict(sentences=bench().size[0], longest=bench().size[1], profile="peers")
+        facts |= dict(ragged=bool(lengths), dtype=str(bench().dtype)[6:])
+        table(f"-- peers, {what}", found, gpu.HF, tokens, **facts)
+        if left() < 30:
+            return
+
+
+def products():
+    """The products of a layer over the first rows of a buffer, how many being told on the device.
+
+    cuBLAS, that is told by the host, is the bound: over all rows, and over those that count.
+    """
+    device, dtype = CHOSEN.device, torch.bfloat16
+    capacity, width, inner = bench().size[0] * bench().size[1], bench().width, bench().inner
+    if device != "cpu":
+        x = torch.randn(8192, 8192, device=device, dtype=dtype)
+        found = {"8192 cubed": lambda: x @ x, "copy of 128 MiB": lambda: x.clone()}
+        ms = table("-- what the GPU can do, bf16", found, "8192 cubed", dtype="bfloat16")
+        rates = 2 * 8192**3 / ms["8192 cubed"] / 1e9, 4 * 8192**2 / ms["copy of 128 MiB"] / 1e9
+        say("  {:.0f} TFLOP/s, {:.2f} TB/s read plus written".format(*rates), keep=True)
+    roles = {"keys and values": (2 * width, width), "output": (width, width)}
+    roles |= {"up": (inner, width), "down": (width, inner)}
+    generator = torch.Generator().manual_seed(0)
+    for role, (n, k) in roles.items():
+        x, weight = (
+            torch.randn(size, k, generator=generator).to(device, dtype) for size in (capacity, n)
+        )
+        weight *= k**-0.5
+        for rows in (capacity, capacity // 4, capacity // 10):
+            if left() < 10:
+                return
+            product_case(role, x, weight, rows)
+
+
+def product_case(role, x, weight, rows):
+    capacity, (n, k) = len(x), weight.shape
+    count = torch.tensor([rows], device=x.device)
+    ends = count.int()
+    makers = {
+        "cuBLAS, all rows": lambda: F.linear(x, weight),
+        "cuBLAS, these rows": lambda: F.linear(x[:rows], weight),
+        "grouped_mm": lambda: F.grouped_mm(x, weight.T[None], offs=ends),
+    }
+    if x.is_cuda:
+        import gpu_products
+        from tokenexit.kernels.linear import linear, scratch
+
+        split = scratch(x)
+        makers["tokenexit"] = lambda: linear(x, weight, count=count, split=split)
+        for name, tiles in gpu_products.CANDIDATES.items():
+            makers[name] = partial(gpu_products.product, x, weight, count, tiles)
+    truth, same = F.linear(x[:rows].float(), weight.float()), F.linear(x[:rows], weight)
+    found = {}
+    for name, run in makers.items():
+        got = attempt(f"{role}, {name}", run)
+        if got is None or not judge(f"{role}, {name}", got[:rows], truth, same, slice(None)):
+            continue
+
+        def several(run=run):
+            return [run() for _ in range(IN_A_GRAPH)][-1]
+
+        made = attempt(f"a graph of {role}, {name}", lambda several=several: capture(several))
+        found |= {} if made is None else {name: made}
+    facts = dict(role=role, rows=rows, capacity=capacity, columns=n, depth=k, dtype="bfloat16")
+    title = f"-- {role}, {k} to {n}, {rows} of {capacity} rows"
+    ms = table(title, found, "cuBLAS, these rows", each=IN_A_GRAPH, brief=True, **facts)
+    told = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in ms.items())
+    rate = 2 * rows * n * k / 1e9 / min(ms.values(), default=1)
+    say(f"{title}: us: {told}; at best {rate:.0f} TFLOP/s", keep=True)
+
+
+ROLES = ["output", "up", "down"]
+
+
+def launches():
+    """Microseconds of each launch in a replayed graph of the layers, by its place in the layer."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cpu = bench().batch(*bench().size)
+    batch = on_device(cpu)
+    if CHOSEN.device == "cpu":
+        return
+    for rate, kind in ((0.0, "even"), (0.75, "goal"), (0.75, "goal whole")):
+        layers = bench().exits(cpu, rate, kind)
+        layers = None if layers is None else layers.to(CHOSEN.device)
+        replay = gpu.layers_alone(bench().model.ours, batch, layers)
+        for _ in range(3):
+            replay()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(5):
+                replay()
+            torch.cuda.synchronize()
+        on_gpu = torch.autograd.DeviceType.CUDA
+        events = sorted(
+            (event.time_range.start, event.time_range.end, event.name)
+            for event in seen.events()
+            if event.device_type == on_gpu
+        )
+        size = "{} x {}".format(*bench().size)
+        by_layer(events, f"launches at {size}, exits {rate} {kind}", bench().layers)
+
+
+def by_layer(events, title, num_layers):
+    """Of (start, end, name) of some replays: microseconds of one, by name and layer."""
+    of, layer, product, replays = {}, -1, 0, 0
+    for start, end, name in events:
+        name = name.split("(")[0][:40]
+        if "query_key_value" in name:
+            layer, product = (layer + 1) % num_layers, 0
+            replays += layer == 0
+        elif name.startswith("_linear_kernel"):
+            name, product = ROLES[min(product, 2)], product + 1
+        of.setdefault(name, {}).setdefault(max(layer, 0), []).append(end - start)
+    if not replays:
+        say(f"-- {title}: the profiler saw no launches of the layers", keep=True)
+        return
+    busy = sum(end - start for start, end, _ in events) / replays
+    shown = [i for i in (0, 1, 2, 5, 11) if i < num_layers]  # the whole is in the rows
+    numbers = ", ".join(str(i + 1) for i in shown)
+    say(f"-- {title}: busy for {busy:.0f} us a replay; layers {numbers}:", keep=True)
+    for name, layers in sorted(of.items(), key=lambda x: -sum(map(sum, x[1].values())))[:9]:
+        each = [sum(layers.get(i, [])) / replays for i in range(num_layers)]
+        some = " ".join(f"{each[i]:.1f}" for i in shown)
+        say(f"  {name:28} {sum(each):8.1f} us {some}", keep=True)
+        for number, us in enumerate(each, 1):
+            write(profile=title, kernel=name, layer=number, us=round(us, 3))
+
+
+PARTS = {part.__name__: part for part in (smoke, speed, launches, products, sizes, peers)}
+
+
+def main(arguments=None) -> int:
+    global CHOSEN
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--out", type=Path, default=Path("build/gpu-check"))
+    parser.add_argument("--stage", default="probes", help="in whose name it is told")
+    parser.add_argument("--device", default="cuda", help="cpu: only to try the program (--tiny)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing that ends later")
+    CHOSEN = parser.parse_args(arguments)
+    BAD.clear()
+    if CHOSEN.device != "cpu" and not torch.cuda.is_available():
+        print("No GPU is at hand.", file=sys.stderr)
+        return 2
+    torch.set_float32_matmul_precision("highest")
+    say("imported", tokenexit.__file__)
+    for name in CHOSEN.parts:
+        say(f"==== {name}")
+        with torch.inference_mode():
+            attempt(name, PARTS[name])
+    say("nothing failed" if not BAD else f"FAILED OR WRONG: {sorted(set(BAD))}", keep=bool(BAD))
+    return int(bool(BAD))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The check of a GPU, as far as it can be tried without one. No times."""
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import gpu
+import gpu_check
+import gpu_probes
+import pytest
+import torch
+
+
+@pytest.fixture
+def check(tmp_path):
+    options = dict(out=tmp_path / "out", budget=60, workers=1, device="cpu", tiny=True)
+    return gpu_check.Check(argparse.Namespace(**options), tmp_path / "work")
+
+
+def test_a_stage_that_fails_or_hangs_keeps_none_from_running(check, monkeypatch):
+    """What a stage began ends with it."""
+    forks = "import os, signal; os.fork(); print(os.getpid(), flush=True); signal.pause()"
+    plan = {"env": ("print('a' * 5000)", 60), "build": ("exit(3)", 60), "smoke": (forks, 3)}
+    monkeypatch.setattr(gpu_check, "LEAST", 0)
+    for name, (text, limit) in plan.items():
+        command = [sys.executable, "-c", text]
+        run = partial(check.run, name, command, limit)
+        monkeypatch.setattr(check, f"run_{name}", lambda _, run=run: run())
+        check.stage(name)
+    monkeypatch.setattr(gpu_check, "LEAST", 100)
+    check.stage("tests")
+    assert check.failed == ["build", "smoke", "tests"]
+    summary = check.summary()
+    assert "== env: ok" in summary and "== build: FAILED with status 3" in summary
+    assert "== smoke: CUT OFF" in summary and "== tests: not run, the budget is spent" in summary
+    assert (check.out / "summary.txt").exists() and summary.count("a") < 1000
+    assert not any(map(is_alive, check.log("smoke").split()))
+
+
+def is_alive(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_the_summary_is_short(check):
+    for name, (_, characters) in gpu_check.LIMITS.items():
+        check.told[name] = f"== {name}: FAILED with status 139, 150 s\n{'x' * characters}\n"
+    assert len(check.summary()) < 10_000
+    default = list(check.told)[:-1]
+    assert sum(len(check.told[name]) for name in default) < gpu_check.MOST  # nothing is cut
+
+
+def test_failures_of_tests_are_told_by_function(tmp_path):
+    path = tmp_path / "tests.xml"
+    case = "<testcase classname='tests.kernels.test_norm' name='{}'>{}</testcase>"
+    bad = "<failure message='off by\n  one'/>"
+    cases = [case.format(f"test_it[{i}]", bad if i else "") for i in range(3)]
+    cases.append(case.format("test_other", "<error message='no memory'/>"))
+    counts = "tests='4' failures='2' errors='1' skipped='0' time='1.5'"
+    path.write_text(f"<x><testsuite {counts}>{''.join(cases)}</testsuite></x>")
+    first, *rest = gpu_check.failures(path).splitlines()
+    assert first == "4 tests, 2 failures, 1 errors, 0 skipped, 1.5 s"
+    assert rest == [
+        "FAILED 2 x test_norm::test_it [1, 2]: off by one",
+        "FAILED 1 x test_norm::test_other []: no memory",
+    ]
+
+
+def test_unknown_stages(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["env", "odd"])
+    assert "got stages ['odd']; expected some of ['env', 'build'" in capsys.readouterr().err
+
+
+def test_stages_without_a_gpu(tmp_path, monkeypatch):
+    """In processes of their own, with the package as it is here."""
+    monkeypatch.setattr(gpu_check.Check, "run_build", lambda self, limit: 0)
+    options = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--budget", "10000"]
+    limits = {name: (1000, most) for name, (_, most) in gpu_check.LIMITS.items()}
+    monkeypatch.setattr(gpu_check, "LIMITS", limits)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert gpu_check.main(["env", "build", "smoke", *options]) == 0
+    summary = (tmp_path / "summary.txt").read_text()
+    assert summary.count(": ok") == 3 and summary.count("right") == 6
+    assert f"torch {torch.__version__}" in summary
+    rows = [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").open()]
+    assert len(rows) == 6 and {row["check"] for row in rows} == {"right"}
+
+
+@pytest.fixture
+def probes(tmp_path, monkeypatch):
+    """What the parts write, on a CPU at tiny sizes."""
+    options = dict(out=tmp_path, stage="speed", device="cpu", tiny=True, seconds=1e9)
+    monkeypatch.setattr(gpu_probes, "CHOSEN", argparse.Namespace(**options))
+    monkeypatch.setattr(gpu_probes, "BAD", [])
+    return lambda: [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").open()]
+
+
+@torch.inference_mode()
+def test_products_are_held_against_fp32_before_they_are_timed(probes, monkeypatch):
+    x, weight = torch.randn(6, 8).bfloat16(), torch.randn(5, 8).bfloat16()
+    gpu_probes.product_case("up", x, weight, 4)
+    rows = probes()
+    assert {row["system"] for row in rows} == {
+        *("cuBLAS, all rows", "cuBLAS, these rows"),
+        "grouped_mm",
+    }
+    wanted = {"role": "up", "rows": 4, "capacity": 6, "columns": 5, "depth": 8, "stage": "speed"}
+    assert all(wanted.items() <= row.items() and row["median_ms"] > 0 for row in rows)
+    monkeypatch.setattr(gpu_probes.F, "grouped_mm", lambda x, *a, **k: x[:, :5] + 100)
+    gpu_probes.product_case("down", x, weight, 4)
+    late = [row["system"] for row in probes() if row["role"] == "down"]
+    assert len(late) == 2 and "grouped_mm" not in late
+    assert gpu_probes.BAD == ["down, grouped_mm"]
+
+
+@torch.inference_mode()
+def test_packed_peers_give_hugging_faces_logits(probes):
+    shape = {"vocab_size": 60, "hidden_size": 32, "num_attention_heads": 2}
+    model = gpu.base(**shape, num_hidden_layers=2, intermediate_size=64)
+    made = [gpu_probes.texts.uniform(1, n, 60)[0] for n in (5, 9)]
+    batch = gpu_probes.texts.batch(made)
+    wanted = gpu.judges(model, batch, None)[gpu.HF]()[batch.real]
+    for attention in (gpu_probes.varlen, gpu_probes.flexible):
+        got = gpu_probes.packed_graph(model, batch, attention)()[batch.real]
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_launches_by_layer(probes, tmp_path):
+    names = ["_query_key_value_kernel", "_exit_attention_fwd_kernel", *["_linear_kernel"] * 3]
+    names.append("_exit_step_kernel")
+    events, at = [(0, 2, "Memcpy DtoD")], 2
+    for _ in range(2):  # replays
+        for layer in range(3):
+            for place, name in enumerate(names):
+                events.append((at, at + 10 * (layer + 1) + place, name))
+                at = events[-1][1]
+    gpu_probes.by_layer(events, "launches", 3)
+    us = {(row["kernel"], row["layer"]): row["us"] for row in probes()}
+    assert us["down", 1] == 14 and us["up", 2] == 23 and us["output", 3] == 32
+    assert us["_query_key_value_kernel", 3] == 30 and us["Memcpy DtoD", 1] == 1
+    assert "busy for 406 us a replay; layers 1, 2, 3" in (tmp_path / "notes/speed.txt").read_text()
+
+
+def test_what_breaks_the_context_ends_the_stage(probes, monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    def breaks():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    gpu_probes.attempt("this", breaks)
+    assert ended == [4] and gpu_probes.BAD == ["this"]
+    assert gpu_probes.attempt("that", lambda: 1 / 0) is None
+    assert ended == [4] and gpu_probes.BAD == ["this", "that"]
+
+
+def test_without_a_gpu_one_line_and_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_probes.main(["smoke"]) == 2
+    assert capsys.readouterr().err == "No GPU is at hand.\n"
