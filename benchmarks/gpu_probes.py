@@ -1,4 +1,4 @@
-"""What `gpu_check.py` asks in its stages smoke, speed, peers and sizes; its --help tells of them.
+"""What `gpu_check.py` asks in stages from smoke to sizes; its --help tells of them.
 
     PYTHONPATH=benchmarks:tests python -m gpu_probes PART ...          (--help for options)
 
@@ -55,7 +55,7 @@ def say(*words, keep=False):
 @functools.cache
 def origin() -> dict:
     device = torch.cuda.get_device_name() if CHOSEN.device != "cpu" else "tried on a CPU"
-    return harness.origin() | {"device": device}
+    return harness.origin() | {"cuda": torch.version.cuda, "device": device}
 
 
 def write(**row):
@@ -489,7 +489,8 @@ def peers():
 def products():
     """The products of a layer over the first rows of a buffer, how many being told on the device.
 
-    cuBLAS, that is told by the host, is the bound: over all rows, and over those that count.
+    cuBLAS, that is told by the host, is the bound: over "all" rows, and over those that count,
+    "exact"ly.
     """
     device, dtype = CHOSEN.device, torch.bfloat16
     capacity, width, inner = bench().size[0] * bench().size[1], bench().width, bench().inner
@@ -518,8 +519,8 @@ def product_case(role, x, weight, rows):
     count = torch.tensor([rows], device=x.device)
     ends = count.int()
     makers = {
-        "cuBLAS, all rows": lambda: F.linear(x, weight),
-        "cuBLAS, these rows": lambda: F.linear(x[:rows], weight),
+        "cuBLAS all": lambda: F.linear(x, weight),
+        "cuBLAS exact": lambda: F.linear(x[:rows], weight),
         "grouped_mm": lambda: F.grouped_mm(x, weight.T[None], offs=ends),
     }
     if x.is_cuda:
@@ -543,11 +544,12 @@ def product_case(role, x, weight, rows):
         made = attempt(f"a graph of {role}, {name}", lambda several=several: capture(several))
         found |= {} if made is None else {name: made}
     facts = dict(role=role, rows=rows, capacity=capacity, columns=n, depth=k, dtype="bfloat16")
-    title = f"-- {role}, {k} to {n}, {rows} of {capacity} rows"
-    ms = table(title, found, "cuBLAS, these rows", each=IN_A_GRAPH, brief=True, **facts)
+    title = f"-- {role} {k}>{n}, {rows} of {capacity} rows"
+    ms = table(title, found, "cuBLAS exact", each=IN_A_GRAPH, brief=True, **facts)
     told = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in ms.items())
     rate = 2 * rows * n * k / 1e9 / min(ms.values(), default=1)
-    say(f"{title}: us: {told}; at best {rate:.0f} TFLOP/s", keep=True)
+    # The summary is short: what lies between is in the rows.
+    say(f"{title}, us: {told}; {rate:.0f} TFLOP/s", keep=rows in (capacity, capacity // 10))
 
 
 ROLES = ["output", "up", "down"]
@@ -600,7 +602,7 @@ def by_layer(events, title, num_layers):
     shown = [i for i in (0, 1, 2, 5, 11) if i < num_layers]  # the whole is in the rows
     numbers = ", ".join(str(i + 1) for i in shown)
     say(f"-- {title}: busy for {busy:.0f} us a replay; layers {numbers}:", keep=True)
-    for name, layers in sorted(of.items(), key=lambda x: -sum(map(sum, x[1].values())))[:9]:
+    for name, layers in sorted(of.items(), key=lambda x: -sum(map(sum, x[1].values())))[:7]:
         each = [sum(layers.get(i, [])) / replays for i in range(num_layers)]
         some = " ".join(f"{each[i]:.1f}" for i in shown)
         say(f"  {name:28} {sum(each):8.1f} us {some}", keep=True)

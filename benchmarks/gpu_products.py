@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # asked for it, Triton 3.6 and 3.9 make the same code for Hopper as without.
 CANDIDATES = {
     "TMA 128x128": (128, 128, 64, 8, 3),
-    "TMA 128x128, 4 warps": (128, 128, 64, 4, 3),
+    "TMA 128x128 4w": (128, 128, 64, 4, 3),
     "TMA 128x256": (128, 256, 64, 8, 3),
     "TMA 64x256": (64, 256, 64, 4, 4),
 }

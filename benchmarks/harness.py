@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "ctranslate2")
+PACKAGES = ("torch", "triton", "transformers", "onnxruntime", "openvino", "ctranslate2")
 
 
 def time_ms(run: Callable[[], object]) -> float:

@@ -228,12 +228,15 @@ def record(run: Callable, pool=None) -> tuple[torch.cuda.CUDAGraph, object]:
 
 
 def held(module: nn.Module) -> list[torch.Tensor]:
-    """All parameters and buffers of a module and those within it, fast: a call asks for them."""
+    """All parameters and buffers of a module and those within it, fast: every call asks."""
     found, parts = [], [module]
     for part in parts:
-        found += part._parameters.values()
-        found += part._buffers.values()
-        parts += [inner for inner in part._modules.values() if inner is not None]
+        if part is None:
+            continue
+        own = part.__dict__
+        for name, into in (("_parameters", found), ("_buffers", found), ("_modules", parts)):
+            if got := own[name]:
+                into += got.values()
     return [tensor for tensor in found if tensor is not None]
 
 

@@ -107,7 +107,7 @@ def test_products_are_held_against_fp32_before_they_are_timed(probes, monkeypatc
     gpu_probes.product_case("up", x, weight, 4)
     rows = probes()
     assert {row["system"] for row in rows} == {
-        *("cuBLAS, all rows", "cuBLAS, these rows"),
+        *("cuBLAS all", "cuBLAS exact"),
         "grouped_mm",
     }
     wanted = {"role": "up", "rows": 4, "capacity": 6, "columns": 5, "depth": 8, "stage": "speed"}
