@@ -33,3 +33,11 @@ def pytest_runtest_logreport(report):
     text = str(report.longrepr) if report.failed else ""
     if any(sign in text for sign in BROKEN) and "PYTEST_XDIST_WORKER" in os.environ:
         os._exit(3)
+
+
+@pytest.fixture
+def poisoned():
+    """Fill what torch allocates, with NaN or the largest integer, so that none goes unwritten."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

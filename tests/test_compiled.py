@@ -12,6 +12,8 @@ from tokenexit import ExitPolicy, compiled
 from tokenexit.encoder import Schedule
 from tokenexit.ops.pack_tokens import pack
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 POLICIES = [
     ExitPolicy.never(),
     ExitPolicy(threshold=0.7, window=1),
@@ -133,20 +135,25 @@ def test_gradients_go_layer_by_layer(calls):
 
 
 @pytest.mark.parametrize(
-    "name, value, message",
+    "name, value, error, message",
     [
-        ("word_at", torch.full((14,), 99), "got word 99 of"),
-        ("cu_tokens", torch.tensor([0, 5, 20]), "cu_tokens ends at 20; expected 14"),
-        ("cu_words", torch.tensor([0, 9, 3]), "cu_words falls from 9 to 3"),
-        ("word_of_token", torch.zeros(3, dtype=torch.int64), r"got word_of_token \[3\]"),
-        ("positions", torch.zeros(14), "got positions of torch.float32"),
+        ("word_at", torch.full((14,), 99), RuntimeError, "got word 99 of"),
+        ("cu_tokens", torch.tensor([0, 5, 20]), RuntimeError, "cu_tokens ends at 20; expected 14"),
+        ("cu_words", torch.tensor([0, 9, 3]), RuntimeError, "cu_words falls from 9 to 3"),
+        (
+            "word_of_token",
+            torch.zeros(3, dtype=torch.int64),
+            ValueError,
+            r"got word_of_token \[3\]",
+        ),
+        ("positions", torch.zeros(14), TypeError, "got positions of torch.float32"),
     ],
 )
 @torch.no_grad()
-def test_refuses_what_does_not_fit(name, value, message):
+def test_refuses_what_does_not_fit(name, value, error, message):
     *others, packed, schedule = arguments()
     packed = dataclasses.replace(packed, **{name: value})
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+    with pytest.raises(error, match=message):
         compiled.exit_loop(*others, packed, schedule)
 
 

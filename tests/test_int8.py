@@ -9,12 +9,13 @@ from torch import nn
 
 import tokenexit
 from tokenexit import ExitPolicy
-from tokenexit.int8 import LARGEST, Int8Linear
+from tokenexit.int8 import Int8Linear
 from tokenexit.layers import ExitLayer
 from tokenexit.ops import extension_available, extension_error
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import Active
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 PROJECTED, ABSORBED = [0.0, 0.0, 1e30, 1e30], [1e30, 1e30, 0.0, 0.0]
 
@@ -62,7 +63,10 @@ def test_weights_are_rounded_row_by_row():
     linear.weight.data[1] *= 1000
     linear.weight.data[2] = 0
     rounded = Int8Linear(linear)
-    assert rounded.weight.dtype == torch.int8 and rounded.weight.abs().max() == LARGEST
+    # What two products of 16 bits may add up to: 2 * 255 * 63 < 2^15.
+    assert rounded.weight.dtype == torch.int8 and rounded.weight.abs().amax(1).tolist() == [
+        63
+    ] * 2 + [0]
     error = (rounded.weight * rounded.scale[:, None] - linear.weight).abs()
     assert (error <= 0.5001 * rounded.scale[:, None]).all()
     x = torch.randn(5, 8)
@@ -165,6 +169,12 @@ def test_refuses():
     tagger = tokenexit.quantize(random_tagger(dtype=torch.float32))
     with pytest.raises(ValueError, match="8-bit already"):
         tokenexit.quantize(tagger)
+
+
+def test_an_8_bit_model_does_not_drop():
+    tagger = random_tagger(dtype=torch.float32).train()
+    assert tokenexit.quantize(tagger) is tagger
+    assert not any(part.training for part in tagger.modules())
 
 
 def test_an_8_bit_model_is_not_saved(tmp_path):
