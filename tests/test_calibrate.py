@@ -1,5 +1,7 @@
 """calibrate: what it sweeps, what it picks, what it promises."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,7 +10,7 @@ from random_models import random_classifier
 import tokenexit
 from tokenexit import ExitPolicy, Tagger
 from tokenexit.calibrate import Point, calibrate, pareto_front, plot, policy_grid
-from tokenexit.evaluate import evaluate
+from tokenexit.evaluate import Evaluation, evaluate, time_evaluations
 
 NAMES = ["A", "B", "C"]
 
@@ -123,5 +125,40 @@ def test_evaluation(setting):
     ]
     assert some.score == pytest.approx(sum(agreement) / words)
     assert some.to_dict()["policy"]["threshold"] == 0.5
+    tagger.model.policy = some.policy
+    assert evaluate(tagger, data) == some
+    tagger.model.policy = ExitPolicy.never()
     with pytest.raises(ValueError, match="no sentences"):
         evaluate(tagger, data.take(0))
+
+
+def test_times_are_ratios_within_rounds_of_alternation(monkeypatch):
+    """By a stand-in for the tagger, whose calls take as long as is said."""
+    now, calls = 0.0, []
+    policies = [ExitPolicy(threshold=0.2), ExitPolicy.sentence(0.3)]
+    seconds = {  # a round to warm up; in the third the machine is ten times as slow
+        ExitPolicy.never(): [90, 6.0, 60.0, 6.0],
+        policies[0]: [90, 3.0, 30.0, 2.0],
+        policies[1]: [90, 4.0, 60.0, 2.0],
+    }
+
+    class StandIn:
+        def windows(self, sentences):
+            return [*sentences]
+
+        def run(self, windows, policy):
+            nonlocal now
+            calls.append(policy)
+            assert windows == words
+            for share in (0.25, 0.75):  # batches
+                now += share * seconds[policy][(len(calls) - 1) // 3]
+                yield [0], SimpleNamespace(logits=torch.zeros(1, 1, 1)), [0]
+
+    monkeypatch.setattr("tokenexit.evaluate.time.perf_counter", lambda: now)
+    words = [["a"] * 9, ["b"] * 3]
+    results = [Evaluation(policy, {}, 1.0, [], 1.0) for policy in policies]
+    timed = time_evaluations(StandIn(), Dataset.from_dict({"words": words}), results, runs=3)
+    assert calls == [*seconds] * 4
+    assert [t.policy for t in timed] == policies
+    assert [t.wall_speedup for t in timed] == [2.0, 1.5]
+    assert [t.words_per_second for t in timed] == [4.0, 3.0]

@@ -168,6 +168,11 @@ def test_mixed_policies_must_share_their_kind():
         Schedule.of(policies, 4, 3, torch.zeros(1))
 
 
+def test_a_layer_decides_if_it_does_for_any_sentence():
+    policies = [ExitPolicy(threshold=(0.0, 0.2, 0.0, 0.0)), ExitPolicy.never(), ExitPolicy.never()]
+    assert Schedule.of(policies, 4, 3, torch.zeros(1)).decides == (False, True, False, True)
+
+
 @torch.no_grad()
 def test_inference_leaves_its_input_and_earlier_logits_alone():
     tagger = random_tagger()

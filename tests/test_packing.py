@@ -22,6 +22,19 @@ def test_round_trip_with_padding_on_both_sides():
     assert packed.positions.tolist() == [0, 1, 0, 1, 2, 3]
 
 
+def test_without_padding_nothing_is_copied():
+    mask = torch.ones(2, 3)
+    values = torch.arange(6)
+    unpacked = pack(mask, torch.zeros(2, 3)).unpack(values)
+    assert unpacked.shape == (2, 3) and unpacked.data_ptr() == values.data_ptr()
+
+
+def test_as_many_tokens_as_sentences():
+    mask = torch.tensor([[0, 1], [1, 0]])
+    packed = pack(mask, torch.zeros(2, 2))
+    assert packed.unpack(torch.tensor([5, 6])).tolist() == [[0, 5], [6, 0]]
+
+
 def test_words_are_runs_of_equal_ids():
     ids = torch.tensor([[-1, 0, 0, 1, -1, 1, 0, -1], [3, 3, -1, -1, 3, 9, 9, 9]])
     packed = pack(torch.ones_like(ids), ids)

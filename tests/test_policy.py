@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from tokenexit import ExitPolicy
 
@@ -86,6 +87,10 @@ def test_unknown_field_is_named():
 
 
 def test_presets():
+    assert ExitPolicy() == ExitPolicy(
+        "token", 2, "entropy", 0.1, "constant", "post_norm", "frozen", 1
+    )
+    assert ExitPolicy.paper(0.3, window=4) == ExitPolicy(threshold=0.3, window=4)
     authors = ExitPolicy.authors_code(0.2)
     assert (authors.schedule, authors.copy, authors.neighbors) == (
         "doubling",
@@ -94,3 +99,29 @@ def test_presets():
     )
     assert ExitPolicy.sentence(0.2).reach > 10**9
     assert ExitPolicy.never().thresholds(3)[:-1] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "policy, text",
+    [
+        (ExitPolicy.never(), "full depth"),
+        (ExitPolicy(), "token, window 2, threshold 0.1"),
+        (ExitPolicy.sentence([0.25, 0.5]), "sentence, threshold [0.25, 0.5]"),
+        (
+            ExitPolicy.authors_code(0.3, window=4),
+            "token, window 4, threshold 0.3, doubling, pre_norm, recompute",
+        ),
+        (
+            ExitPolicy(criterion="max_prob", min_active=3),
+            "token, window 2, threshold 0.1, max_prob, at least 3 active",
+        ),
+    ],
+    ids=str,
+)
+def test_name(policy, text):
+    assert str(policy) == text
+
+
+def test_a_window_wider_than_any_number_fits_into_a_tensor():
+    policy = ExitPolicy(window=2**70)
+    assert torch.tensor([policy.reach]).item() > 10**18

@@ -6,6 +6,7 @@ from random_models import random_classifier
 
 import tokenexit
 from tokenexit import ExitPolicy, Tagger
+from tokenexit.int8 import is_quantized
 
 WORDS = ["john", "smith", "lives", "in", "new", "york", "paris", "the", "red", "xyzzy", "smiths"]
 
@@ -94,6 +95,16 @@ def test_save_and_load(tagger, tmp_path):
     again.model.double()
     many = sentences(5)
     assert again.tag(many) == tagger.tag(many)
+
+
+def test_loaded_with_8_bit_weights(tmp_path, tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    model = tokenexit.convert(random_classifier(vocab_size=len(tokenizer)), tokenizer)
+    Tagger(model, tokenizer).save_pretrained(tmp_path)
+    assert [
+        is_quantized(Tagger.from_pretrained(tmp_path, **kind).model)
+        for kind in ({}, {"int8": True})
+    ] == [False, True]
 
 
 def test_what_was_saved_last_is_loaded(tmp_path, tiny_tokenizer):
