@@ -193,9 +193,10 @@ def feed_forward_share(inputs: list[tuple], rounds: int) -> float:
         thin = copy.copy(layer)
         thin._modules = {**layer._modules, **inner}
         for name, form in (("whole", layer), ("thin", thin)):
-            scale = (d // layer.num_heads) ** -0.5
+            scale, found = (d // layer.num_heads) ** -0.5, form.reads(h)
+            weights = found.weights, found.scales
             systems[name].append(
-                (h, active, *form.tensors(h), how, layer.num_heads, scale, layer.output_norm.eps)
+                (h, active, *weights, how, layer.num_heads, scale, layer.output_norm.eps)
             )
 
     def clock(calls):

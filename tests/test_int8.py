@@ -86,7 +86,7 @@ def test_a_layer_is_the_same_arithmetic(counts, monkeypatch):
     for name, part in layer.named_children():
         if isinstance(part, Int8Linear):
             setattr(emulated, name, Emulated(part))
-    monkeypatch.setattr(ExitLayer, "is_compiled", lambda *_: False)
+    monkeypatch.setattr(ExitLayer, "reads", lambda *_: "")
     expected = emulated(h, active)
     # A sum that falls between two bytes may be rounded to either: a step of 1/127 here and there.
     difference = (got - expected).abs()

@@ -8,43 +8,60 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from tokenexit.conditions import Reads, refused, unmet
 from tokenexit.costs import costs
-from tokenexit.layers import ExitHead, ExitLayer, is_hooked
-from tokenexit.ops import check_bias, check_vector, compiled_devices
+from tokenexit.encoder import ExitEncoder, Schedule
+from tokenexit.layers import compiled_reads
+from tokenexit.ops import check_bias, check_vector, compiled_devices, register_fake
 from tokenexit.packing import Packed
 
 _DEVICES = compiled_devices("exit_loop")
 
+# What the loop needs besides `layers.compiled_reads`.
+_POLICIES = (
+    ("copy 'post_norm'", lambda schedule: not schedule.pre_norm),
+    ("neighbors 'frozen'", lambda schedule: not schedule.recompute),
+)
+_HEADS = (
+    (
+        "no dropout before a classifier",
+        lambda heads: not any([head.training and getattr(head, "dropout", 0) for head in heads]),
+    ),
+)
 
-def applies(
-    layers: Sequence[nn.Module], heads: Sequence[nn.Module], h: torch.Tensor, schedule
-) -> bool:
-    """Whether `exit_loop` would do what `tokenexit.encoder.ExitEncoder` does.
 
-    That is fp32 states on a CPU without gradients; layers for `tokenexit.ops.exit_layer`, all fp32
-    or all int8; classifiers as they are made; no hooks on either; a policy with copy "post_norm"
-    and neighbors "frozen".
+def run(
+    encoder: ExitEncoder, h: torch.Tensor, packed: Packed, schedule: Schedule, *rest
+) -> tuple[torch.Tensor, torch.Tensor] | str:
+    """`exit_loop` of the encoder's layers; or the first condition for it that is not met."""
+    found = reads(encoder, h, schedule)
+    if isinstance(found, str):
+        return found
+    try:
+        return exit_loop(encoder.layers, found, h, packed, schedule, *rest)
+    except (RuntimeError, ValueError):
+        return refused(found)
+
+
+def reads(encoder: ExitEncoder, h: torch.Tensor, schedule: Schedule) -> Reads | str:
+    """What `exit_loop` reads of the encoder; or the first condition for it that is not met.
+
+    Where all are met, it does what a call of the encoder would do. See `tokenexit.conditions`.
     """
-    return (
-        h.device.type in _DEVICES
-        and not schedule.pre_norm
-        and not schedule.recompute
-        and all(type(layer) is ExitLayer and layer.is_compiled(h) for layer in layers)
-        and all(
-            type(head) is ExitHead and not head.training and head.weight.dtype == torch.float32
-            for head in heads
-        )
-        and not is_hooked((*layers, *heads))
-        and len({layer.is_int8 for layer in layers}) == 1
-    )
+    layers, heads = [*encoder.layers], [*encoder.heads]
+    failed = unmet(_POLICIES, schedule)
+    found = failed or compiled_reads(layers, heads, h, [encoder], [ExitEncoder])
+    if isinstance(found, str):
+        return found
+    return unmet(_HEADS, heads) or found
 
 
 def exit_loop(
     layers: Sequence[nn.Module],
-    heads: Sequence[nn.Module],
+    found: Reads,
     h: torch.Tensor,
     packed: Packed,
-    schedule,
+    schedule: Schedule,
     bias: torch.Tensor | None = None,
     exit_layer: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +71,9 @@ def exit_loop(
     by the same code.
 
     Args:
-        layers, heads, h, packed, schedule, bias, exit_layer: see `reference.exit_forward`, within
-            what `applies` says.
+        layers: L `ExitLayer`.
+        found: what `reads` gave for them and their heads.
+        h, packed, schedule, bias, exit_layer: see `reference.exit_forward`.
 
     Returns:
         Logits `[T, C]` and layers `[T]` int64 that tokens left with. If any layer's logits have a
@@ -77,11 +95,6 @@ def exit_loop(
         check_vector("exit_layer", exit_layer, len(packed.first_token), h.device)
     if bias is not None:
         check_bias(bias, packed.positions, h.new_empty(len(h), first.num_heads, 0))
-    weights, scales = [], []
-    for layer in layers:
-        parts = layer.tensors(h)
-        weights += parts[0]
-        scales += parts[1]
     return torch.ops.tokenexit.exit_loop(
         h,
         packed.positions,
@@ -89,10 +102,10 @@ def exit_loop(
         packed.cu_words,
         packed.word_of_token,
         packed.word_at,
-        weights,
-        scales,
-        [x for head in heads for x in head._parameters.values()],  # weight, bias
-        costs(h.shape[1], len(weights[9]), first.num_heads, first.is_int8),
+        found.weights,
+        found.scales,
+        found.classifiers,
+        costs(h.shape[1], found.weights[9].numel(), first.num_heads, first.is_int8),
         first.num_heads,
         (h.shape[1] // first.num_heads) ** -0.5,
         [layer._modules["output_norm"].eps for layer in layers],
@@ -107,6 +120,6 @@ def exit_loop(
 
 if _DEVICES:
 
-    @torch.library.register_fake("tokenexit::exit_loop")
+    @register_fake("exit_loop")
     def _(h, positions, cu_tokens, cu_words, word_of_token, word_at, weights, scales, heads, *_):
         return h.new_empty(len(h), len(heads[1])), torch.empty_like(positions)

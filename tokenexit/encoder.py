@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tokenexit import reference
+from tokenexit.conditions import passable
 from tokenexit.ops.compact_active import compact_active
 from tokenexit.ops.exit_decision import exit_decision
 from tokenexit.packing import Active, Packed
@@ -91,6 +93,7 @@ class Schedule:
         )
 
 
+@passable
 class ExitEncoder(nn.Module):
     """Layers with a head each, run on the tokens that are still active.
 
@@ -111,8 +114,17 @@ class ExitEncoder(nn.Module):
         schedule: Schedule,
         bias: torch.Tensor | None = None,
         exit_layer: torch.Tensor | None = None,
+        backend: str = "auto",
     ) -> Trace:
-        """Arguments and result of `tokenexit.reference.exit_forward`, active tokens only."""
+        """Arguments and result of `tokenexit.reference.exit_forward`, active tokens only.
+
+        Args:
+            backend: "reference": by that function itself.
+        """
+        if backend == "reference":
+            return reference.exit_forward(
+                h, self.layers, self.heads, packed, schedule, bias, exit_layer
+            )
         active = Active.all(packed)
         stored = h  # what tokens that left are copied from
         left = torch.zeros_like(packed.first_token)
@@ -121,6 +133,11 @@ class ExitEncoder(nn.Module):
         trace = []
         for number, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True), 1):
             fresh = layer(h, active, bias, schedule.pre_norm)
+            if fresh.device != h.device:  # what PyTorch makes of weights that are not loaded
+                raise ValueError(
+                    f"layer {number} gave states on {fresh.device} for those on {h.device}; "
+                    "expected its weights there"
+                )
             stored = _store(stored, active, fresh)
             h = layer.output_norm(stored) if schedule.pre_norm else stored
             logits = head(active.rows(h) if schedule.pre_norm else fresh)

@@ -6,10 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenexit.conditions import CALLS, Reads, passable, unmet
+
 # Products of a byte and a weight are added in pairs, in 16 bits, which 127 would overflow.
 LARGEST = 63
 
 
+@passable
 class Int8Linear(nn.Module):
     """A linear layer with 8-bit weights, one scale an output feature.
 
@@ -17,7 +20,8 @@ class Int8Linear(nn.Module):
     does not depend on the others. Called by itself it computes with the rounded weights in fp32.
 
     Args:
-        linear: the layer to round, `in_features` a multiple of 4. Its weights are not kept.
+        linear: the layer to round, `in_features` a multiple of 4, with or without a bias. Its
+            weights are not kept.
 
     Raises:
         ValueError: `in_features` is no multiple of 4; a weight is not finite.
@@ -39,7 +43,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
         # What the bytes' zero point, 128, adds to a product.
         self.register_buffer("offset", 128 * scale * rounded.sum(1))
-        self.register_buffer("bias", linear.bias.detach().float().clone())
+        bias = torch.zeros_like(scale) if linear.bias is None else linear.bias.detach().float()
+        self.register_buffer("bias", bias.clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in] -> [..., out]`."""
@@ -66,8 +71,9 @@ def quantize(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: a model on another device or of another dtype; one that is 8-bit already; widths
-            that are no multiples of 4.
+        ValueError: a model on another device or of another dtype; one that is 8-bit already; layers
+            of whose parts one has been replaced, hooked, pruned or the like; widths that are no
+            multiples of 4.
     """
     layers = model.encoder.layers
     devices = {(p.device.type, p.dtype) for p in model.parameters()}
@@ -75,12 +81,19 @@ def quantize(model: nn.Module) -> nn.Module:
         raise ValueError(f"got a model of {sorted(map(str, devices))}; expected fp32 on the CPU")
     if is_quantized(model):
         raise ValueError("got a model that is 8-bit already; expected one in fp32")
-    rounded = [
-        (layer, name, Int8Linear(part))
-        for layer in layers
-        for name, part in layer.named_children()
-        if isinstance(part, nn.Linear)
-    ]
+    rounded = []
+    for number, layer in enumerate(layers):
+        for name, part in layer.named_children():
+            if isinstance(part, (nn.LayerNorm, nn.Dropout)):
+                continue
+            # What was changed would be lost: only weights are kept.
+            reads = Reads([part], [nn.Linear], [part._parameters.get("weight")])
+            if failed := unmet(CALLS, reads):
+                raise ValueError(
+                    f"got a model with another encoder.layers.{number}.{name} than it was made "
+                    f"with; expected {failed} (merge adapters, remove hooks and pruning first)"
+                )
+            rounded.append((layer, name, Int8Linear(part)))
     for layer, name, part in rounded:  # only once all could be rounded
         setattr(layer, name, part)
     return model.eval()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenexit.conditions import CALLS, TENSORS, Reads, is_plain, passable, refused, unmet
 from tokenexit.costs import costs
 from tokenexit.int8 import Int8Linear
 from tokenexit.ops.add_layer_norm import add_layer_norm
@@ -17,19 +18,20 @@ from tokenexit.ops.exit_layer import DEVICES, exit_layer
 from tokenexit.ops.linear import linear
 from tokenexit.packing import Active
 
-# Parts of a layer in the order of `exit_layer`'s weights.
-_PRODUCTS_AND_NORMS = (
-    "query",
-    "key_value",
-    "attention_output",
-    "attention_norm",
-    "up",
-    "down",
-    "output_norm",
-)
-_KINDS = {nn.Linear, Int8Linear, nn.LayerNorm}
+# Parts of a layer, those with weights in the order of `exit_layer`'s.
+_PARTS = {
+    "query": nn.Linear,
+    "key_value": nn.Linear,
+    "attention_output": nn.Linear,
+    "attention_norm": nn.LayerNorm,
+    "up": nn.Linear,
+    "down": nn.Linear,
+    "output_norm": nn.LayerNorm,
+    "dropout": nn.Dropout,
+}
 
 
+@passable
 class ExitLayer(nn.Module):
     """A post-LayerNorm transformer layer over a packed batch, computed for active tokens only.
 
@@ -96,21 +98,23 @@ class ExitLayer(nn.Module):
         Returns:
             `[A, d]`.
         """
-        scale = (self.query.out_features // self.num_heads) ** -0.5
-        if self.is_compiled(h):
-            weights, scales = self.tensors(h)
-            return exit_layer(
-                h,
-                active,
-                weights,
-                scales,
-                costs(h.shape[1], weights[9].shape[0], self.num_heads, self.is_int8),
-                self.num_heads,
-                scale,
-                self.output_norm.eps,
-                pre_norm,
-                bias,
-            )
+        found = self.reads(h)
+        if not isinstance(found, str):
+            try:
+                return exit_layer(
+                    h,
+                    active,
+                    found.weights,
+                    found.scales,
+                    costs(h.shape[1], found.weights[9].numel(), self.num_heads, self.is_int8),
+                    self.num_heads,
+                    (h.shape[1] // self.num_heads) ** -0.5,
+                    self.output_norm.eps,
+                    pre_norm,
+                    bias,
+                )
+            except (RuntimeError, ValueError):
+                refused(found)
         keys, cu_keys = active.keys
         seen = h if keys is None else h[keys]
         h = active.rows(h)
@@ -121,61 +125,42 @@ class ExitLayer(nn.Module):
             v,
             active.cu_tokens,
             cu_keys,
-            scale,
+            k.shape[-1] ** -0.5,
             bias,
             None if bias is None else active.positions,
             **self._attention_dropout(),
             max_length=active.packed.shape[1],
         )
-        norm = self.attention_norm
         attended = self.dropout(self.attention_output(context.flatten(1)))
-        h = add_layer_norm(attended, h, norm.weight, norm.bias, norm.eps)
-        if self.activation is F.gelu and isinstance(self.up, nn.Linear):
+        h = _add_norm(self.attention_norm, attended, h)
+        if self.activation is F.gelu and is_plain(self.up, nn.Linear):
             inner = bias_gelu(F.linear(h, self.up.weight), self.up.bias)
         else:
             inner = self.activation(self.up(h))
         update = self.dropout(self.down(inner))
-        if pre_norm:
-            return update + h
-        norm = self.output_norm
-        return add_layer_norm(update, h, norm.weight, norm.bias, norm.eps)
+        return update + h if pre_norm else _add_norm(self.output_norm, update, h)
 
     @property
     def is_int8(self) -> bool:
         """Whether `tokenexit.quantize` has been here."""
         return isinstance(self._modules["query"], Int8Linear)
 
-    def is_compiled(self, h: torch.Tensor) -> bool:
-        """Whether the compiled layer can run: no gradient, no dropout, its kind of layer and parts.
-
-        Parts of another class, such as those of adapters, run as they are.
-        """
-        if (
-            h.device.type not in DEVICES
-            or h.dtype != torch.float32
-            or torch.is_grad_enabled()
-            or self.activation is not F.gelu
-            or self.training
-            and (self.dropout.p or self.attention_dropout)
-        ):
-            return False
-        norm = self._modules["attention_norm"]
-        return _KINDS.issuperset(map(type, self.parts())) and norm.weight.dtype == torch.float32
-
-    def tensors(self, h: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The weights, and the scales of int8, that `tokenexit.ops.exit_layer` takes for h."""
-        values = [part._buffers or part._parameters for part in self.parts()]
-        weights = [v[name] for v in values for name in ("weight", "bias")]
-        if not self.is_int8:
-            return weights, []
-        none = h[:0]
-        return weights, [v.get(name, none) for v in values for name in ("scale", "offset")]
+    def reads(self, h: torch.Tensor) -> Reads | str:
+        """What `tokenexit.ops.exit_layer` takes of the layer for states h, or why it can't run."""
+        return compiled_reads([self], [], h)
 
     def parts(self) -> list[nn.Module]:
         """Products and LayerNorms, in the order of computation."""
-        # Straight from the dictionary: Module.__getattr__ 28 times would take longer than a product
-        # of a few rows.
-        return [self._modules[name] for name in _PRODUCTS_AND_NORMS]
+        return [self._modules[name] for name, kind in _PARTS.items() if kind is not nn.Dropout]
+
+    def drops(self) -> bool:
+        """Whether dropout has something to do; that of sublayers may be in a mode of its own."""
+        dropout = self._modules["dropout"]
+        return bool((self.training and self.attention_dropout) or (dropout.training and dropout.p))
+
+    def has_one_eps(self) -> bool:
+        """Whether both LayerNorms have the same."""
+        return self._modules["attention_norm"].eps == self._modules["output_norm"].eps
 
     def _attention_dropout(self):
         if not self.training or not self.attention_dropout:
@@ -183,11 +168,13 @@ class ExitLayer(nn.Module):
         return {"dropout_p": self.attention_dropout, "seed": int(torch.randint(2**31, ()))}
 
 
-def is_hooked(modules: Iterable[nn.Module]) -> bool:
-    """Whether a call of one of them does more than its forward."""
-    return any([m._forward_hooks or m._forward_pre_hooks for m in modules])
+def _add_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    if not is_plain(norm, nn.LayerNorm):
+        return norm(x + residual)
+    return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
 
 
+@passable
 class ExitHead(nn.Linear):
     """The classifier after a layer, `[n, d] -> [n, C]`, with dropout on its input in training."""
 
@@ -200,3 +187,106 @@ class ExitHead(nn.Linear):
         if self.training and self.dropout:
             h = F.dropout(h, self.dropout)
         return linear(h, self.weight, self.bias)
+
+
+_KINDS = {
+    int8: [Int8Linear if int8 and kind is nn.Linear else kind for kind in _PARTS.values()]
+    for int8 in (False, True)
+}
+
+
+def reads(
+    layers: Sequence[nn.Module],
+    heads: Sequence[nn.Module],
+    like: torch.Tensor,
+    others: Sequence[nn.Module] = (),
+    kinds: Sequence[type] = (),
+) -> Reads:
+    """What a loop reads in place of calling layers and heads, see `tokenexit.conditions`.
+
+    Args:
+        layers, heads: L of each, or no heads.
+        like: `[..., d]`, of the states' device and dtype.
+        others: more modules that it does not call, each to be of the class in `kinds`.
+    """
+    # Straight from the dictionaries: Module.__getattr__ takes longer than a product of a few rows.
+    parts = [layer._modules.get(name) for layer in layers for name in _PARTS]
+    modules = [*parts, *layers, *heads, *others]
+    int8 = type(parts[0]) is Int8Linear
+    expected = _KINDS[int8] * len(layers)
+    kinds = [*expected, *[ExitLayer] * len(layers), *map(_head_kind, heads), *kinds]
+    if [*map(type, parts)] != expected:
+        return Reads(modules, kinds)
+    stores = [
+        part._buffers if kind is Int8Linear else part._parameters
+        for part, kind in zip(parts, expected, strict=True)
+        if kind is not nn.Dropout
+    ]
+    weights = [store.get(name) for store in stores for name in ("weight", "bias")]
+    scales, none = [], like[:0]
+    if int8:
+        scales = [store.get(name, none) for store in stores for name in ("scale", "offset")]
+    classifiers = [h._parameters.get(name) for h in heads for name in ("weight", "bias")]
+
+    def layout():
+        inner = [bias.numel() for bias in weights[9::14]]
+        return _layout(like, inner, [bias.numel() for bias in classifiers[1::2]], int8)
+
+    return Reads(modules, kinds, weights, scales, classifiers, like.device, layout)
+
+
+def _head_kind(head):
+    return nn.Linear if type(head) is nn.Linear else ExitHead
+
+
+def _layout(like, inner, labels, int8):
+    """Shapes and dtypes of `Reads.tensors`, for layers of inner widths and heads of labels."""
+    d, shapes, dtypes, scales = like.shape[-1], [], [], []
+    for f in inner:
+        rows = {"query": d, "key_value": 2 * d, "attention_output": d, "up": f, "down": d}
+        for name, kind in _PARTS.items():
+            if kind is nn.Linear:
+                shapes += [(rows[name], f if name == "down" else d), (rows[name],)]
+                dtypes += [torch.int8 if int8 else like.dtype, like.dtype]
+                scales += [(rows[name],)] * 2
+            elif kind is nn.LayerNorm:
+                shapes += [(d,)] * 2
+                dtypes += [like.dtype] * 2
+                scales += [(0, d)] * 2
+    shapes += scales if int8 else []
+    shapes += [shape for c in labels for shape in ((c, d), (c,))]
+    return shapes, dtypes + [like.dtype] * (len(shapes) - len(dtypes))
+
+
+# What else the code that is compiled for CPUs needs, of states and of layers.
+_STATES = (
+    ("the compiled ops, and states on a CPU", lambda h: h.device.type in DEVICES),
+    ("states in fp32", lambda h: h.dtype == torch.float32),
+    ("no gradients", lambda h: not torch.is_grad_enabled()),
+)
+_LAYERS = (
+    ("the exact GELU", lambda layers: all([layer.activation is F.gelu for layer in layers])),
+    ("no dropout to be done", lambda layers: not any([layer.drops() for layer in layers])),
+    ("one eps in a layer", lambda layers: all([layer.has_one_eps() for layer in layers])),
+    ("as many heads in each layer", lambda layers: len({x.num_heads for x in layers}) == 1),
+)
+
+
+def compiled_reads(
+    layers: Sequence[nn.Module],
+    heads: Sequence[nn.Module],
+    h: torch.Tensor,
+    others: Sequence[nn.Module] = (),
+    kinds: Sequence[type] = (),
+) -> Reads | str:
+    """`reads`, if what is compiled for CPUs may run; else the first condition that is not met.
+
+    Of tensors, it looks at the rest itself: at an error of its, see `conditions.refused`.
+    """
+    failed = unmet(_STATES, h)
+    if failed is None:
+        found = reads(layers, heads, h, others, kinds)
+        # Where the op is only traced, it can't refuse.
+        asked = (*CALLS, *TENSORS) if torch.compiler.is_compiling() else CALLS
+        failed = unmet(asked, found) or unmet(_LAYERS, layers)
+    return failed or found

@@ -222,12 +222,12 @@ def relative_bias(bias, positions, num_keys):
 
 def layer_sum(layer, h, bias=None):
     """One BERT layer on all tokens of one sentence, short of its last LayerNorm: [n, d]."""
-    n, d = h.shape
+    n = len(h)
     q = layer.query(h).view(n, layer.num_heads, -1)
     k, v = layer.key_value(h).view(n, 2, layer.num_heads, -1).unbind(1)
     whole, positions = torch.tensor([0, n]), torch.arange(n, device=h.device)
     scale = q.shape[-1] ** -0.5
-    context = exit_attention(q, k, v, whole, whole, scale, bias, positions).reshape(n, d)
+    context = exit_attention(q, k, v, whole, whole, scale, bias, positions).flatten(1)
     h = layer.attention_norm(h + layer.attention_output(context))
     return h + layer.down(layer.activation(layer.up(h)))
 

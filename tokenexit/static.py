@@ -30,7 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenexit.layers import ExitHead, ExitLayer, is_hooked
+from tokenexit.conditions import CALLS, TENSORS, unmet
+from tokenexit.int8 import Int8Linear
+from tokenexit.layers import reads
 from tokenexit.ops import compiled_devices, extension_error, float32_precision
 from tokenexit.ops.compact_active import compact_active
 from tokenexit.packing import Packed
@@ -60,26 +62,30 @@ def lacks(device: str = "cuda") -> str | None:
     return None
 
 
-def applies(layers: Sequence[nn.Module], heads: Sequence[nn.Module], h) -> bool:
+def applies(
+    layers: Sequence[nn.Module],
+    heads: Sequence[nn.Module],
+    h: torch.Tensor,
+    others: Sequence[nn.Module] = (),
+    kinds: Sequence[type] = (),
+) -> bool:
     """Whether the loop can do what the eager one would for states like h.
 
     That is inference on a GPU that has Triton and the compiled `compact_active`, in fp16, bf16
-    or fp32 throughout, with contiguous weights, exact GELU, plain linear layers, no hooks and at
-    most 256 labels. Schedules have to be post_norm, without recompute. Where Triton or the op is
-    all that is missing, there is a warning.
+    or fp32 throughout, with exact GELU and at most 256 labels, of modules that may be passed over
+    (`tokenexit.conditions`); so may `others`, see `layers.reads`. Schedules have to be post_norm,
+    without recompute. Where Triton or the op is all that is missing, there is a warning.
     """
     device = h.device.type
     fits = (
         device in {"cuda", *_DEVICES}
         and h.dtype in DTYPES
         and not torch.is_grad_enabled()
-        and all(type(layer) is ExitLayer and layer.activation is F.gelu for layer in layers)
-        and not any(layer.training for layer in layers)
-        and {nn.Linear, nn.LayerNorm}.issuperset(map(type, _parts(layers)))
-        and {nn.Linear, ExitHead}.issuperset(map(type, heads))
-        and all(head.bias is not None and head.out_features <= MOST_LABELS for head in heads)
-        and not is_hooked((*layers, *heads))
-        and all(w.dtype == h.dtype and w.is_contiguous() for w in weights(layers, heads))
+        and unmet((*CALLS, *TENSORS), reads(layers, heads, h, others, kinds)) is None
+        and all(type(part) is not Int8Linear for part in layers[0].parts())
+        and all(layer.activation is F.gelu for layer in layers)
+        and not any(layer.training or layer.drops() for layer in layers)
+        and heads[0].weight.shape[0] <= MOST_LABELS
     )
     if fits and (what := lacks(device)):
         fell_back("not installed", f"slow on this GPU: {what} is missing; see `tokenexit info`")

@@ -24,11 +24,12 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from tokenexit import compiled, reference, static
+from tokenexit import compiled, static
+from tokenexit.conditions import passable
 from tokenexit.encoder import ExitEncoder, Schedule, Trace, last_of
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized
-from tokenexit.layers import ExitHead, ExitLayer, is_hooked
+from tokenexit.layers import ExitHead, ExitLayer
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import FAMILIES
 from tokenexit.ops.pack_tokens import pack
@@ -65,6 +66,7 @@ class TokenExitOutput(TokenClassifierOutput):
     layer_logits: torch.Tensor | None = None
 
 
+@passable
 class ExitEmbeddings(nn.Module):
     """Word, position and, where the family has them, token-type embeddings of packed tokens."""
 
@@ -347,10 +349,10 @@ class TokenExitForTokenClassification(PreTrainedModel):
         None where that is not possible, or not for these rows: `_pack` and `_run` tell why.
         """
         like, (num_rows, longest) = self.embeddings.word.weight, rows["input_ids"].shape
+        encoder = self.encoder
         if (
             self._backend == "reference"
-            or not static.applies(self.encoder.layers, self.encoder.heads, like)
-            or is_hooked(self.embeddings.modules())
+            or not static.applies([*encoder.layers], [*encoder.heads], like, *self._around())
             or longest > self.config.max_tokens
             or any(v is not None and v.device != like.device for v in rows.values())
         ):
@@ -370,6 +372,15 @@ class TokenExitForTokenClassification(PreTrainedModel):
             "unsound", "the GPU loop met a NaN or a value out of range: the slower one looks for it"
         )
         return None
+
+    def _around(self) -> tuple[list[nn.Module], list[type]]:
+        """What a recorded loop does not call anew, besides layers and heads; and their classes."""
+        kinds = {self.encoder: ExitEncoder, self.embeddings: ExitEmbeddings}
+        for name, part in self.embeddings.named_children():
+            kinds[part] = {"norm": nn.LayerNorm, "dropout": nn.Dropout}.get(name, nn.Embedding)
+        if self.relative_bias is not None:
+            kinds[self.relative_bias] = nn.Embedding
+        return [*kinds], [*kinds.values()]
 
     def _tag_static(self, rows, schedule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Padded logits, layers, and whether all was as it has to be; without a wait."""
@@ -421,16 +432,12 @@ class TokenExitForTokenClassification(PreTrainedModel):
                     "the reference backend has no dropout; got a model in training mode with "
                     "dropout, expected model.eval() or dropout 0"
                 )
-            trace = reference.exit_forward(
-                h, self.encoder.layers, self.encoder.heads, packed, schedule, bias, exit_layers
-            )
-            return trace, None
-        modules = self.encoder.layers, self.encoder.heads
-        if not every_layer and compiled.applies(*modules, h, schedule):
-            left_with = compiled.exit_loop(*modules, h, packed, schedule, bias, exit_layers)
-            if not left_with[0].isnan().any():  # else the trace tells of it
-                return [], left_with
-        return self.encoder(h, packed, schedule, bias, exit_layers), None
+            return self.encoder(h, packed, schedule, bias, exit_layers, "reference"), None
+        call = self.encoder, h, packed, schedule, bias, exit_layers
+        left_with = "" if every_layer else compiled.run(*call)
+        if not isinstance(left_with, str) and not left_with[0].isnan().any():
+            return [], left_with  # of NaN, the trace tells
+        return self.encoder(*call[1:]), None
 
     def _embed(self, ids, rows, packed) -> torch.Tensor:
         """States `[T, d]` before the first layer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
@@ -37,6 +38,28 @@ def compiled_devices(op: str) -> frozenset[str]:
         for key in ("CPU", "CUDA")
         if packet.default.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, key))
     )
+
+
+def register_fake(op: str) -> Callable:
+    """Decorator: what `tokenexit::op` gives on the meta device, as `torch.library.register_fake`.
+
+    Where one of a call's tensors is on that device and others elsewhere, PyTorch asks the fake; it
+    would give memory that nobody has written. So it refuses.
+    """
+
+    def register(fake):
+        @functools.wraps(fake)
+        def checked(*args):
+            given = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+            devices = {str(x.device) for x in given if isinstance(x, torch.Tensor)}
+            if len(devices) > 1:
+                raise ValueError(f"{op}: got tensors on {sorted(devices)}; expected one device")
+            return fake(*args)
+
+        torch.library.register_fake(f"tokenexit::{op}", checked)
+        return fake
+
+    return register
 
 
 def use_compiled(backend: str, device: torch.device, devices: frozenset[str]) -> bool:

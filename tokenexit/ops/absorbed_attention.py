@@ -9,6 +9,7 @@ from tokenexit.ops import (
     check_bias,
     compiled_devices,
     float32_precision,
+    register_fake,
     use_compiled,
     use_triton,
 )
@@ -77,6 +78,6 @@ def absorbed_attention(
 
 if _DEVICES:
 
-    @torch.library.register_fake("tokenexit::absorbed_attention")
+    @register_fake("absorbed_attention")
     def _(q, h, cu_q, cu_k, scale, bias, positions, max_length):
         return q.new_empty(q.shape)

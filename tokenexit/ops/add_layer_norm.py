@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tokenexit.ops import compiled_devices, use_compiled, use_triton
+from tokenexit.ops import compiled_devices, register_fake, use_compiled, use_triton
 
 _DEVICES = compiled_devices("add_layer_norm")
 
@@ -53,7 +53,7 @@ def add_layer_norm(
 
 if _DEVICES:
 
-    @torch.library.register_fake("tokenexit::add_layer_norm")
+    @register_fake("add_layer_norm")
     def _(x, residual, weight, bias, eps):
         return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1])
 

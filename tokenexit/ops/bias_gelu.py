@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tokenexit.ops import compiled_devices, use_compiled, use_triton
+from tokenexit.ops import compiled_devices, register_fake, use_compiled, use_triton
 
 _DEVICES = compiled_devices("bias_gelu")
 
@@ -38,7 +38,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, backend: str = "auto") -> 
 
 if _DEVICES:
 
-    @torch.library.register_fake("tokenexit::bias_gelu")
+    @register_fake("bias_gelu")
     def _(x, bias):
         return x.new_empty(x.shape)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenexit import reference
-from tokenexit.ops import check_vector, compiled_devices, use_compiled
+from tokenexit.ops import check_vector, compiled_devices, register_fake, use_compiled
 
 _DEVICES = compiled_devices("compact_active")
 
@@ -82,7 +82,7 @@ def compact_active(
 
 if _DEVICES:
 
-    @torch.library.register_fake("tokenexit::compact_active")
+    @register_fake("compact_active")
     def _(active, cu_active, word_of_token, exit_layer, cu_tokens=None, scratch=None):
         results = active.new_empty(active.shape), cu_active.new_empty(cu_active.shape)
         if cu_tokens is None:

@@ -10,6 +10,7 @@ from tokenexit.ops import (
     check_bias,
     compiled_devices,
     float32_precision,
+    register_fake,
     use_compiled,
     use_triton,
 )
@@ -103,11 +104,11 @@ def _by_sentence(q, k, v, cu_q, cu_k, scale, bias, positions):
 
 if _DEVICES:
 
-    @torch.library.register_fake("tokenexit::exit_attention")
+    @register_fake("exit_attention")
     def _(q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed, max_length):
         return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
-    @torch.library.register_fake("tokenexit::exit_attention_backward")
+    @register_fake("exit_attention_backward")
     def _(grad, q, k, v, out, lse, cu_q, cu_k, scale, bias, positions, dropout_p, seed, max_length):
         table = (0, 0) if bias is None else bias.shape
         return (*(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(table, dtype=torch.float32))

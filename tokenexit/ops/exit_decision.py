@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenexit import reference
-from tokenexit.ops import check_vector, compiled_devices, use_compiled, use_triton
+from tokenexit.ops import check_vector, compiled_devices, register_fake, use_compiled, use_triton
 
 _DEVICES = compiled_devices("exit_decision")
 
@@ -102,6 +102,6 @@ def exit_decision(
 
 if _DEVICES:
 
-    @torch.library.register_fake("tokenexit::exit_decision")
+    @register_fake("exit_decision")
     def _(logits, words, uncertainty, exit_layer, *_):
         return uncertainty.new_empty(uncertainty.shape), exit_layer.new_empty(exit_layer.shape)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tokenexit.ops import check_bias, check_vector, compiled_devices
+from tokenexit.ops import check_bias, check_vector, compiled_devices, register_fake
 from tokenexit.packing import Active
 
 DEVICES = compiled_devices("exit_layer")
@@ -87,6 +87,6 @@ def exit_layer(
 
 if DEVICES:
 
-    @torch.library.register_fake("tokenexit::exit_layer")
+    @register_fake("exit_layer")
     def _(h, active, *_):
         return h.new_empty(active.shape[0], h.shape[1])

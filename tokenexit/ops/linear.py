@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tokenexit.ops import compiled_devices, use_compiled
+from tokenexit.ops import compiled_devices, register_fake, use_compiled
 
 _DEVICES = compiled_devices("linear")
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, backend: str = "auto"
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, backend: str = "auto"
 ) -> torch.Tensor:
     """`F.linear(x, weight, bias)`, for classifiers.
 
@@ -21,7 +21,7 @@ def linear(
     Args:
         x: `[A, K]`.
         weight: `[N, K]`.
-        bias: `[N]`.
+        bias: `[N]`, or None.
         backend: "auto", or "reference" for plain PyTorch.
 
     Returns:
@@ -30,6 +30,8 @@ def linear(
     Raises:
         ValueError: shapes that do not fit each other; an unknown backend.
     """
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[:1])
     if x.dim() != 2 or weight.shape[1:] != x.shape[1:] or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; "
@@ -43,6 +45,6 @@ def linear(
 
 if _DEVICES:
 
-    @torch.library.register_fake("tokenexit::linear")
+    @register_fake("linear")
     def _(x, weight, bias):
         return x.new_empty(x.shape[0], weight.shape[0])

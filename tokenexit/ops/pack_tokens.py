@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenexit import reference
-from tokenexit.ops import compiled_devices, use_compiled
+from tokenexit.ops import compiled_devices, register_fake, use_compiled
 from tokenexit.packing import Packed
 
 _DEVICES = compiled_devices("pack_tokens")
@@ -56,7 +56,7 @@ def pack(attention_mask: torch.Tensor, word_ids: torch.Tensor) -> Packed:
 
 if _DEVICES:
 
-    @torch.library.register_fake("tokenexit::pack_tokens")
+    @register_fake("pack_tokens")
     def _(mask, word_ids):
         size = torch.library.get_ctx().new_dynamic_size
         new = word_ids.new_empty

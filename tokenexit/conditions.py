@@ -1,0 +1,126 @@
+"""What a fast loop needs of all that it reads: one table, asked at every call.
+
+A fast loop takes the tensors of modules and calls none of them. So it may run only where calling
+them would do what their classes say, and no more, on tensors as they were made. All else goes the
+plain way, layer by layer through calls in PyTorch, where hooks run and parts may be anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _torch_module
+
+# Of each class that may be passed over, what its call ran when it was imported.
+_FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)}
+_CALL = nn.Module.__call__
+_PLAIN = {torch.Tensor, nn.Parameter}
+
+
+def passable(cls: type[nn.Module]) -> type[nn.Module]:
+    """Class decorator: a fast loop may do what the class's forward does in place of a call."""
+    _FORWARDS[cls] = cls.forward
+    return cls
+
+
+@dataclass
+class Reads:
+    """What a loop reads of a model without calling it.
+
+    Attributes:
+        modules: whose calls it passes over.
+        kinds: the class that each has to be of.
+        weights, scales, classifiers: what it takes of the layers, of those of int8, of the heads;
+            None for what is not there.
+        device: where all these have to be.
+        layout: a function that gives their shapes and their dtypes, as they have to be.
+    """
+
+    modules: list[nn.Module]
+    kinds: list[type]
+    weights: list[torch.Tensor | None] = field(default_factory=list)
+    scales: list[torch.Tensor | None] = field(default_factory=list)
+    classifiers: list[torch.Tensor | None] = field(default_factory=list)
+    device: torch.device | None = None
+    layout: Callable[[], tuple[list[Sequence[int]], list[torch.dtype]]] | None = None
+
+    def __post_init__(self):
+        self.tensors = self.weights + self.scales + self.classifiers
+
+
+def _own_forward(reads):
+    return (
+        nn.Module.__call__ is _CALL
+        and all([cls.forward is forward for cls, forward in _FORWARDS.items()])
+        and not any(["forward" in m.__dict__ for m in reads.modules])
+    )
+
+
+def _no_hooks(reads):
+    return not _torch_module._has_any_global_hook() and not any(
+        [m._forward_hooks or m._forward_pre_hooks for m in reads.modules]
+    )
+
+
+def _no_backward_hooks(reads):
+    return not any([m._backward_hooks or m._backward_pre_hooks for m in reads.modules])
+
+
+def _contiguous(reads):
+    try:
+        return all([x.is_contiguous() for x in reads.tensors])
+    except RuntimeError:  # of a sparse one
+        return False
+
+
+# Lists are made whole and compared whole: each call asks some 150 modules and 200 tensors.
+CALLS = (
+    ("modules of the classes they were made of", lambda r: [*map(type, r.modules)] == r.kinds),
+    ("forwards that are their classes' own", _own_forward),
+    ("no hooks", _no_hooks),
+    ("a weight and a bias in each part", lambda r: not any([x is None for x in r.tensors])),
+    ("weights that are plain tensors", lambda r: _PLAIN.issuperset(map(type, r.tensors))),
+)
+# These, the compiled ops see to themselves in each layer that is reached; see `refused`.
+TENSORS = (
+    ("weights where the states are", lambda r: all([x.device == r.device for x in r.tensors])),
+    ("contiguous weights", _contiguous),
+    ("weights of shapes that fit", lambda r: [x.shape for x in r.tensors] == r.layout()[0]),
+    ("weights of the states' dtype", lambda r: [x.dtype for x in r.tensors] == r.layout()[1]),
+)
+
+
+def unmet(conditions: Iterable[tuple[str, Callable]], subject) -> str | None:
+    """The first condition that does not hold of the subject; None if all do."""
+    for name, holds in conditions:
+        if not holds(subject):
+            return name
+    return None
+
+
+def refused(reads: Reads) -> str:
+    """In the handler of an op's error: the condition on tensors that it may have stopped at.
+
+    To ask for all of them at every call would take as long as a small model does.
+
+    Raises:
+        RuntimeError, ValueError: that error, if all are met.
+    """
+    failed = unmet(TENSORS, reads)
+    if failed is None:
+        raise  # noqa: PLE0704
+    return failed
+
+
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether `module` is a `cls` with weight and bias, of which nothing has been changed.
+
+    Then an op may do in its place what a call would do, gradients included.
+    """
+    if type(module) is not cls:
+        return False
+    reads = Reads([module], [cls], [module._parameters.get(name) for name in ("weight", "bias")])
+    return unmet(CALLS, reads) is None and _no_backward_hooks(reads)
