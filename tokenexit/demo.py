@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +31,7 @@ EXAMPLES = (
 )
 
 
+@torch.inference_mode(False)  # training has to work from within that mode, too
 def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | None = None):
     """Train, self-sample, calibrate, tag; print a table and write a picture.
 

@@ -12,6 +12,8 @@ import report
 import roofline
 import texts
 import torch
+import transformers
+from fixtures import tiny_tokenizer
 from random_models import random_classifier, random_tagger
 
 from tokenexit.flops import active_tokens
@@ -259,6 +261,30 @@ def test_quick_run(tmp_path, monkeypatch):
         assert r["p20_ms"] <= r["median_ms"] <= r["p80_ms"] and len(r["times_ms"]) >= 3
         assert "f1" in r or r["model"] == report.BASE
     assert "## Roofline" in document.read_text() and (tmp_path / "cpu.png").exists()
+
+
+@pytest.mark.slow
+def test_an_empty_cache_is_filled_by_the_demo(tmp_path, monkeypatch):
+    """As `make bench` meets it: training within the inference mode that the rest is timed in."""
+    monkeypatch.setenv("TOKENEXIT_CACHE", str(tmp_path / "cache"))
+    assets = cpu.demo_assets.Assets(encoder=tmp_path / "encoder", conll=tmp_path)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    tokenizer = tiny_tokenizer()
+    transformers.BertModel(
+        transformers.BertConfig(vocab_size=len(tokenizer), **sizes)
+    ).save_pretrained(assets.encoder)
+    tokenizer.save_pretrained(assets.encoder)
+    sentence = "john B-PER\nsmith I-PER\nlives O\nin O\nparis B-LOC\n\n"
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text(20 * sentence)
+    monkeypatch.setattr(cpu.demo_assets, "fetch", lambda: assets)
+    with torch.inference_mode():
+        trained, policies = cpu.trained_tagger(cpu.cache_folder() / "bench-tagger", assets)
+    assert list(policies) == ["sentence_exit", "token_exit"]
+    assert (tmp_path / "cache" / "bench-tagger" / "speed.png").exists()
+    assert trained.tag([["john"]])[0].words == ["john"]
+    monkeypatch.setattr(cpu.demo, "run", lambda *_: pytest.fail("trained again"))
+    assert cpu.trained_tagger(cpu.cache_folder() / "bench-tagger", assets)[1] == policies
 
 
 def test_a_peer_that_fails_is_left_out_with_a_line(tmp_path, capsys):
