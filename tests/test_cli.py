@@ -5,12 +5,14 @@ import json
 import signal
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
 from random_models import random_classifier
 from test_trainer import data
 
+import tokenexit
 from tokenexit import ExitPolicy, Tagger, cli, static
 
 
@@ -281,6 +283,22 @@ def test_errors_are_one_line(trained, folder, capsys, arguments, message):
     import re
 
     assert re.search(message, lines[0]), lines[0]
+
+
+def test_version_and_short_help(capsys):
+    code, out, _ = call(capsys, "--version")
+    assert (code, out) == (0, f"tokenexit {metadata.version('tokenexit')}\n")
+    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+    assert {"train", "self-sample", "info"} < set(names)
+    for command in ([], *([name] for name in names)):
+        short, long = (call(capsys, *command, flag) for flag in ("-h", "--help"))
+        assert short == long and long[0] == 0 and "Usage: " in long[1]
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "tokenexit", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"tokenexit {tokenexit.__version__}\n")
 
 
 def test_usage(capsys):

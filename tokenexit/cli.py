@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Taggers whose tokens exit early: train, calibrate, evaluate, tag.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of the commands, too
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -69,6 +70,21 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="NAME=VALUE, any field of transformers.TrainingArguments."),
 ]
+
+
+def _version(wanted: bool):
+    if wanted:
+        print(f"tokenexit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+):
+    pass
 
 
 @app.command()

@@ -1,0 +1,5 @@
+"""`python -m tokenexit`: the command line."""
+
+from tokenexit.cli import main
+
+main()
