@@ -1,6 +1,8 @@
 #pragma once
 // Checks that keep the ops inside their tensors' memory. A user meets those of tokenexit.ops first.
+#include <algorithm>
 #include <optional>
+#include <vector>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,6 +11,19 @@ namespace tokenexit {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+inline bool on_cpu(const Tensor& tensor) { return tensor.is_cpu(); }
+inline bool on_cpu(const std::optional<Tensor>& tensor) { return !tensor || tensor->is_cpu(); }
+inline bool on_cpu(const std::vector<Tensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& x) { return x.is_cpu(); });
+}
+
+// Before a pointer is read: all of an op's tensors are where its code runs.
+template <class... Tensors>
+void check_cpu(const Tensors&... tensors) {
+  STD_TORCH_CHECK(
+      (on_cpu(tensors) && ...), "got a tensor on another device; expected all on the CPU");
+}
 
 // `tensor`, contiguous, if it is a vector of that size and dtype.
 inline Tensor checked_vector(

@@ -406,6 +406,7 @@ def test_a_gpu_without_what_it_wants_is_told_once(missing, monkeypatch):
         monkeypatch.setattr(static, "_DEVICES", {"cuda"})
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(static, "FALLBACKS", Counter())
+    monkeypatch.setattr(static, "TENSORS", ())  # weights of a GPU there are none here
     with FakeTensorMode():
         h = torch.empty(1, 32, device="cuda")
     with pytest.warns(UserWarning, match=f"slow on this GPU: {missing} .*is missing") as told:

@@ -223,8 +223,9 @@ def reads(
         if kind is not nn.Dropout
     ]
     weights = [store.get(name) for store in stores for name in ("weight", "bias")]
-    scales, none = [], like[:0]
+    scales = []
     if int8:
+        none = like[:0]
         scales = [store.get(name, none) for store in stores for name in ("scale", "offset")]
     classifiers = [h._parameters.get(name) for h in heads for name in ("weight", "bias")]
 

@@ -37,6 +37,7 @@ Tensor absorbed_attention(
     const Tensor& q_, const Tensor& h_, const Tensor& cu_q_, const Tensor& cu_k_, double scale,
     const std::optional<Tensor>& bias_, const std::optional<Tensor>& positions_,
     int64_t max_length) {
+  check_cpu(q_, h_, cu_q_, cu_k_, bias_, positions_);
   STD_TORCH_CHECK(
       q_.dim() == 3 && h_.dim() == 2 && q_.size(2) == h_.size(1) && cu_q_.numel() > 0 &&
           q_.scalar_type() == ScalarType::Float && h_.scalar_type() == ScalarType::Float,

@@ -74,6 +74,7 @@ struct Norm {
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(
     const Tensor& x_, const Tensor& residual_, const Tensor& weight_, const Tensor& bias_,
     double eps) {
+  check_cpu(x_, residual_, weight_, bias_);
   STD_TORCH_CHECK(
       x_.dim() == 2 && residual_.dim() == 2 && x_.size(0) == residual_.size(0) &&
           x_.size(1) == residual_.size(1) && x_.scalar_type() == ScalarType::Float &&

@@ -23,6 +23,7 @@ struct Rows {
 };
 
 Tensor bias_gelu(const Tensor& x_, const Tensor& bias_) {
+  check_cpu(x_, bias_);
   STD_TORCH_CHECK(
       x_.dim() == 2 && x_.scalar_type() == ScalarType::Float, "got x of ", x_.dim(),
       " dimensions; expected [A, f] of Float");

@@ -15,6 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_active_op(
     const Tensor& active_, const Tensor& cu_active_, const Tensor& word_of_token_,
     const Tensor& exit_layer_, const std::optional<Tensor>& cu_tokens_,
     std::optional<Tensor> /* scratch of other devices */) {
+  check_cpu(active_, cu_active_, word_of_token_, exit_layer_, cu_tokens_);
   const int64_t num_active = active_.numel(), num_sentences = cu_active_.numel() - 1;
   const int64_t num_tokens = word_of_token_.numel(), num_words = exit_layer_.numel();
   STD_TORCH_CHECK(num_sentences >= 0, "got an empty cu_active; expected [B+1]");

@@ -176,7 +176,8 @@ struct Call {
       const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& cu_q_, const Tensor& cu_k_,
       double scale, const std::optional<Tensor>& bias_, const std::optional<Tensor>& positions_,
       double dropout_p, int64_t seed)
-      : bias(bias_, positions_, q_.dim() == 3 ? q_.size(1) : 0, q_.size(0)) {
+      : bias((check_cpu(q_, k_, v_, cu_q_, cu_k_, bias_, positions_), bias_), positions_,
+             q_.dim() == 3 ? q_.size(1) : 0, q_.dim() > 0 ? q_.size(0) : 0) {
     STD_TORCH_CHECK(q_.dim() == 3, "got q of ", q_.dim(), " dimensions; expected [A, H, D]");
     STD_TORCH_CHECK(cu_q_.numel() > 0, "got an empty cu_q; expected [B+1]");
     Problem& p = problem;
@@ -243,6 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exit_attention_backward(
     const Tensor& lse, const Tensor& cu_q, const Tensor& cu_k, double scale,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& positions, double dropout_p,
     int64_t seed, int64_t max_length) {
+  check_cpu(grad_, out, lse);
   Call call(q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed);
   Problem& p = call.problem;
   const Tensor grad = checked_rows(grad_, "grad", p.heads, p.dim);

@@ -94,6 +94,8 @@ std::tuple<Tensor, Tensor> exit_decision_op(
     const Tensor& exit_layer_, const Tensor& cu_words_, const Tensor& window_,
     const Tensor& threshold_, int64_t layer, bool max_prob,
     const std::optional<Tensor>& min_active_) {
+  check_cpu(
+      logits_, words_, uncertainty_, exit_layer_, cu_words_, window_, threshold_, min_active_);
   const auto dtype = logits_.scalar_type();
   const auto acc_dtype = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   STD_TORCH_CHECK(

@@ -522,6 +522,7 @@ Tensor exit_layer_op(
     std::vector<Tensor> weights, std::vector<Tensor> scales, std::vector<double> costs,
     int64_t heads, double scale, double eps, bool pre_norm, const std::optional<Tensor>& bias_,
     const std::optional<Tensor>& positions_) {
+  check_cpu(h_, active_, cu_active_, cu_tokens_, weights, scales, bias_, positions_);
   STD_TORCH_CHECK(
       h_.dim() == 2 && h_.scalar_type() == ScalarType::Float && cu_active_.numel() > 0,
       "got h of ", h_.dim(), " dimensions; expected [T, d] of Float, and offsets");

@@ -19,6 +19,9 @@ std::tuple<Tensor, Tensor> exit_loop(
     int64_t heads, double scale, std::vector<double> eps, const Tensor& window_,
     const Tensor& min_active_, const Tensor& threshold_, bool max_prob,
     const std::optional<Tensor>& bias_, const std::optional<Tensor>& exit_layer_) {
+  check_cpu(
+      h_, positions_, cu_tokens_, cu_words_, word_of_token_, word_at_, weights, scales, classifiers,
+      window_, min_active_, threshold_, bias_, exit_layer_);
   const int64_t num_layers = eps.size();
   const auto fits = [&](const std::vector<Tensor>& list, int64_t each) {
     return static_cast<int64_t>(list.size()) == num_layers * each;

@@ -35,6 +35,7 @@ struct Panel {
 };
 
 Tensor linear_op(const Tensor& x_, const Tensor& weight_, const Tensor& bias_) {
+  check_cpu(x_, weight_, bias_);
   STD_TORCH_CHECK(
       x_.dim() == 2 && weight_.dim() == 2 && x_.size(1) == weight_.size(1) &&
           x_.scalar_type() == ScalarType::Float && weight_.scalar_type() == ScalarType::Float,

@@ -10,6 +10,7 @@ namespace {
 
 // See tokenexit/ops/pack_tokens.py. On one thread, as compact_active.
 std::tuple<Tensor, Tensor, Tensor> pack_tokens(const Tensor& mask_, const Tensor& word_ids_) {
+  check_cpu(mask_, word_ids_);
   STD_TORCH_CHECK(
       mask_.dim() == 2 && word_ids_.dim() == 2 && mask_.size(0) == word_ids_.size(0) &&
           mask_.size(1) == word_ids_.size(1) && mask_.scalar_type() == ScalarType::Bool &&
