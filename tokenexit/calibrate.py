@@ -213,10 +213,10 @@ class _Sweep:
                 unsure[index] = uncertainty(logits, criterion == "max_prob")
                 best[index] = logits.argmax(-1)
         self.uncertainty, self.best = torch.cat(unsure, 1), torch.cat(best, 1)
-        counts = torch.tensor([w.n_words for w in self.windows])
+        counts = torch.tensor([w.n_words for w in self.windows], device="cpu")
         self.cu_words = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        self.window_of_word = torch.arange(len(counts)).repeat_interleave(counts)
-        self.tokens = torch.tensor([len(w.input_ids) for w in self.windows])
+        self.window_of_word = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+        self.tokens = torch.tensor([len(w.input_ids) for w in self.windows], device="cpu")
         self.pieces = torch.cat([_pieces(w) for w in self.windows])
 
     def point(self, policy: ExitPolicy) -> Point:
@@ -236,8 +236,8 @@ class _Sweep:
             )
         ]
         result = score(self.gold, merge(self.windows, labels), self.metric)
-        active = torch.zeros(len(self.windows), num_layers, dtype=torch.int64)
-        layers = torch.arange(1, num_layers + 1)
+        active = torch.zeros_like(self.tokens)[:, None].repeat(1, num_layers)
+        layers = torch.arange(1, num_layers + 1, device="cpu")
         still = (exits[:, None] >= layers).long()  # [W, L]
         active.index_add_(0, self.window_of_word, still * self.pieces[:, None])
         special = self.tokens.clone().index_add_(0, self.window_of_word, -self.pieces)
@@ -247,7 +247,7 @@ class _Sweep:
 
 def _pieces(window: Window) -> torch.Tensor:
     """Tokens of each word of a window."""
-    ids = torch.tensor(window.word_ids)
+    ids = torch.tensor(window.word_ids, device="cpu")
     return (ids[ids >= 0] - window.first_word).bincount(minlength=window.n_words)
 
 

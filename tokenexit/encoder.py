@@ -75,7 +75,7 @@ class Schedule:
         # One copy for all, which the host does not wait for: a GPU's copies of other memory wait.
         flat = [x for p, column in zip(policies, columns, strict=True)
                 for x in (p.reach, p.min_active, *column)]  # fmt: skip
-        values = torch.tensor(flat, dtype=torch.float64, pin_memory=like.is_cuda)
+        values = torch.tensor(flat, dtype=torch.float64, device="cpu", pin_memory=like.is_cuda)
         values = values.view(len(policies), -1).to(like.device, non_blocking=True).T
 
         def each(values, dtype=torch.int64):

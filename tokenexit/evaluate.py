@@ -83,7 +83,7 @@ def evaluate(
             labels[index], layers[index] = words
         active.append(flops.active_tokens(output.exit_layers, config.num_hidden_layers).cpu())
         tokens.append((output.exit_layers > 0).sum(1).cpu())
-    exits = torch.tensor([x for sentence in merge(windows, layers) for x in sentence])
+    exits = torch.tensor([x for sentence in merge(windows, layers) for x in sentence], device="cpu")
     result = Evaluation(
         policy=policy,
         scores=score(list(data["labels"]), merge(windows, labels), metric),

@@ -165,7 +165,10 @@ class ExitLayer(nn.Module):
     def _attention_dropout(self):
         if not self.training or not self.attention_dropout:
             return {}
-        return {"dropout_p": self.attention_dropout, "seed": int(torch.randint(2**31, ()))}
+        return {
+            "dropout_p": self.attention_dropout,
+            "seed": int(torch.randint(2**31, (), device="cpu")),
+        }
 
 
 def _add_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

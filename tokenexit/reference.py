@@ -225,7 +225,7 @@ def layer_sum(layer, h, bias=None):
     n = len(h)
     q = layer.query(h).view(n, layer.num_heads, -1)
     k, v = layer.key_value(h).view(n, 2, layer.num_heads, -1).unbind(1)
-    whole, positions = torch.tensor([0, n]), torch.arange(n, device=h.device)
+    whole, positions = torch.tensor([0, n], device=h.device), torch.arange(n, device=h.device)
     scale = q.shape[-1] ** -0.5
     context = exit_attention(q, k, v, whole, whole, scale, bias, positions).flatten(1)
     h = layer.attention_norm(h + layer.attention_output(context))

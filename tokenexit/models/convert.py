@@ -76,7 +76,8 @@ def convert(
     for name in ("model_type", "architectures", "transformers_version"):
         shared.pop(name, None)
     config = TokenExitConfig(**shared, source_model_type=theirs.model_type)
-    converted = TokenExitForTokenClassification(config).to(model.dtype)
+    with torch.device("cpu"):  # whatever the user's default is
+        converted = TokenExitForTokenClassification(config).to(model.dtype)
 
     ours = converted.state_dict()
     for name, parts in names.items():
@@ -103,7 +104,7 @@ def token_kinds(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Te
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries; the model's vocabulary is {vocab_size}"
         )
-    kinds = torch.full((vocab_size,), STARTS_WORD, dtype=torch.uint8)
+    kinds = torch.full((vocab_size,), STARTS_WORD, dtype=torch.uint8, device="cpu")
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     continuing = backend["model"].get("continuing_subword_prefix")
     starting = None
@@ -136,7 +137,7 @@ def marks_of(name: str | os.PathLike, vocab_size: int, **hub) -> torch.Tensor:
             "otherwise: %s",
             error,
         )
-        return torch.full((vocab_size,), STARTS_WORD, dtype=torch.uint8)
+        return torch.full((vocab_size,), STARTS_WORD, dtype=torch.uint8, device="cpu")
 
 
 def unsupported(model_type: str) -> ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
 
     def __init__(self, config: TokenExitConfig):
         _check_config(config)
-        super().__init__(config)
+        super().__init__(copy.deepcopy(config))  # the policy in it is this model's alone
         self.num_labels = config.num_labels
         self.embeddings = ExitEmbeddings(config)
         layers = [
@@ -137,20 +138,34 @@ class TokenExitForTokenClassification(PreTrainedModel):
         self._backend = "auto"
         self._graphs = static.Graphs()
         self.cuda_graphs = True
-        self.policy = ExitPolicy.from_dict(config.exit_policy or ExitPolicy.never().to_dict())
+        self._policy = None, None  # what the configuration said, and the policy of it
+        self.policy = self.policy
         self.post_init()
 
     @property
     def policy(self) -> ExitPolicy:
-        """When tokens leave. Assigning one takes effect at the next call; it is saved along."""
-        return self._policy
+        """When tokens leave. Assigning one takes effect at the next call; it is saved along.
+
+        It is what `config.exit_policy` says, which may be assigned as well.
+
+        Raises:
+            TypeError, ValueError: `config.exit_policy` is not the fields of a policy for the model.
+        """
+        said, policy = self._policy
+        if policy is None or said != self.config.exit_policy:
+            said = self.config.exit_policy
+            if isinstance(said, ExitPolicy):
+                said = self.config.exit_policy = said.to_dict()  # as JSON has it
+            policy = ExitPolicy.never() if said is None else ExitPolicy.from_dict(said)
+            policy.thresholds(self.config.num_hidden_layers)  # a list of the wrong length
+            self._policy = copy.deepcopy(said), policy
+        return policy
 
     @policy.setter
     def policy(self, policy: ExitPolicy):
         if not isinstance(policy, ExitPolicy):
             raise TypeError(f"policy is a {type(policy).__name__}; expected an ExitPolicy")
         policy.thresholds(self.config.num_hidden_layers)  # a list of the wrong length
-        self._policy = policy
         self.config.exit_policy = policy.to_dict()
 
     @property
@@ -376,8 +391,9 @@ class TokenExitForTokenClassification(PreTrainedModel):
     def _around(self) -> tuple[list[nn.Module], list[type]]:
         """What a recorded loop does not call anew, besides layers and heads; and their classes."""
         kinds = {self.encoder: ExitEncoder, self.embeddings: ExitEmbeddings}
+        classes = {"norm": nn.LayerNorm, "dropout": nn.Dropout, "projection": nn.Linear}
         for name, part in self.embeddings.named_children():
-            kinds[part] = {"norm": nn.LayerNorm, "dropout": nn.Dropout}.get(name, nn.Embedding)
+            kinds[part] = classes.get(name, nn.Embedding)
         if self.relative_bias is not None:
             kinds[self.relative_bias] = nn.Embedding
         return [*kinds], [*kinds.values()]

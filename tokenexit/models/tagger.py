@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import quantize
 from tokenexit.models.encoding import Window, WordTokenizer, collate, encode, merge
+from tokenexit.models.evaluation import evaluating
 from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
 from tokenexit.policy import ExitPolicy
 
@@ -81,33 +82,46 @@ class Tagger:
             self.tokenizer.save_pretrained(aside)
 
     def tag(
-        self, sentences: Iterable[Sequence[str]], policy: ExitPolicy | None = None
+        self,
+        sentences: Iterable[Sequence[str]],
+        policy: ExitPolicy | Sequence[ExitPolicy] | None = None,
     ) -> list[Tagged]:
         """Tag sentences, each a sequence of words; results in their order.
 
         Args:
-            policy: in place of the model's.
+            policy: in place of the model's; or one for each sentence, of one criterion, copy and
+                neighbors.
+
+        Raises:
+            ValueError: not as many policies as sentences.
         """
         return list(self.stream(sentences, policy))
 
     def stream(
         self,
         sentences: Iterable[Sequence[str]],
-        policy: ExitPolicy | None = None,
+        policy: ExitPolicy | Sequence[ExitPolicy] | None = None,
         buffer: int = 1024,
     ) -> Iterator[Tagged]:
         """Like `tag`, as the sentences come: `buffer` of them at a time, in constant memory."""
-        sentences = iter(sentences)
+        sentences, done = iter(sentences), 0
         while chunk := list(islice(sentences, buffer)):
-            windows = self.windows(chunk)
+            windows, given = self.windows(chunk), policy
+            if isinstance(policy, Sequence):
+                given = policy[done : done + len(chunk)]
+                if len(given) < len(chunk):
+                    raise ValueError(f"got {len(policy)} policies for more sentences")
+            done += len(chunk)
             labels = [None] * len(windows)
             layers = [None] * len(windows)
-            for indices, output, firsts in self.run(windows, policy):
+            for indices, output, firsts in self.run(windows, given):
                 for index, words in zip(indices, self.words(output, firsts), strict=True):
                     labels[index], layers[index] = words
             results = zip(chunk, merge(windows, labels), merge(windows, layers), strict=True)
             for words, its_labels, its_layers in results:
                 yield Tagged(list(words), its_labels, its_layers)
+        if isinstance(policy, Sequence) and len(policy) != done:
+            raise ValueError(f"got {len(policy)} policies for {done} sentences")
 
     def windows(self, sentences: Sequence[Sequence[str]]) -> list[Window]:
         """The model's inputs for some sentences: a window each, more for long ones."""
@@ -126,11 +140,17 @@ class Tagger:
 
     @torch.inference_mode()
     def run(
-        self, windows: Sequence[Window], policy: ExitPolicy | None = None, **kwargs
+        self,
+        windows: Sequence[Window],
+        policy: ExitPolicy | Sequence[ExitPolicy] | None = None,
+        **kwargs,
     ) -> Iterator[tuple[list[int], TokenExitOutput, list[torch.Tensor]]]:
         """Run the model over windows, sorted by length, in batches, in evaluation mode.
 
+        The model keeps the mode that it is in, and another thread may train it meanwhile.
+
         Args:
+            policy: in place of the model's; or one for each sentence that `windows` got.
             kwargs: of the model's forward.
 
         Yields:
@@ -147,9 +167,9 @@ class Tagger:
                 torch.tensor(w.first_pieces(), dtype=torch.int64, device="cpu") for w in chosen
             ]
             batch = {name: value.to(device) for name, value in batch.items()}
-            training = self.model.training
-            try:
-                output = self.model.eval()(**batch, policy=policy, **kwargs)
-            finally:
-                self.model.train(training)
+            given = policy
+            if isinstance(policy, Sequence):
+                given = [policy[window.sentence] for window in chosen]
+            with evaluating(self.model) as model:
+                output = model(**batch, policy=given, **kwargs)
             yield indices, output, firsts

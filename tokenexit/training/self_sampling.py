@@ -67,8 +67,8 @@ class SelfSampling:
         """A policy for each sentence of a batch, drawn with torch's generator."""
         full = round(self.full_depth * num_sentences)
         aggressive = round(self.aggressive * num_sentences)
-        windows = torch.randint(len(self.windows), (num_sentences,)).tolist()
-        shares = torch.rand(num_sentences).tolist()
+        windows = torch.randint(len(self.windows), (num_sentences,), device="cpu").tolist()
+        shares = torch.rand(num_sentences, dtype=torch.float32, device="cpu").tolist()
         low, high = self.thresholds
         policies = []
         for i, (index, share) in enumerate(zip(windows, shares, strict=True)):
@@ -116,7 +116,7 @@ def remember(
         for row, index in enumerate(indices):
             logits = output.layer_logits[:, row, firsts[row]].float().cpu()  # [L, n, C]
             own = windows[index]
-            wanted = torch.tensor(labels[index][own.first_word :][: own.n_words])
+            wanted = torch.tensor(labels[index][own.first_word :][: own.n_words], device="cpu")
             wanted = wanted.long().expand(len(logits), -1)
             loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
             result[index] = Remembered(

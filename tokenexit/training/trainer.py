@@ -203,8 +203,8 @@ class _Collator:
         batch = collate(windows, self.tokenizer, labels)
         if remembered[0] is not None:
             shape = (*batch["input_ids"].shape, remembered[0].loss.shape[-1])
-            batch["uncertainty"] = torch.full(shape, math.nan)
-            batch["loss_floor"] = torch.zeros(shape)
+            batch["uncertainty"] = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
+            batch["loss_floor"] = torch.zeros(shape, dtype=torch.float32, device="cpu")
             for row, (window, memory) in enumerate(zip(windows, remembered, strict=True)):
                 firsts = window.first_pieces()
                 batch["uncertainty"][row, firsts] = memory.uncertainty
