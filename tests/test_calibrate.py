@@ -8,11 +8,14 @@ from datasets import Dataset
 from random_models import random_classifier
 
 import tokenexit
+import tokenexit.calibrate
 from tokenexit import ExitPolicy, Tagger
 from tokenexit.calibrate import Point, calibrate, pareto_front, plot, policy_grid
 from tokenexit.evaluate import Evaluation, evaluate, time_evaluations
+from tokenexit.training.scoring import warn_once
 
 NAMES = ["A", "B", "C"]
+GRID = policy_grid(windows=(0, 2), thresholds=(0.2, 0.5, 0.6, 0.7))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def setting(tiny_tokenizer):
 
 def test_target_speedup(setting):
     tagger, data = setting
-    result = calibrate(tagger, data, target_speedup=1.5)
+    result = calibrate(tagger, data, target_speedup=1.5, policies=GRID)
     assert result.metric == "accuracy" and result.full_depth.score == 1.0
     assert result.full_depth.speedup == 1.0
     assert result.chosen in result.verified and result.chosen.speedup >= 1.5
@@ -52,7 +55,7 @@ def test_target_speedup(setting):
 
 def test_max_loss(setting):
     tagger, data = setting
-    results = [calibrate(tagger, data, max_loss=loss) for loss in (0.0, 0.05, 0.3)]
+    results = [calibrate(tagger, data, max_loss=loss, policies=GRID) for loss in (0.0, 0.05, 0.3)]
     speeds = [r.chosen.speedup for r in results]
     assert speeds == sorted(speeds) and speeds[0] >= 1 and speeds[-1] > 1.2
     for result, loss in zip(results, (0.0, 0.05, 0.3), strict=True):
@@ -75,7 +78,7 @@ def test_simulation_is_exact_where_nobody_left_before(setting):
 def test_targets_out_of_reach_and_bad_ones(setting):
     tagger, data = setting
     with pytest.raises(ValueError, match="no policy reaches a speed-up of 100; the fastest"):
-        calibrate(tagger, data, target_speedup=100)
+        calibrate(tagger, data, target_speedup=100, policies=GRID)
     with pytest.raises(ValueError, match="got both"):
         calibrate(tagger, data, target_speedup=2, max_loss=0.1)
     with pytest.raises(ValueError, match="target_speedup is 0.5"):
@@ -87,6 +90,103 @@ def test_targets_out_of_reach_and_bad_ones(setting):
     mixed = [ExitPolicy(), ExitPolicy(criterion="max_prob")]
     with pytest.raises(ValueError, match="one criterion"):
         calibrate(tagger, data, policies=mixed)
+
+
+def fake(monkeypatch, simulated, real, cheap):
+    """Make simulation and real exits say what they are told to; return the policies run."""
+    full = {ExitPolicy.never(): (0.9, 1.0)}
+    run = []
+
+    class Sweep:
+        metric = "accuracy"
+
+        def __init__(self, *args):
+            pass
+
+        def point(self, policy):
+            return Point(policy, *{**full, **simulated}[policy])
+
+    def evaluated(tagger, data, policy, metric):
+        run.append(policy)
+        score, speedup = real[policy]
+        return Evaluation(policy, {"score": score}, 1.0, [], speedup)
+
+    monkeypatch.setattr(tokenexit.calibrate, "_Sweep", Sweep)
+    monkeypatch.setattr(tokenexit.calibrate, "evaluate", evaluated)
+    monkeypatch.setattr(tokenexit.calibrate, "CHEAP", 10**9 if cheap else 0)
+    return run
+
+
+A, B, C, D = (ExitPolicy(threshold=t) for t in (0.1, 0.2, 0.3, 0.4))
+# A is best in simulation, B in truth; C is too bad, and D too slow to come in question.
+SIMULATED = {A: (0.9, 1.65), B: (0.885, 1.6), C: (0.8, 3.0), D: (0.88, 1.1)}
+REAL = {A: (0.895, 1.67), B: (0.9, 2.2), C: (0.82, 3.6), D: (0.9, 1.1)}
+
+
+@pytest.mark.parametrize("cheap", [True, False])
+@pytest.mark.parametrize("target", [{"max_loss": 0.01}, {"target_speedup": 1.5}])
+def test_a_better_policy_than_simulation_says_is_found(setting, monkeypatch, cheap, target):
+    run = fake(monkeypatch, SIMULATED, REAL, cheap)
+    result = calibrate(*setting, policies=list(SIMULATED), **target)
+    assert result.chosen == Point(B, *REAL[B])
+    assert sorted(run, key=lambda p: p.threshold) == ([A, B, C, D] if cheap else [A, B, C])
+    assert [p.policy for p in result.verified] == sorted(set(run), key=lambda p: REAL[p][1])
+
+
+def test_simulation_that_is_too_hopeful(setting, monkeypatch):
+    real = {policy: (0.7, speed) for policy, (_, speed) in SIMULATED.items()}
+    fake(monkeypatch, SIMULATED, {**real, D: (0.9, 1.1)}, cheap=False)
+    assert calibrate(*setting, policies=list(SIMULATED)).chosen.policy == ExitPolicy.never()
+    fake(monkeypatch, SIMULATED, {**real, D: (0.9, 1.1)}, cheap=True)
+    assert calibrate(*setting, policies=list(SIMULATED)).chosen.policy == D
+
+
+def test_at_most_so_many_runs_the_likeliest_first(setting, monkeypatch):
+    run = fake(monkeypatch, SIMULATED, REAL, cheap=True)
+    calibrate(*setting, policies=list(SIMULATED), verify=2)
+    assert run == [A, B]
+    with pytest.raises(ValueError, match="verify is 0; expected 1 or more"):
+        calibrate(*setting, verify=0)
+
+
+def test_the_whole_grid_is_run_where_that_is_cheap(setting):
+    tagger, data = setting
+    result = calibrate(tagger, data, max_loss=0.1, policies=GRID)
+    assert {p.policy for p in result.verified} == set(GRID)
+    good = [p for p in result.verified if p.score >= 0.9]
+    assert result.chosen.speedup == max(p.speedup for p in good)
+
+
+def test_data_and_taggers_that_can_say_nothing(setting, tiny_tokenizer):
+    tagger, data = setting
+    labels = {"id2label": {0: "O", 1: "B-A"}, "label2id": {"O": 0, "B-A": 1}}
+    tokenizer = tiny_tokenizer()
+    model = tokenexit.convert(
+        random_classifier(vocab_size=len(tokenizer), labels=2, **labels), tokenizer
+    )
+    new = Tagger(model, tokenizer)
+    words = [["john", "lives"], ["paris"]]
+    outside = Dataset.from_dict({"words": words, "labels": [["O", "O"], ["O"]]})
+    with pytest.raises(ValueError, match="no entity, only the label 'O'.*or the metric accuracy"):
+        calibrate(new, outside)
+    some = Dataset.from_dict({"words": words, "labels": [["B-A", "O"], ["O"]]})
+    with pytest.raises(ValueError, match="classifiers of layers 1, 2, 3 were never trained"):
+        calibrate(new, some)
+
+
+def test_labels_that_the_model_does_not_know_are_wrong(setting, caplog):
+    tagger, data = setting
+    labels = [["X", *labels[1:]] for labels in data["labels"]]
+    other = Dataset.from_dict({"words": data["words"], "labels": labels})
+    warn_once.cache_clear()
+    words = sum(map(len, labels))
+    result = calibrate(tagger, other, max_loss=0.5, policies=[ExitPolicy(threshold=0.5)])
+    assert result.full_depth.score == pytest.approx(1 - len(labels) / words)
+    (record,) = caplog.records  # once, not for each policy
+    assert f"{len(labels)} of {words} words" in record.message and "'X'" in record.message
+    many = [[f"{i}-{j}" for j in range(len(row))] for i, row in enumerate(labels)]
+    evaluate(tagger, Dataset.from_dict({"words": data["words"], "labels": many}))
+    assert len(caplog.records[-1].message) < 300
 
 
 def test_progress_and_plot(setting, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,9 +44,10 @@ def folder(tmp_path_factory, tiny_tokenizer):
     """Data files, an encoder, and taggers that the commands made of it."""
     folder = tmp_path_factory.mktemp("cli")
     tokenizer = tiny_tokenizer()
-    encoder = random_classifier(vocab_size=len(tokenizer), initializer_range=0.1).bert
-    encoder.save_pretrained(folder / "encoder")
-    tokenizer.save_pretrained(folder / "encoder")
+    encoder = random_classifier(vocab_size=len(tokenizer), initializer_range=0.1)
+    for name, model in (("encoder", encoder.bert), ("hf", encoder)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     for name, count, seed in (("train", 256, 0), ("dev", 32, 1), ("test", 32, 2)):
         write_conll(folder / f"{name}.conll", count, seed)
     return folder
@@ -69,6 +71,11 @@ def trained(folder, tmp_path_factory):
     )  # fmt: skip
     assert code == 0, err
     return folder / "exits"
+
+
+def contents(folder):
+    """Every file in a folder, and when it was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 class _Quiet:
@@ -201,6 +208,45 @@ def test_resume_goes_on_and_nothing_is_overwritten(trained, folder, capsys):
     assert code == 0 and "wrote" in out
     code, _, err = call(capsys, *arguments[:-2], "-o", folder / "new", "--resume")
     assert code == 1 and "no complete checkpoint" in err
+    for other in (("-d", folder / "dev.conll"), ("--seed", 5), ("--set", "weight_decay=0")):
+        code, _, err = call(capsys, *arguments, "--resume", *other)
+        assert code == 1 and "was started otherwise" in err and "expected the same" in err
+
+
+def test_training_on_starts_at_full_depth_and_adds_labels(trained, folder, capsys, tmp_path):
+    shutil.copytree(trained, tmp_path / "tagger")
+    config = json.loads((tmp_path / "tagger" / "config.json").read_text())
+    config["exit_policy"]["threshold"] = 0.7
+    (tmp_path / "tagger" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "cars.conll").write_text("red B-CAR\njohn B-PER\n\n")
+    arguments = ("train", "-m", tmp_path / "tagger", "-d", tmp_path / "cars.conll", "--epochs", 1)
+    code, out, err = call(capsys, *arguments, "-o", tmp_path / "on", "--set", "use_cpu=True")
+    assert code == 0 and "full depth until the next `calibrate`" in err
+    on = Tagger.from_pretrained(tmp_path / "on").model
+    assert on.policy == ExitPolicy.never()
+    assert on.config.label2id == {**config["label2id"], "B-CAR": 5}
+    code, out, err = call(
+        capsys, *arguments, "-o", tmp_path / "new", "--set", "use_cpu=True", "--new-classifier"
+    )
+    assert code == 0
+    new = Tagger.from_pretrained(tmp_path / "new").model
+    assert new.config.label2id == {"B-CAR": 0, "B-PER": 1}
+
+
+def test_calibrate_stores_the_policy_though_the_report_fails(trained, folder, capsys, tmp_path):
+    shutil.copytree(trained, tmp_path / "tagger")
+    path = tmp_path / "tagger" / "config.json"
+    config = json.loads(path.read_text())
+    config["exit_policy"]["threshold"] = 0.0
+    path.write_text(json.dumps(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokenexit.calibrate.plot", lambda *_: 1 / 0)
+        code, _, err = call(
+            capsys, "calibrate", tmp_path / "tagger", "-d", folder / "dev.conll",
+            "--target-speedup", 1.5, "--report", tmp_path / "report", "--verify", 2,
+        )  # fmt: skip
+    assert code == 1 and "ZeroDivisionError" in err
+    assert Tagger.from_pretrained(tmp_path / "tagger").model.policy.threshold > 0
 
 
 def test_info(trained, capsys):
@@ -254,7 +300,8 @@ def test_int8_and_min_active(trained, folder, capsys):
         (["predict", "{exits}", "--threshold", "2"], r"threshold has 2.0"),
         (["predict", "{exits}", "--full-depth", "--window", "2"], "excludes --window"),
         (["evaluate", "{exits}", "-d", "{folder}/missing.conll"], "missing.conll"),
-        (["evaluate", "{exits}", "-d", "{folder}/cars.conll"], "B-CAR"),
+        (["evaluate", "{exits}", "-d", "{folder}/cars.conll", "--metric", "word_f1"], "not fit"),
+        (["evaluate", "{exits}", "-d", "{folder}/cars.conll", "--metric", "f1"], "metric is 'f1'"),
         (["evaluate", "{exits}", "-d", "{folder}/test.conll", "--column", "5"], "column"),
         (["evaluate", "{exits}", "-d", "{folder}/test.conll", "--level", "word"], "'word'"),
         (["calibrate", "{exits}", "-d", "{folder}/dev.conll", "--target-speedup", "99"], "reaches"),
@@ -264,6 +311,33 @@ def test_int8_and_min_active(trained, folder, capsys):
              "--set", "no_such_thing=1"],
             "no_such_thing",
         ),
+        *(
+            (["train", "-m", "{folder}/none", "-d", "none", "-o", "{folder}/y", *option], message)
+            for *option, message in (
+                ("--epochs", "0", "epochs is 0.0; expected more than 0"),
+                ("--epochs", "-1", "epochs is -1.0"),
+                ("--learning-rate", "-1", "learning_rate is -1"),
+                ("--head-learning-rate", "nan", "head_learning_rate is nan"),
+                ("--seed", "-3", "seed is -3"),
+                ("--metric", "f1", "metric is 'f1'"),
+                ("--set", "bf16=maybe", "--set bf16=maybe: bf16 is 'maybe'; expected bool"),
+                ("--set", "seed=3", "--set seed=3: seed has an option of its own: --seed"),
+                ("-o", "{folder}/encoder", "holds a model of type 'bert'; expected a new folder"),
+            )
+        ),
+        (["calibrate", "{folder}/encoder", "-d", "none"], "holds a model of type 'bert'"),
+        (["calibrate", "{folder}", "-d", "none"], "holds no model; expected a tagger"),
+        (["calibrate", "owner/name", "-d", "none"], "no folder.*saved to a folder first"),
+        (["calibrate", "{exits}", "-d", "none", "--metric", "f1"], "metric is 'f1'"),
+        (["calibrate", "{exits}", "-d", "none", "--report", "{exits}/a"], "a is a file"),
+        (["calibrate", "{exits}", "-d", "{folder}/outside.conll"], "no entity"),
+        (["predict", "{folder}/encoder"], "has no classifier yet.*at layer 4 were"),
+        (["evaluate", "{folder}/encoder", "-d", "{folder}/dev.conll"], "has no classifier yet"),
+        (["self-sample", "-m", "{folder}/hf", "-d", "{folder}/dev.conll", "-o", "{folder}/y"],
+         "has no exits yet: those at layer 1, 2, 3"),
+        (["predict", "{folder}/hf", "--threshold", "0.1"], "at layer 1, 2, 3.*or --full-depth"),
+        (["train", "-m", "{folder}/hf", "-d", "{folder}/cars.conll", "-o", "{folder}/y"],
+         "expected labels in common, or --new-classifier"),
         (
             ["train", "-m", "{folder}/encoder", "-d", "{folder}/dev.conll", "-o", "{exits}/a/b"],
             "exits/a",
@@ -275,9 +349,11 @@ def test_errors_are_one_line(trained, folder, capsys, arguments, message):
     (folder / "gpt").mkdir(exist_ok=True)
     (folder / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
     (folder / "cars.conll").write_text("red B-CAR\n")
+    (folder / "outside.conll").write_text("red O\n")
     filled = [a.format(folder=folder, exits=trained) for a in arguments]
+    before = contents(folder)
     code, out, err = call(capsys, *filled)
-    assert code != 0 and not out
+    assert code != 0 and not out and contents(folder) == before
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in err
     import re

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from datasets import Dataset
@@ -16,10 +17,11 @@ from tokenexit.models.encoding import Window, merge
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import uncertainty
-from tokenexit.training.scoring import detect_metric, score
+from tokenexit.training.scoring import score
 
 THRESHOLDS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 WINDOWS = (0, 1, 2, 4)
+CHEAP = 1_000_000  # words to be tagged with real exits, all policies together
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Calibration:
         metric: what the scores are, e.g. "entity_f1".
         full_depth: the point of no exits.
         simulated: every policy tried, by speed-up, its exits told from full-depth logits.
-        verified: the best of them, by speed-up, run with real exits.
+        verified: those run with real exits, by speed-up.
         chosen: the one of `verified` that was asked for.
     """
 
@@ -94,15 +96,17 @@ def calibrate(
     target_speedup: float | None = None,
     max_loss: float | None = None,
     policies: Sequence[ExitPolicy] | None = None,
-    verify: int = 8,
+    verify: int | None = None,
     metric: str = "auto",
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Calibration:
     """Sweep policies on development data and pick one.
 
     One full-depth pass gives every layer's logits; from these each policy's exits are simulated
-    (as if tokens that left went on to be computed). The best are then run with real exits, and
-    only such a one is chosen.
+    (as if tokens that left went on to be computed). Then policies are run with real exits, and the
+    best of these is chosen: all of them where that is cheap, which it is up to `CHEAP` words in
+    all; else those that no other beats in simulation, and after them every one that would be better
+    than the best so far if simulation was as wrong about it as about any before.
 
     Args:
         tagger: its model's policy is not changed.
@@ -111,12 +115,13 @@ def calibrate(
         max_loss: pick the fastest policy that loses at most this much of the full-depth score,
             in the score's units: 0.005 is half a point of F1. The default, with 0.005.
         policies: to try; None for `policy_grid()`. They must share a criterion.
-        verify: how many to run with real exits.
+        verify: at most so many run with real exits, the likeliest first. None: no limit.
         metric: see `tokenexit.training.scoring.score`.
         progress: called with (what, done, total).
 
     Raises:
-        ValueError: both targets; a target that no policy reaches; no sentences or labels.
+        ValueError: both targets; a target that no policy reaches; no sentences or labels, or no
+            entity among them; classifiers that were never trained.
     """
     if target_speedup is not None and max_loss is not None:
         raise ValueError("got both target_speedup and max_loss; expected one of them")
@@ -126,7 +131,19 @@ def calibrate(
         raise ValueError(f"target_speedup is {target_speedup}; expected 1 or more")
     if max_loss is not None and max_loss < 0:
         raise ValueError(f"max_loss is {max_loss}; expected 0 or more")
-    check_annotated(tagger, data)
+    if verify is not None and verify < 1:
+        raise ValueError(f"verify is {verify}; expected 1 or more")
+    metric = check_annotated(tagger, data, metric)
+    if metric == "entity_f1" and not any(x != "O" for labels in data["labels"] for x in labels):
+        raise ValueError(
+            "the data has no entity, only the label 'O': its F1 is 0 whatever leaves where; "
+            "expected sentences with entities, or the metric accuracy"
+        )
+    if heads := tagger.model.untrained_heads():
+        raise ValueError(
+            f"the classifiers of layers {', '.join(map(str, heads))} were never trained; expected "
+            "a tagger with all of them trained (`tokenexit train`)"
+        )
     policies = policy_grid() if policies is None else list(policies)
 
     sweep = _Sweep(tagger, data, policies[0].criterion, metric)
@@ -139,13 +156,6 @@ def calibrate(
 
     verified: dict[ExitPolicy, Point] = {}
 
-    def run(point: Point) -> Point:
-        if point.policy not in verified:
-            real = evaluate(tagger, data, point.policy, metric=metric)
-            verified[point.policy] = Point(point.policy, real.score, real.flops_speedup)
-            progress("verify", len(verified), verify)
-        return verified[point.policy]
-
     def meets(point: Point) -> bool:
         if target_speedup is not None:
             return point.speedup >= target_speedup
@@ -156,21 +166,42 @@ def calibrate(
             return point.score, point.speedup
         return point.speedup, point.score
 
-    # Half of the runs go to the candidates for the choice, the rest to the curve.
-    candidates = sorted(filter(meets, simulated), key=preference, reverse=True)
-    for point in candidates[: max(1, verify // 2)]:
-        run(point)
-    front = pareto_front(simulated)
-    count = min(len(front), max(1, verify - len(verified)))
-    for i in range(count):
-        run(front[round(i * (len(front) - 1) / max(1, count - 1))])
-    good = [p for p in (*verified.values(), full) if meets(p)]
-    for point in candidates:  # simulation was too hopeful: go on down the list
-        if any(p is not full for p in good) or len(verified) >= 3 * verify:
+    def likely(point: Point) -> tuple:
+        """What meets the target by preference, what does not by how near it comes."""
+        met, wanted = meets(point), preference(point)
+        return met, wanted if met else wanted[::-1]
+
+    def good() -> list[Point]:
+        return [point for point in (full, *verified.values()) if meets(point)]
+
+    def expected(summary: Callable[[list[float]], float]) -> list[Point]:
+        """What is not verified, moved by as much as simulation was wrong so far."""
+        pairs = [(p, verified[p.policy]) for p in simulated if p.policy in verified]
+        score = summary([0.0, *(real.score - p.score for p, real in pairs)])
+        speed = summary([1.0, *(real.speedup / p.speedup for p, real in pairs)])
+        return [
+            Point(p.policy, p.score + score, p.speedup * speed)
+            for p in simulated
+            if p.policy not in verified
+        ]
+
+    def better() -> list[Point]:
+        """What could be chosen if simulation was as wrong about it as about any so far."""
+        best = max(map(preference, good()), default=(0.0, 0.0))
+        return [p for p in expected(max) if meets(p) and preference(p) > best]
+
+    cheap = len(policies) * sum(map(len, data["words"])) <= CHEAP
+    first = {p.policy for p in (simulated if cheap else pareto_front(simulated))}
+    most = len(policies) if verify is None else verify
+    while len(verified) < most:
+        queue = [p for p in expected(fmean) if p.policy in first] or better()
+        if not queue:
             break
-        if meets(run(point)):
-            good.append(run(point))
-    if not good:
+        policy = max(queue, key=likely).policy
+        real = evaluate(tagger, data, policy, metric=metric)
+        verified[policy] = Point(policy, real.score, real.flops_speedup)
+        progress("verify", len(verified), min(most, len(verified) + len(queue) - 1))
+    if not good():
         fastest = max((*verified.values(), full), key=lambda p: p.speedup)
         raise ValueError(
             f"no policy reaches a speed-up of {target_speedup:g}; the fastest verified is "
@@ -181,7 +212,7 @@ def calibrate(
         full_depth=full,
         simulated=simulated,
         verified=sorted(verified.values(), key=lambda p: p.speedup),
-        chosen=max(good, key=preference),
+        chosen=max(good(), key=preference),
     )
 
 
@@ -200,7 +231,7 @@ class _Sweep:
     def __init__(self, tagger: Tagger, data: Dataset, criterion: str, metric: str):
         self.config = tagger.model.config
         self.gold = list(data["labels"])
-        self.metric = detect_metric(self.config.label2id) if metric == "auto" else metric
+        self.metric = metric
         self.criterion = criterion
         self.windows: list[Window] = tagger.windows(data["words"])
         self.names = [self.config.id2label[i] for i in range(self.config.num_labels)]

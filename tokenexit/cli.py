@@ -104,6 +104,9 @@ def train(
     metric: Metric = "auto",
     seed: Seed = 42,
     resume: Resume = False,
+    new_classifier: Annotated[
+        bool, typer.Option("--new-classifier", help="Take the encoder only of a fine-tuned tagger.")
+    ] = False,
     set: Settings = None,
 ):
     """Stage 1: train an encoder with a head after each layer.
@@ -113,29 +116,13 @@ def train(
     from transformers import AutoTokenizer
 
     _quiet()
-    from tokenexit.models.modeling import TokenExitForTokenClassification, load_config
+    from tokenexit.models.modeling import load_config
     from tokenexit.training.data import label_names
+    from tokenexit.training.start import load_to_train
 
-    train_data = _read(data, column, format)
-    dev_data = dev and _read(dev, column, format)
-    labels = {}
-    if load_config(model).model_type != "tokenexit":
-        names = label_names(train_data)
-        labels = {
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-        }
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tagger_model = TokenExitForTokenClassification.from_pretrained(
-        model, tokenizer=None if not labels else tokenizer, **labels
-    )
-    _train(
-        tagger_model,
-        tokenizer,
-        train_data,
-        dev_data,
+    run = _planned(
         output,
-        None,
+        dev,
         epochs,
         batch_size,
         learning_rate,
@@ -145,6 +132,12 @@ def train(
         resume,
         set,
     )
+    load_config(model)  # told before the data is read, if there is none
+    train_data = _read(data, column, format)
+    dev_data = dev and _read(dev, column, format)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tagger_model = load_to_train(model, tokenizer, label_names(train_data), new_classifier)
+    run(tagger_model, tokenizer, train_data, dev_data, ExitPolicy.never())
 
 
 @app.command("self-sample")
@@ -185,18 +178,9 @@ def self_sample(
         exits=exits,
         flooding=flooding,
     )
-    train_data = _read(data, column, format)
-    dev_data = dev and _read(dev, column, format)
-    tagger = _tagger(model, batch_size)
-    # Calibration goes on with this kind of copies and criterion.
-    tagger.model.policy = sampling.policy.replace(threshold=0.0)
-    _train(
-        tagger.model,
-        tagger.tokenizer,
-        train_data,
-        dev_data,
+    run = _planned(
         output,
-        sampling,
+        dev,
         epochs,
         batch_size,
         learning_rate,
@@ -206,21 +190,46 @@ def self_sample(
         resume,
         set,
     )
+    train_data = _read(data, column, format)
+    dev_data = dev and _read(dev, column, format)
+    tagger = _tagger(model, batch_size)
+    _check_heads(tagger.model, model)
+    # Calibration goes on with this kind of copies and criterion.
+    policy = sampling.policy.replace(threshold=0.0)
+    run(tagger.model, tagger.tokenizer, train_data, dev_data, policy, sampling)
 
 
-def _train(
-    model, tokenizer, train_data, dev_data, output, sampling, epochs, batch_size, learning_rate,
-    head_learning_rate, metric, seed, resume, settings,
+def _planned(
+    output, dev, epochs, batch_size, learning_rate, head_learning_rate, metric, seed, resume,
+    settings,
 ):  # fmt: skip
+    """What trains a model as the options say; these are checked now, before any work."""
+    from tokenexit.models.modeling import check_output_folder
+    from tokenexit.training.scoring import check_metric
     from tokenexit.training.trainer import (
         ExitTrainer,
         RichProgress,
+        check_rate,
+        check_same_run,
         last_checkpoint,
         training_arguments,
+        write_record,
     )
 
     checkpoints = output / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    options = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "disable_tqdm": True,
+        "eval_strategy": "no" if dev is None else "epoch",
+        **_settings(settings),
+    }
+    training_arguments(checkpoints, 768, 1, **options)
+    check_rate("head_learning_rate", head_learning_rate)
+    check_metric(metric)
+    check_output_folder(output)
     checkpoint = last_checkpoint(checkpoints)
     if resume and checkpoint is None:
         raise ValueError(f"--resume: no complete checkpoint in {checkpoints}")
@@ -228,35 +237,39 @@ def _train(
         raise ValueError(
             f"{checkpoints} has a run already: give --resume to go on with it, or remove it"
         )
-    arguments = training_arguments(
-        checkpoints,
-        model.config.hidden_size,
-        len(train_data),
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        **{
-            "disable_tqdm": True,
-            "eval_strategy": "epoch" if dev_data is not None else "no",
-            **_settings(settings),
-        },
-    )
-    trainer = ExitTrainer(
-        model,
-        arguments,
-        tokenizer,
-        train_data,
-        dev_data,
-        sampling,
-        head_learning_rate,
-        metric=metric,
-        progress=RichProgress(err),
-    )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
-    if trainer.is_world_process_zero():
-        trainer.tagger.save_pretrained(output)
-        out.print(f"wrote {output}")
+
+    def run(model, tokenizer, train_data, dev_data, policy, sampling=None):
+        if any(model.policy.thresholds(model.config.num_hidden_layers)[:-1]):
+            err.print(
+                f"the policy of before ({model.policy}) does not fit what is trained now: full "
+                "depth until the next `calibrate`"
+            )
+        model.policy = policy
+        arguments = training_arguments(
+            checkpoints, model.config.hidden_size, len(train_data), **options
+        )
+        trainer = ExitTrainer(
+            model,
+            arguments,
+            tokenizer,
+            train_data,
+            dev_data,
+            sampling,
+            head_learning_rate,
+            metric=metric,
+            progress=RichProgress(err),
+        )
+        record = trainer.record()
+        if resume:
+            check_same_run(checkpoints, record)
+        elif trainer.is_world_process_zero():
+            write_record(checkpoints, record)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+        if trainer.is_world_process_zero():
+            trainer.tagger.save_pretrained(output)
+            out.print(f"wrote {output}")
+
+    return run
 
 
 @app.command()
@@ -277,6 +290,12 @@ def calibrate(
     report: Annotated[
         Path | None, typer.Option(help="Folder for calibration.json and calibration.png.")
     ] = None,
+    verify: Annotated[
+        int | None,
+        typer.Option(
+            help="At most so many policies run with real exits. Default: all needed.", min=1
+        ),
+    ] = None,
     column: Column = None,
     format: Format = None,
     metric: Metric = "auto",
@@ -289,8 +308,15 @@ def calibrate(
     """
     from tokenexit.calibrate import calibrate as run
     from tokenexit.calibrate import plot, policy_grid
-    from tokenexit.files import write_aside
+    from tokenexit.files import write_folder_aside
+    from tokenexit.models.modeling import check_tagger_folder
+    from tokenexit.training.scoring import check_metric
 
+    check_metric(metric)
+    check_tagger_folder(model)
+    for folder in filter(None, (model, report)):
+        with write_folder_aside(folder):  # told now, if it can't be
+            pass
     tagger = _tagger(model, batch_size)
     kinds = {"criterion": criterion, "copy": copy, "schedule": schedule, "neighbors": neighbors}
     base = tagger.model.policy.replace(
@@ -303,9 +329,12 @@ def calibrate(
             target_speedup=target_speedup,
             max_loss=max_loss,
             policies=policy_grid(base),
+            verify=verify,
             metric=metric,
             progress=progress,
         )
+    tagger.model.policy = result.chosen.policy
+    _save_config(tagger.model, model)
     table = Table("policy", result.metric, "speed-up", "", title="verified with real exits")
     table.add_row("full depth", f"{result.full_depth.score:.4f}", "1.00", "")
     for point in result.verified:
@@ -313,13 +342,11 @@ def calibrate(
         table.add_row(str(point.policy), f"{point.score:.4f}", f"{point.speedup:.2f}", mark)
     out.print(table)
     if report:
-        with write_aside(report / "calibration.json") as path:
-            path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-        with write_aside(report / "calibration.png") as path:
-            plot(result, path)
+        with write_folder_aside(report) as aside:
+            text = json.dumps(result.to_dict(), indent=2) + "\n"
+            (aside / "calibration.json").write_text(text)
+            plot(result, aside / "calibration.png")
         out.print(f"wrote {report}/calibration.json and {report}/calibration.png")
-    tagger.model.policy = result.chosen.policy
-    _save_config(tagger.model, model)
     out.print(f"policy of {model}: {result.chosen.policy}")
 
 
@@ -347,9 +374,12 @@ def evaluate(
     Example: `tokenexit evaluate tagger -d test.conll`
     """
     from tokenexit.evaluate import evaluate as run
+    from tokenexit.training.scoring import check_metric
 
+    check_metric(metric)
     tagger = _tagger(model, batch_size, int8)
     policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
+    _check_heads(tagger.model, model, policy)
     result = run(
         tagger, _read(data, column, format), policy, metric=metric, timing_runs=timing_runs
     )
@@ -405,6 +435,7 @@ def predict(
         raise ValueError(f"--output-format is {output_format!r}; expected jsonl or conll")
     tagger = _tagger(model, batch_size, int8)
     policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
+    _check_heads(tagger.model, model, policy)
     with _open(input) as lines:
         results = tagger.stream(stream_sentences(lines, format), policy, buffer)
         if output is None:
@@ -561,20 +592,33 @@ def _policy(policy, threshold, window, level, min_active, full_depth) -> ExitPol
     return policy.replace(**changes)
 
 
+def _check_heads(model, name: str, policy: ExitPolicy | None = None):
+    """Raise ValueError if labels would come from classifiers that were never trained."""
+    if heads := model.untrained_heads(policy):
+        no_tagger = heads[-1] == model.config.num_hidden_layers
+        raise ValueError(
+            f"{name} has {'no classifier' if no_tagger else 'no exits'} yet: those at layer "
+            f"{', '.join(map(str, heads))} were never trained; expected a tagger that `tokenexit "
+            f"train` wrote{'' if no_tagger or policy is None else ', or --full-depth'}"
+        )
+
+
 def _number(column: str | None) -> int | str | None:
     return int(column) if column is not None and column.lstrip("-").isdigit() else column
 
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    from tokenexit.training.settings import parse_setting
+
     settings = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set got {pair!r}; expected NAME=VALUE")
         try:
-            settings[name] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[name] = value
+            settings[name] = parse_setting(name, value)
+        except ValueError as error:
+            raise ValueError(f"--set {pair}: {error}") from None
     return settings
 
 

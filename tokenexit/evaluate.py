@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -14,8 +15,8 @@ from tokenexit import flops
 from tokenexit.models.encoding import Window, merge
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
-from tokenexit.training.data import check_labels
-from tokenexit.training.scoring import detect_metric, score
+from tokenexit.training.data import label_lists
+from tokenexit.training.scoring import check_metric, choose_metric, score, shown, warn_once
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,10 @@ def evaluate(
         timing_runs: how often to measure the time; 0 for not at all.
 
     Raises:
-        ValueError: no sentences; no labels; a label that the model does not know.
+        ValueError: no sentences; no labels; a metric that does not fit them.
     """
     config = tagger.model.config
-    check_annotated(tagger, data)
-    if metric == "auto":
-        metric = detect_metric(config.label2id)
+    metric = check_annotated(tagger, data, metric)
     policy = tagger.model.policy if policy is None else policy
     windows = tagger.windows(data["words"])
     labels, layers = [None] * len(windows), [None] * len(windows)
@@ -96,11 +95,26 @@ def evaluate(
     return time_evaluations(tagger, data, [result], timing_runs)[0]
 
 
-def check_annotated(tagger: Tagger, data: Dataset):
-    """Raise ValueError unless there are sentences, with labels that the model knows."""
-    check_labels(data, list(tagger.model.config.label2id))
+def check_annotated(tagger: Tagger, data: Dataset, metric: str = "auto") -> str:
+    """The metric to score `data` by.
+
+    Words with labels that the model does not know count as wrong; a warning says how many.
+
+    Raises:
+        ValueError: no sentences; no labels; a metric that does not fit them.
+    """
+    check_metric(metric)
+    counts = Counter(label for labels in label_lists(data) for label in labels)
     if not len(data):
         raise ValueError("the data has no sentences; expected at least one")
+    known = set(tagger.model.config.id2label.values())
+    if unknown := sorted(set(counts) - known):
+        words = sum(counts[label] for label in unknown)
+        warn_once(
+            f"{words} of {counts.total()} words have labels that the model does not know and count "
+            f"as wrong: {shown(unknown)}"
+        )
+    return choose_metric(metric, known.union(counts))
 
 
 def time_evaluations(

@@ -43,6 +43,17 @@ def test_order_and_batches_do_not_matter(tagger):
     assert list(tagger.stream(iter(many), buffer=5)) == together
 
 
+def test_batches_are_of_equal_lengths_and_so_little_is_padding(tagger):
+    windows = tagger.windows(sentences(23))
+    lengths = [len(w.input_ids) for w in windows]
+    seen = []
+    for indices, output, _ in tagger.run(windows):
+        assert output.logits.shape[1] == max(lengths[i] for i in indices)
+        seen += indices
+    assert sorted(seen) == list(range(23)) and lengths != sorted(lengths)
+    assert [lengths[i] for i in seen] == sorted(lengths)
+
+
 def test_nothing_and_empty_sentences(tagger):
     assert tagger.tag([]) == []
     assert [t.labels for t in tagger.tag([[], ["paris"], []])][::2] == [[], []]

@@ -1,7 +1,7 @@
 import pytest
 import seqeval.metrics
 
-from tokenexit.training.scoring import detect_metric, score
+from tokenexit.training.scoring import choose_metric, detect_metric, score, warn_once
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,44 @@ def test_empty_sentences_and_no_entities():
 def test_wrong_labels(gold, predicted, metric, message):
     with pytest.raises(ValueError, match=message):
         score(split(*gold), split(*predicted), metric)
+
+
+def test_a_metric_is_checked_against_all_labels():
+    assert choose_metric("auto", ["O", "B-A"]) == "entity_f1"
+    assert choose_metric("accuracy", ["O", "B-A", "X"]) == "accuracy"
+    assert choose_metric("word_f1", "BMES") == "word_f1"
+    with pytest.raises(ValueError, match="metric is 'f1'; expected 'auto' or one of"):
+        choose_metric("f1", ["O"])
+    with pytest.raises(
+        ValueError, match=r"entity_f1 does not fit.*'NOUN' \(1 of 2 labels\).*B-PER"
+    ):
+        choose_metric("entity_f1", ["O", "NOUN"])
+    with pytest.raises(ValueError, match="expected B, M, I, E or S") as error:
+        choose_metric("word_f1", map(str, range(20000)))
+    assert "'10002' and 19992 more" in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ("O B-PER I-PER -X-", "entity_f1 does not fit the labels: got '-X-' (1 of 4 labels)"),
+        ("O B-PER X", "entity_f1 does not fit the labels: got 'X' (1 of 3 labels)"),
+        ("B M E S X", "word_f1 does not fit the labels: got 'X' (1 of 5 labels)"),
+        ("NOUN VERB", None),
+        ("O NOUN VERB", None),
+        ("N V O , ^ S E", None),
+        ("O B-PER", None),
+    ],
+)
+def test_f1_that_turns_to_accuracy_is_said_once(labels, told, caplog):
+    warn_once.cache_clear()
+    metrics = {choose_metric("auto", labels.split()) for _ in range(3)}
+    assert metrics == {detect_metric(labels.split())}
+    if told is None:
+        assert not caplog.records
+    else:
+        (record,) = caplog.records
+        assert record.message.startswith(f"scoring accuracy, as {told}")
 
 
 def test_no_label_names():

@@ -57,9 +57,10 @@ SENTENCES = [["john", "smiths", "lives"], ["red"], ["the", "xyz", "in", "new", "
 LABELS = [[0, 1, 2], [1], [2, 2, 0, 1, 1], []]
 
 
-def test_remembered_losses_and_uncertainties(tagger):
+@pytest.mark.parametrize("criterion", ["entropy", "max_prob"])
+def test_remembered_losses_and_uncertainties(tagger, criterion):
     windows = tagger.windows(SENTENCES)
-    remembered = remember(tagger, windows, LABELS)
+    remembered = remember(tagger, windows, LABELS, criterion)
     batch = collate(windows, tagger.tokenizer)
     with torch.no_grad():
         logits = tagger.model(**batch, output_layer_logits=True).layer_logits
@@ -72,6 +73,8 @@ def test_remembered_losses_and_uncertainties(tagger):
                 assert memory.loss[word, layer] == pytest.approx(float(loss), rel=1e-4)
                 p = at.softmax(-1)
                 u = float(-(p * p.log()).sum() / torch.tensor(3.0).log())
+                if criterion == "max_prob":
+                    u = (1 - float(p.max())) / (1 - 1 / 3)
                 assert memory.uncertainty[word, layer] == pytest.approx(u, abs=1e-5)
 
 

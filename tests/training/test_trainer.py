@@ -11,8 +11,15 @@ from transformers import TrainerCallback
 import tokenexit
 from tokenexit import ExitPolicy
 from tokenexit.evaluate import evaluate
-from tokenexit.training.self_sampling import SelfSampling
-from tokenexit.training.trainer import ExitTrainer, last_checkpoint, training_arguments
+from tokenexit.training import scoring
+from tokenexit.training.self_sampling import Remembered, SelfSampling, cached_exits
+from tokenexit.training.trainer import (
+    ExitTrainer,
+    check_same_run,
+    last_checkpoint,
+    training_arguments,
+    write_record,
+)
 
 LABEL_OF = {"john": "B-PER", "smith": "I-PER", "paris": "B-LOC", "york": "I-LOC", "new": "B-LOC"}
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -153,6 +160,181 @@ def test_an_unknown_label_is_named(tiny_tokenizer, tmp_path):
     arguments = training_arguments(tmp_path, 32, 2, use_cpu=True)
     with pytest.raises(ValueError, match="B-CAR"):
         ExitTrainer(model_for(tokenizer), arguments, tokenizer, wrong)
+
+
+def test_other_mistakes_are_told_before_the_first_step(tiny_tokenizer, tmp_path):
+    tokenizer = tiny_tokenizer()
+    rows = data(4)
+
+    def trainer(model=None, dev=None, settings=None, **kwargs):
+        arguments = training_arguments(tmp_path, 32, 4, use_cpu=True, **(settings or {}))
+        return ExitTrainer(model or model_for(tokenizer), arguments, tokenizer, rows, dev, **kwargs)
+
+    for dev in (None, rows):
+        with pytest.raises(ValueError, match="metric is 'f1'"):
+            trainer(dev=dev, metric="f1")
+        with pytest.raises(ValueError, match="word_f1 does not fit the labels: got 'B-LOC'"):
+            trainer(dev=dev, metric="word_f1")
+    with pytest.raises(ValueError, match="8-bit model to train"):
+        trainer(tokenexit.quantize(model_for(tokenizer)))
+    with pytest.raises(ValueError, match="head_learning_rate is -1"):
+        trainer(head_learning_rate=-1)
+    with pytest.raises(ValueError, match="metric_for_best_model is 'loss'; expected one of"):
+        trainer(settings={"metric_for_best_model": "eval_loss"})
+
+
+def test_labels_of_development_data_may_be_new(tiny_tokenizer, tmp_path, caplog):
+    tokenizer = tiny_tokenizer()
+    dev = Dataset.from_dict({"words": [["john"], ["red"]], "labels": [["B-PER"], ["B-CAR"]]})
+    arguments = training_arguments(tmp_path, 32, 4, use_cpu=True, disable_tqdm=True)
+    scoring.warn_once.cache_clear()
+    trainer = ExitTrainer(model_for(tokenizer), arguments, tokenizer, data(4), dev)
+    for _ in range(2):
+        assert trainer.evaluate()["eval_recall"] <= 0.5
+    (record,) = caplog.records
+    assert record.message.startswith("1 of 2 words have labels that the model does not know")
+    assert record.message.endswith("count as wrong: 'B-CAR'")
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tiny_tokenizer, tmp_path):
+    trainer = trainer_for(
+        tiny_tokenizer(), tmp_path, load_best_model_at_end=True, eval_strategy="epoch"
+    )
+    scores = []
+    evaluate_once = trainer.evaluate
+
+    def scored(*args, **kwargs):
+        metrics = evaluate_once(*args, **kwargs)
+        scores.append(metrics["eval_score"] - len(scores))  # the first is the best
+        return {**metrics, "eval_score": scores[-1]}
+
+    trainer.evaluate = scored
+    trainer.train()
+    assert trainer.state.best_metric == scores[0] > scores[1]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-8")
+
+
+def test_a_record_differs_with_what_decides(tiny_tokenizer, tmp_path, caplog):
+    tokenizer = tiny_tokenizer()
+
+    def record(sampling=None, **changes):
+        return trainer_for(tokenizer, tmp_path, sampling, **changes).record()
+
+    first = record()
+    assert json.loads(json.dumps(first)) == record() == first
+    trained = trainer_for(tokenizer, tmp_path)
+    trained.train()
+    changes = {
+        "num_train_epochs": record(epochs=3),
+        "learning_rate": record(learning_rate=1e-3),
+        "seed": record(seed=8),
+        "training data": record(count=63),
+        "sampling": record(SelfSampling()),
+        "weight_decay": record(weight_decay=0.0),
+        "model": trainer_for(tokenizer, tmp_path, model=model_for(tokenizer, seed=1)).record(),
+    }
+    write_record(tmp_path, first)
+    check_same_run(tmp_path, record(logging_steps=3, save_steps=7))
+    for name, other in changes.items():
+        assert {key for key in first if first[key] != other[key]} == {name}
+        with pytest.raises(ValueError, match=f"started otherwise: {name.replace('_', ' ')} .*now"):
+            check_same_run(tmp_path, other)
+    assert not caplog.text
+    check_same_run(tmp_path / "of an older version", first)
+    assert "does not say with which data" in caplog.text
+
+
+def test_development_data_is_scored_at_full_depth(tiny_tokenizer, tmp_path):
+    trainer = trainer_for(tiny_tokenizer(), tmp_path)
+    for head in trainer.model.exit_heads[:-1]:
+        torch.nn.init.normal_(head.weight)
+    trainer.model.policy = ExitPolicy(threshold=1.0, window=0)
+    dev = trainer.eval_dataset
+    metrics = trainer.evaluate()
+    never, exits = (evaluate(trainer.tagger, dev, p) for p in (ExitPolicy.never(), None))
+    assert never.scores["accuracy"] != exits.scores["accuracy"]
+    assert metrics["eval_accuracy"] == never.scores["accuracy"]
+
+
+def test_a_batch_holds_what_stage_1_said_at_first_pieces(tiny_tokenizer, tmp_path):
+    trainer = trainer_for(tiny_tokenizer(), tmp_path)
+    windows = trainer.tagger.windows([["john", "xyz"], ["paris"]])
+    told = [
+        Remembered(torch.tensor([[0.1, 0.2], [0.3, 0.4]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])),
+        Remembered(torch.tensor([[0.5, 0.6]]), torch.tensor([[5.0, 6.0]])),
+    ]
+    batch = trainer.data_collator(list(zip(windows, [[1, 0], [3]], told, strict=True)))
+    # [CLS] john x ##y ##z [SEP]; [CLS] paris [SEP] and padding
+    assert batch["labels"].tolist() == [[-100, 1, 0, -100, -100, -100], [-100, 3, *[-100] * 4]]
+    nan = [float("nan")] * 2
+    uncertainty = [[nan, [0.1, 0.2], [0.3, 0.4], nan, nan, nan], [nan, [0.5, 0.6], *[nan] * 4]]
+    floor = [[[0, 0], [1, 2], [3, 4], *[[0, 0]] * 3], [[0, 0], [5, 6], *[[0, 0]] * 4]]
+    torch.testing.assert_close(
+        batch["uncertainty"], torch.tensor(uncertainty), rtol=0, atol=0, equal_nan=True
+    )
+    assert torch.equal(batch["loss_floor"], torch.tensor(floor, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("exits", ["online", "cached"])
+@pytest.mark.parametrize("flooding", [False, True])
+@pytest.mark.parametrize("criterion", ["entropy", "max_prob"])
+def test_the_loss_of_a_step_number_by_number(tiny_tokenizer, tmp_path, exits, flooding, criterion):
+    """As the definition has it, from the logits of each layer and what stage 1 said."""
+    tokenizer = tiny_tokenizer()
+    sampling = SelfSampling(
+        ExitPolicy(criterion=criterion), (0, 1), (0.3, 0.9), exits=exits, flooding=flooding
+    )
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = model_for(tokenizer, **still)
+    for head in model.exit_heads[:-1]:
+        torch.nn.init.normal_(head.weight, std=0.5)
+    trainer = trainer_for(tokenizer, tmp_path, sampling, model, count=8)
+    rows = [trainer.train_dataset[i] for i in range(8)]
+    # Not what the model says now, so that cached exits are others than online ones.
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        (
+            window,
+            labels,
+            Remembered(
+                torch.rand(len(labels), 4, generator=generator),
+                3 * torch.rand(len(labels), 4, generator=generator),
+            ),
+        )
+        for window, labels, _ in rows
+    ]
+    batch = trainer.data_collator(rows)
+    torch.manual_seed(3)
+    loss = trainer.compute_loss(model.train(), dict(batch)).item()
+
+    torch.manual_seed(3)
+    policies = sampling.draw(8)
+    known, floor = batch.pop("uncertainty"), batch.pop("loss_floor")
+    given = {}
+    if exits == "cached":
+        words = batch["attention_mask"], batch["word_ids"]
+        given["exit_layers"] = cached_exits(known, *words, policies)
+        given["exit_layers"] = given["exit_layers"].clamp(min=1)
+    out = model.eval()(**batch, policy=policies, output_layer_logits=True, **given)
+    total, words = 0.0, 0
+    for row, column in (batch["labels"] != -100).nonzero().tolist():
+        words += 1
+        for layer in range(int(out.exit_layers[row, column])):
+            p = out.layer_logits[layer, row, column].log_softmax(-1)
+            ce = -p[batch["labels"][row, column]]
+            if flooding:
+                ce = (ce - floor[row, column, layer]).abs()
+            total += (layer + 1) * ce
+    assert set(out.exit_layers[batch["labels"] != -100].tolist()) >= {1, 2, 4}
+    assert loss == pytest.approx(float(total.detach()) / (1 + 2 + 3 + 4) / words, rel=1e-5)
+
+
+def test_stage_1_is_at_full_depth_whatever_the_policy(tiny_tokenizer, tmp_path):
+    trainer = trainer_for(tiny_tokenizer(), tmp_path)
+    model, batch = trainer.model.eval(), trainer.data_collator([trainer.train_dataset[0]])
+    model.policy = ExitPolicy(threshold=1.0, window=0)
+    _, out = trainer.compute_loss(model, batch, return_outputs=True)
+    assert set(out.exit_layers[batch["attention_mask"] != 0].tolist()) == {4}
 
 
 def test_default_settings():

@@ -18,6 +18,8 @@ class TokenExitConfig(PreTrainedConfig):
             after it, and that token itself does not count. None: from 0.
         relative_attention_buckets: rows of the relative-position bias table; 0 for none.
         exit_policy: fields of the `ExitPolicy`.
+        untrained_heads: layers, from 1, whose classifiers were never trained; see
+            `TokenExitForTokenClassification.untrained_heads`.
 
     The others are those of a BERT configuration.
     """
@@ -45,6 +47,7 @@ class TokenExitConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     exit_policy: dict | None = None
+    untrained_heads: list[int] | None = None
 
     @property
     def max_tokens(self) -> int:

@@ -78,6 +78,7 @@ def convert(
     config = TokenExitConfig(**shared, source_model_type=theirs.model_type)
     with torch.device("cpu"):  # whatever the user's default is
         converted = TokenExitForTokenClassification(config).to(model.dtype)
+    converted.mark_untrained(range(1, config.num_hidden_layers))
 
     ours = converted.state_dict()
     for name, parts in names.items():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -36,6 +38,8 @@ from tokenexit.models.families import FAMILIES
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import STARTS_WORD, Packed, word_ids_from_kinds
 from tokenexit.policy import ExitPolicy
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference")
 _HUB_ARGUMENTS = (
@@ -138,6 +142,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
         self._backend = "auto"
         self._graphs = static.Graphs()
         self.cuda_graphs = True
+        self._new_heads: dict[int, torch.Tensor] = {}  # what was never trained, by layer
+        self._warned = False
         self._policy = None, None  # what the configuration said, and the policy of it
         self.policy = self.policy
         self.post_init()
@@ -167,6 +173,45 @@ class TokenExitForTokenClassification(PreTrainedModel):
             raise TypeError(f"policy is a {type(policy).__name__}; expected an ExitPolicy")
         policy.thresholds(self.config.num_hidden_layers)  # a list of the wrong length
         self.config.exit_policy = policy.to_dict()
+        self._warn_of_untrained_heads()
+
+    def untrained_heads(self, policy: ExitPolicy | None = None) -> list[int]:
+        """Layers, from 1, whose classifiers are as they were initialised: they know nothing yet.
+
+        Whatever changes a classifier trains it: a Trainer, a loop of one's own, an assignment. Of
+        a tagger saved by a version that did not keep count, all are trained.
+
+        Args:
+            policy: only those that decide labels under it. None: all.
+        """
+        weights = {number: self.exit_heads[number - 1].weight for number in self._new_heads}
+        heads = [
+            number
+            for number, weight in weights.items()
+            if not weight.is_meta and torch.equal(self._new_heads[number].to(weight), weight)
+        ]
+        if policy is None:
+            return heads
+        thresholds = policy.thresholds(self.config.num_hidden_layers)
+        return [number for number in heads if thresholds[number - 1] > 0]
+
+    def mark_untrained(self, heads: Iterable[int]):
+        """Take the classifiers of these layers, from 1, for untrained as they are now."""
+        self._new_heads = {n: self.exit_heads[n - 1].weight.detach().clone() for n in heads}
+        self.config.untrained_heads = list(self._new_heads)
+
+    def _warn_of_untrained_heads(self):
+        """Say once that the policy reads what nobody trained."""
+        if not self._new_heads or self._warned:
+            return
+        heads = self.untrained_heads(self.policy)
+        if heads and heads[0] < self.config.num_hidden_layers:
+            self._warned = True
+            logger.warning(
+                "the policy is to let words leave at classifiers that were never trained, those of "
+                "layers %s: labels mean nothing there; train them first",
+                ", ".join(map(str, heads)),
+            )
 
     @property
     def backend(self) -> str:
@@ -192,6 +237,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         if shapes != expected:
             raise ValueError(f"got exit heads of shapes {shapes}; expected {expected}")
         self.encoder.heads = nn.ModuleList(value)
+        self._new_heads = {}
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word
@@ -236,11 +282,15 @@ class TokenExitForTokenClassification(PreTrainedModel):
             # Weights come from safetensors only: no pickle is ever opened.
             kwargs["use_safetensors"] = True
             model, info = _load_whole(super().from_pretrained, name, (), *args, **kwargs)
+            model.mark_untrained(model.config.untrained_heads or ())
+            model._warn_of_untrained_heads()
         elif config.model_type in FAMILIES:
             new = ("classifier.weight", "classifier.bias")  # of an encoder without a classifier
             load = AutoModelForTokenClassification.from_pretrained
             model, info = _load_whole(load, name, new, *args, **kwargs)
             model = convert(model, tokenizer)
+            if set(new) & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}:
+                model.mark_untrained(range(1, model.config.num_hidden_layers + 1))
             if tokenizer is None:
                 model.token_kinds.copy_(marks_of(name, model.config.vocab_size, **hub))
         else:
@@ -256,6 +306,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         if is_quantized(self):
             raise ValueError("got an 8-bit model to save; expected the fp32 one it was made from")
         self.config.exit_policy = self.policy.to_dict()
+        self.config.untrained_heads = self.untrained_heads()
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with write_folder_aside(save_directory) as aside:
@@ -529,6 +580,46 @@ class TokenExitForTokenClassification(PreTrainedModel):
         return (
             f"{int(bad.sum())} of {len(bad)} tokens have NaN logits at layer {layer}, first in "
             f"sentence {sentence}; expected finite logits; {cause}"
+        )
+
+
+def saved_kind(folder: str | os.PathLike) -> str | None:
+    """The `model_type` of the model that a folder holds; None if it holds none."""
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
+    except (ValueError, KeyError, TypeError):
+        return "unknown"
+
+
+def check_tagger_folder(name: str | os.PathLike):
+    """Raise ValueError unless `name` is a folder that holds a saved tagger, and may be written to.
+
+    To be asked before a part of a tagger is written: beside another model, or alone, no one could
+    load it.
+    """
+    if not Path(name).is_dir():
+        raise ValueError(
+            f"{name} is no folder; expected that of a tagger (one on the hub has to be saved to a "
+            f"folder first: Tagger.from_pretrained({str(name)!r}).save_pretrained(FOLDER))"
+        )
+    kind = saved_kind(name)
+    if kind != TokenExitConfig.model_type:
+        what = "no model" if kind is None else f"a model of type {kind!r}"
+        raise ValueError(
+            f"{name} holds {what}; expected a tagger that `tokenexit train` wrote (or "
+            "tokenexit.convert and save_pretrained, and training)"
+        )
+
+
+def check_output_folder(folder: str | os.PathLike):
+    """Raise ValueError if a tagger saved to `folder` would overwrite what is none."""
+    kind = saved_kind(folder)
+    if kind not in (None, TokenExitConfig.model_type):
+        raise ValueError(
+            f"{folder} holds a model of type {kind!r}; expected a new folder, or one of a tagger"
         )
 
 

@@ -14,6 +14,8 @@ import datasets
 import huggingface_hub
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
+from tokenexit.training.scoring import shown
+
 WORD_KEYS = ("words", "tokens")
 LABEL_KEYS = ("labels", "tags", "ner_tags", "pos_tags")
 
@@ -159,7 +161,7 @@ def label_names(dataset: Dataset, labels: Sequence[str] | None = None) -> list[s
     if labels is not None:
         check_labels(dataset, labels)
         return list(labels)
-    seen = {label for sentence in _label_lists(dataset) for label in sentence}
+    seen = {label for sentence in label_lists(dataset) for label in sentence}
     return sorted(seen, key=lambda label: (label != "O", label))
 
 
@@ -171,24 +173,33 @@ def check_labels(dataset: Dataset, label_names: Sequence[str]) -> None:
     """
     known = set(label_names)
     if len(known) != len(label_names):
-        raise ValueError(f"the label names are {list(label_names)}; expected each once")
-    words = dataset["words"] if "words" in dataset.column_names else repeat(None)
-    for number, (words_, labels) in enumerate(zip(words, _label_lists(dataset), strict=False)):
-        if words_ is not None and len(words_) != len(labels):
-            raise ValueError(f"sentence {number}: got {len(labels)} labels for {len(words_)} words")
+        raise ValueError(f"the label names are {shown(label_names)}; expected each once")
+    for number, labels in enumerate(label_lists(dataset)):
         for label in labels:
             if label not in known:
                 raise ValueError(
                     f"sentence {number} has the label {label!r}; expected one of "
-                    f"{list(label_names)}"
+                    f"{shown(label_names)}"
                 )
 
 
-def _label_lists(dataset: Dataset) -> Iterator[list[str]]:
+def label_lists(dataset: Dataset) -> Iterator[list[str]]:
+    """Yield the labels of one sentence after another.
+
+    Raises:
+        ValueError: no labels; more or fewer than words.
+    """
     if "labels" not in dataset.column_names:
         raise ValueError(f"the data set has the columns {dataset.column_names}; expected 'labels'")
-    for batch in dataset.select_columns("labels").iter(batch_size=1000):
-        yield from batch["labels"]
+    words = dataset["words"] if "words" in dataset.column_names else repeat(None)
+    batches = dataset.select_columns("labels").iter(batch_size=1000)
+    rows = chain.from_iterable(batch["labels"] for batch in batches)
+    for number, (labels, its_words) in enumerate(zip(rows, words, strict=False)):
+        if its_words is not None and len(its_words) != len(labels):
+            raise ValueError(
+                f"sentence {number}: got {len(labels)} labels for {len(its_words)} words"
+            )
+        yield labels
 
 
 _NumberedLines = Iterator[tuple[int, str]]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from seqeval.metrics.sequence_labeling import get_entities
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("entity_f1", "word_f1", "accuracy")
 
@@ -42,6 +46,59 @@ def detect_metric(label_names: Iterable[str]) -> str:
     return "accuracy"
 
 
+def choose_metric(metric: str, label_names: Iterable[str]) -> str:
+    """The metric to score these labels by, checked before there is anything to score.
+
+    Args:
+        metric: one of `METRICS`, or `auto`: `detect_metric`, with a warning where a few odd labels
+            turn what would be F1 into accuracy.
+        label_names: all labels that can be met, gold or predicted.
+
+    Raises:
+        ValueError: an unknown metric; labels that do not fit it.
+    """
+    check_metric(metric)
+    labels = set(label_names)
+    auto = metric == "auto"
+    if auto:
+        metric = detect_metric(labels)
+        if metric != "accuracy":
+            return metric
+        # Nearly all tags of chunks: was F1 expected?
+        has_types = any("-" in label or label == "O" for label in labels)
+        likely = "entity_f1" if has_types else "word_f1"
+    else:
+        likely = metric
+    if likely == "accuracy":
+        return metric
+    odd = sorted(label for label in labels if not _LABEL[likely].fullmatch(label))
+    which = f"{shown(odd)} ({len(odd)} of {len(labels)} labels); expected {_EXAMPLE[likely]}"
+    if not auto and odd:
+        raise ValueError(f"the metric {metric} does not fit the labels: got {which}")
+    if auto and 2 * len(odd) <= len(labels - {"O"}):
+        warn_once(f"scoring accuracy, as {likely} does not fit the labels: got {which}")
+    return metric
+
+
+def check_metric(metric: str):
+    """Raise ValueError unless it is a known one."""
+    if metric not in ("auto", *METRICS):
+        raise ValueError(f"metric is {metric!r}; expected 'auto' or one of {METRICS}")
+
+
+def shown(labels: Sequence[str], most: int = 8) -> str:
+    """Labels for a message: the first few, and how many more there are."""
+    rest = len(labels) - most
+    text = ", ".join(f"{label!r:.60}" for label in labels[:most])
+    return f"{text} and {rest} more" if rest > 0 else text
+
+
+@lru_cache
+def warn_once(text: str):
+    """Log a warning, unless this process has done so."""
+    logger.warning(text)
+
+
 def score(
     gold: Sequence[Sequence[str]],
     predicted: Sequence[Sequence[str]],
@@ -67,8 +124,7 @@ def score(
         ValueError: an unknown metric; unequal numbers of sentences or labels; no label at all; a
             label that does not fit the metric. The message names the sentence, from 0.
     """
-    if metric not in ("auto", *METRICS):
-        raise ValueError(f"metric is {metric!r}; expected 'auto' or one of {METRICS}")
+    check_metric(metric)
     if len(gold) != len(predicted):
         raise ValueError(f"got {len(predicted)} predicted sentences; expected {len(gold)}")
     for number, (wanted, got) in enumerate(zip(gold, predicted, strict=True)):

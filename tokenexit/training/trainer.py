@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,15 +23,30 @@ from transformers import (
     TrainingArguments,
 )
 
-from tokenexit.evaluate import evaluate
+from tokenexit.evaluate import check_annotated, evaluate
+from tokenexit.files import write_aside
+from tokenexit.int8 import is_quantized
 from tokenexit.models.encoding import Window, collate
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 from tokenexit.training.data import check_labels
+from tokenexit.training.scoring import choose_metric
 from tokenexit.training.self_sampling import Remembered, SelfSampling, cached_exits, remember
+from tokenexit.training.settings import OURS
 
 logger = logging.getLogger(__name__)
+
+# Fields of TrainingArguments that decide what comes out of a run.
+_DECISIVE = (
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "seed"),
+    *("gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "bf16", "fp16", "neftune_noise_alpha", "data_seed", "full_determinism"),
+    *("dataloader_drop_last", "train_sampling_strategy"),
+)
+_RECORD = "run.json"
+_SCORES = ("score", "precision", "recall", "accuracy")  # of an evaluation, always there
 
 
 class ExitTrainer(Trainer):
@@ -53,7 +69,8 @@ class ExitTrainer(Trainer):
         kwargs: of the Trainer.
 
     Raises:
-        ValueError: a label that the model does not know; no labels.
+        ValueError: a label in the training data that the model does not know; no labels; a metric
+            that does not fit them; an 8-bit model; a setting outside its range.
     """
 
     def __init__(
@@ -69,8 +86,11 @@ class ExitTrainer(Trainer):
         progress: TrainerCallback | None = None,
         **kwargs,
     ):
-        for data in filter(None, (train_data, dev_data)):
-            check_labels(data, list(model.config.label2id))
+        names = list(model.config.label2id)
+        check_labels(train_data, names)
+        if is_quantized(model):
+            raise ValueError("got an 8-bit model to train; expected the fp32 one it was made from")
+        check_rate("head_learning_rate", head_learning_rate)
         if args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {args.label_smoothing_factor}; expected 0: the Trainer "
@@ -84,8 +104,14 @@ class ExitTrainer(Trainer):
             args._n_gpu = 1
         self.sampling = sampling
         self.head_learning_rate = head_learning_rate
-        self.metric = metric
         self.tagger = Tagger(model, tokenizer, args.per_device_eval_batch_size)
+        if dev_data is None:
+            self.metric = choose_metric(metric, names)
+        else:
+            self.metric = check_annotated(self.tagger, dev_data, metric)
+        best = (args.metric_for_best_model or "score").removeprefix("eval_")
+        if best not in _SCORES:
+            raise ValueError(f"metric_for_best_model is {best!r}; expected one of {_SCORES}")
         windows = self.tagger.windows(train_data["words"])
         ids = [[model.config.label2id[x] for x in labels] for labels in train_data["labels"]]
         labels = [ids[window.sentence] for window in windows]
@@ -105,6 +131,27 @@ class ExitTrainer(Trainer):
             self.remove_callback(PrinterCallback)
             self.remove_callback(ProgressCallback)
             self.add_callback(progress)
+
+    def record(self) -> dict[str, object]:
+        """What the result of this run depends on, JSON-ready; to be asked before training."""
+        data = model = 0
+        for window, labels, _ in self.train_dataset:
+            data = zlib.crc32(repr((window.input_ids, window.word_ids, labels)).encode(), data)
+        ids = sorted(self.model.config.label2id.items())
+        new = {id(self.model.exit_heads[n - 1]) for n in self.model.untrained_heads()}
+        for part in self.model.modules():
+            if id(part) not in new:
+                for value in part.parameters(recurse=False):
+                    bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+                    model = zlib.crc32(bits.numpy(), model)
+        return {
+            "training data": f"{len(self.train_dataset)} sentences, {data:08x}",
+            "labels": f"{self.model.num_labels}, {zlib.crc32(repr(ids).encode()):08x}",
+            "model": f"{model:08x}",
+            "sampling": str(self.sampling),
+            "head_learning_rate": self.head_learning_rate,
+            **{name: str(getattr(self.args, name, None)) for name in _DECISIVE},
+        }
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss under full depth or under drawn policies."""
@@ -235,12 +282,21 @@ def training_arguments(
 
     Raises:
         TypeError: an unknown setting.
+        ValueError: a value outside its range; a setting that is an argument of its own.
     """
+    for name, ours in OURS.items():
+        if name in settings:
+            raise ValueError(f"got the setting {name!r}; expected it as {ours}")
     steps = max(1, math.ceil(num_sentences / batch_size))
     if epochs is None:
         epochs = min(20, max(3, math.ceil(500 / steps)))
     if learning_rate is None:
         learning_rate = 5e-5 * (768 / hidden_size) ** 2
+    if not 0 < epochs <= 10_000:
+        raise ValueError(f"epochs is {epochs}; expected more than 0 and at most 10000")
+    check_rate("learning_rate", learning_rate)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; expected 0 to {2**32 - 1}")
     defaults = {
         "lr_scheduler_type": "linear",
         "warmup_steps": 0.1,  # a share of all steps
@@ -248,10 +304,13 @@ def training_arguments(
         "save_strategy": "epoch",
         "save_total_limit": 1,
         "logging_steps": 50,
-        "report_to": "none",
+        "report_to": settings.pop("report_to", None) or "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
         # A layer that no token of a batch reaches has no gradient.
         "ddp_find_unused_parameters": True if "LOCAL_RANK" in os.environ else None,
+        # The Trainer's default is the loss, which our evaluation does not give.
+        "metric_for_best_model": "score" if _wants_best(settings) else None,
+        "greater_is_better": True if _wants_best(settings) else None,
     }
     return TrainingArguments(
         output_dir=str(output),
@@ -262,6 +321,48 @@ def training_arguments(
         remove_unused_columns=False,
         **{**defaults, **settings},
     )
+
+
+def _wants_best(settings) -> bool:
+    return (
+        bool(settings.get("load_best_model_at_end"))
+        or settings.get("save_strategy") == "best"
+        or settings.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+    )
+
+
+def check_rate(name: str, rate: float | None):
+    """Raise ValueError unless a learning rate is one that can be meant."""
+    if rate is not None and not 0 <= rate <= 1:
+        raise ValueError(f"{name} is {rate}; expected 0 to 1")
+
+
+def write_record(folder: str | os.PathLike, record: dict[str, object]):
+    """Keep an `ExitTrainer.record` beside its checkpoints."""
+    with write_aside(Path(folder) / _RECORD) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def check_same_run(folder: str | os.PathLike, record: dict[str, object]):
+    """Raise ValueError if the checkpoints in a folder are of another run than `record` says.
+
+    Those of a version that kept no record are taken as they are, with a warning.
+    """
+    try:
+        before = json.loads((Path(folder) / _RECORD).read_text())
+    except (OSError, json.JSONDecodeError):
+        logger.warning("%s does not say with which data and settings its run was started", folder)
+        return
+    other = [
+        f"{name.replace('_', ' ')} {before.get(name)}, now {value}"
+        for name, value in record.items()
+        if before.get(name) != value
+    ]
+    if other:
+        raise ValueError(
+            f"the run in {folder} was started otherwise: {'; '.join(other)}; expected the same to "
+            "go on with it, or the folder removed to start anew"
+        )
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path | None:

@@ -1,0 +1,104 @@
+"""Which classifiers were trained: told by the model, saved with it, asked for by who needs them."""
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from random_models import random_classifier
+
+import tokenexit
+from tokenexit import ExitPolicy
+from tokenexit.models.modeling import TokenExitForTokenClassification
+
+EXITS = ExitPolicy(threshold=0.5)
+
+
+def test_convert_leaves_the_last(tmp_path):
+    model = tokenexit.convert(random_classifier())
+    assert model.untrained_heads() == model.config.untrained_heads == [1, 2, 3]
+    for same in (copy.deepcopy(model).bfloat16(), model.double(), model.float()):
+        assert same.untrained_heads() == [1, 2, 3]
+    assert model.untrained_heads(ExitPolicy.never()) == []
+    assert model.untrained_heads(ExitPolicy(threshold=(0.0, 0.5, 0.0, 0.0))) == [2]
+    model.save_pretrained(tmp_path)
+    again = TokenExitForTokenClassification.from_pretrained(tmp_path)
+    assert again.untrained_heads() == [1, 2, 3]
+
+
+def test_an_encoder_has_none_trained(tmp_path):
+    random_classifier().bert.save_pretrained(tmp_path)
+    model = TokenExitForTokenClassification.from_pretrained(tmp_path)
+    assert model.untrained_heads() == [1, 2, 3, 4]
+    assert model.untrained_heads(ExitPolicy.never()) == [4]
+    model.save_pretrained(tmp_path / "tagger")
+    again = TokenExitForTokenClassification.from_pretrained(tmp_path / "tagger")
+    assert again.untrained_heads() == [1, 2, 3, 4]
+
+
+def test_a_classifier_of_another_size_is_a_new_one(tmp_path):
+    random_classifier(labels=5).save_pretrained(tmp_path)
+    model = TokenExitForTokenClassification.from_pretrained(
+        tmp_path, num_labels=3, ignore_mismatched_sizes=True
+    )
+    assert model.untrained_heads() == [1, 2, 3, 4]
+
+
+def step(model):
+    """One by hand, as any loop makes it."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ids = torch.randint(4, 60, (2, 8))
+    model.train()(input_ids=ids, labels=ids % 5).loss.backward()
+    optimizer.step()
+
+
+def distil(model):
+    """The lower heads alone, in evaluation, without labels."""
+    optimizer = torch.optim.SGD(model.exit_heads[:-1].parameters(), 0.1)
+    out = model(input_ids=torch.randint(4, 60, (2, 8)), output_layer_logits=True)
+    (out.layer_logits[:-1] - out.layer_logits[-1].detach()).pow(2).mean().backward()
+    optimizer.step()
+
+
+def assign(model):
+    model.exit_heads = list(model.exit_heads)
+
+
+@pytest.mark.parametrize("train", [step, distil, assign])
+def test_whatever_changes_them_trains_them(tmp_path, train):
+    model = tokenexit.convert(random_classifier())
+    train(model)
+    assert model.untrained_heads() == []
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["untrained_heads"] == []
+    again = TokenExitForTokenClassification.from_pretrained(tmp_path)
+    assert again.untrained_heads() == []
+
+
+def test_taggers_saved_before_this_was_kept_count_as_trained(tmp_path):
+    tokenexit.convert(random_classifier()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["untrained_heads"]
+    path.write_text(json.dumps(config))
+    assert TokenExitForTokenClassification.from_pretrained(tmp_path).untrained_heads() == []
+
+
+def test_a_policy_on_untrained_heads_warns_once(tmp_path, caplog):
+    model = tokenexit.convert(random_classifier())
+    model.policy = ExitPolicy.never()
+    assert not caplog.text
+    for _ in range(2):
+        model.policy = EXITS
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "layers 1, 2, 3" in record.message
+    model.save_pretrained(tmp_path)
+    caplog.clear()
+    TokenExitForTokenClassification.from_pretrained(tmp_path)  # saved under such a policy
+    assert len(caplog.records) == 1
+    caplog.clear()
+    trained = tokenexit.convert(random_classifier())
+    step(trained)
+    trained.policy = EXITS
+    assert not caplog.text
