@@ -14,7 +14,8 @@ from random_models import random_classifier
 from test_trainer import data
 
 import tokenexit
-from tokenexit import ExitPolicy, Tagger, cli, static
+from tokenexit import ExitPolicy, Tagger, cli, costs, static
+from tokenexit.ops import extension_available
 
 
 def call(capsys, *arguments):
@@ -251,11 +252,21 @@ def test_calibrate_stores_the_policy_though_the_report_fails(trained, folder, ca
 
 def test_info(trained, capsys):
     code, out, _ = call(capsys, "info", trained)
-    assert code == 0
+    assert code == 0 and "attention here" not in out
     assert "compiled ops" in out and "bert, 4 layers of 32" in out and "B-PER" in out
     assert call(capsys, "info")[0] == 0
-    if "compiled ops │ for CPU" in " ".join(out.split()):
-        assert "32 x 64, 4 heads, fp32" in " ".join(out.split()) and "absorbed block" in out
+
+
+@pytest.mark.skipif(not extension_available(), reason="not compiled")
+def test_info_measures_when_asked(trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENEXIT_CACHE", str(tmp_path))
+    code, out, _ = call(capsys, "info", trained, "--measure")
+    out = " ".join(out.split())
+    assert code == 0 and "loop │ cpu" in out
+    assert "32 x 64, 4 heads, fp32" in out and "4 heads, int8" in out and "absorbed block" in out
+    assert "4 heads, fp32" in " ".join(call(capsys, "info")[1].split())
+    costs._costs.cache_clear()
+    assert "--measure wants a tagger" in call(capsys, "info", "--measure")[2]
 
 
 def test_info_tells_what_keeps_a_gpu_slow(capsys, monkeypatch):

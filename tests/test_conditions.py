@@ -411,3 +411,21 @@ def test_each_condition_has_its_name(model):
     assert failed() is None
     layers[1].up = Adapter(part)
     assert failed() == "modules of the classes they were made of"
+
+
+def test_a_model_tells_its_loop(model):
+    fast = "cpu" if extension_available() else "eager: a fast loop needs the compiled ops"
+    assert model.loop.startswith(fast)
+    if fast != "cpu":
+        return
+    model.policy = POLICIES[1]
+    assert model.loop == "eager: a fast loop needs copy 'post_norm'"
+    model.policy = CALL["policy"]
+    handle = model.encoder.layers[2].down.register_forward_hook(lambda *_: None)
+    assert model.loop == "eager: a fast loop needs no hooks"
+    handle.remove()
+    assert model.double().loop == "eager: a fast loop needs states in fp32"
+    model.float().encoder.layers[0].up.weight.data = torch.randn(32, 64).t()
+    assert model.loop == "eager: a fast loop needs contiguous weights"
+    model.backend = "reference"
+    assert model.loop == "reference"

@@ -1,4 +1,4 @@
-"""What the two ways of attention cost on this machine, measured once."""
+"""What the two ways of attention cost: by a table, so that every process here chooses the same."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import Active
 
 NAMES = ("key_row", "projected_block", "active_row", "absorbed_block")
+# Nanoseconds for 1,000 multiply-adds of each, by the kind of weights: medians of `measure` for
+# widths of 128 to 1024 on a Xeon. Only ratios count; those of fp32 are the same with AVX2 and
+# AVX-512. They choose as well as what is measured for one width: see docs/cpu.md.
+_RATES = {"fp32": (18.0, 140.0, 55.0, 22.0), "int8": (18.0, 80.0, 42.0, 24.0)}
 # (sentences, tokens, active tokens) of the batches that are timed
 _BATCHES = ((16, 16, 1), (16, 64, 1), (4, 16, 4), (8, 32, 4), (2, 256, 16), (1, 128, 128))
 _ROUNDS = 8
@@ -25,12 +29,11 @@ _ROUNDS = 8
 
 @torch.compiler.assume_constant_result
 def costs(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]:
-    """Costs of `tokenexit.ops.exit_layer`, in microseconds, for layers of these sizes here.
+    """Costs of `tokenexit.ops.exit_layer`, in microseconds, for layers of these sizes.
 
-    Measured at the first call on a machine, which takes a fraction of a second, and kept in
-    `costs.json` in the cache folder (`tokenexit.files.cache_folder`). Only their ratios count,
-    which hardly depend on the number of threads: one measurement serves all, so that results do
-    not depend on it either.
+    By a table of rates for each instruction set and kind of weights: the same in every process on a
+    machine, so that results are the same to the bit. Only where `calibrate` has measured layers of
+    these sizes on this machine, what it found is taken; a process reads that once.
 
     Args:
         d: width of the layer.
@@ -43,31 +46,57 @@ def costs(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]
 
 @lru_cache
 def _costs(d: int, inner: int, num_heads: int, int8: bool) -> list[float]:
+    found = measured().get(_key(d, inner, num_heads, int8))
+    return modelled(d, int8) if found is None else [found[name] for name in NAMES]
+
+
+def modelled(d: int, int8: bool = False) -> list[float]:
+    """The costs that the table gives for layers of width d."""
+    rates = _RATES["int8" if int8 else "fp32"]
+    # Projecting a key and value; 16 queries of all heads by a key, and its value; carrying a query
+    # there and back; 16 pairs of a query and a head by a state, twice.
+    work = 2 * d * d, 32 * d, 2 * d * d, 32 * d
+    return [rate * amount / 1e6 for rate, amount in zip(rates, work, strict=True)]
+
+
+def calibrate(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]:
+    """Measure the costs here, in a second or two, and keep them: other processes take them too.
+
+    Returns:
+        The costs.
+
+    Raises:
+        OSError: the cache folder (`tokenexit.files.cache_folder`) may not be written.
+    """
+    found = measure(d, inner, num_heads, int8)
+    known = {**measured(), _key(d, inner, num_heads, int8): dict(zip(NAMES, found, strict=True))}
+    with write_aside(_path()) as aside:
+        aside.write_text(json.dumps(known, indent=1))
+    _costs.cache_clear()
+    return found
+
+
+def _key(d, inner, num_heads, int8):
     kind = "int8" if int8 else "fp32"
-    key = f"{processor()}, {d} x {inner}, {num_heads} heads, {kind}"
-    known = measured()
-    if key not in known:
-        known[key] = dict(zip(NAMES, measure(d, inner, num_heads, int8), strict=True))
-        try:
-            with write_aside(_path()) as aside:
-                aside.write_text(json.dumps({**measured(), **known}, indent=1))
-        except OSError:
-            pass  # a read-only home: measured anew by each process
-    return [known[key][name] for name in NAMES]
+    return f"{processor()}, {d} x {inner}, {num_heads} heads, {kind}"
 
 
 def _path() -> Path:
-    return cache_folder() / "costs.json"
+    return cache_folder() / "attention-costs.json"
 
 
 def measured() -> dict[str, dict[str, float]]:
-    """What has been measured here so far: shape to `NAMES` to microseconds.
+    """What `calibrate` has measured so far: shape to `NAMES` to microseconds.
 
-    None if the file is missing or of another form.
+    Empty if the file is missing or of another form.
     """
     try:
-        known = json.loads(_path().read_text())
-        return {key: value for key, value in known.items() if set(value) == set(NAMES)}
+        known = json.loads(_path().read_text(encoding="utf-8"))
+        return {
+            key: values
+            for key, values in known.items()
+            if set(values) == set(NAMES) and all(0 <= float(x) < 1e30 for x in values.values())
+        }
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
@@ -89,22 +118,24 @@ def measure(d: int, inner: int, num_heads: int, int8: bool = False) -> list[floa
     """
     matrices = ((d, d), (2 * d, d), (d, d), None, (inner, d), (d, inner), None)
     weights, scales = [], []
+    of = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
     with torch.random.fork_rng([]):  # the caller's numbers stay as they were
-        layer = [nn.Linear(*s[::-1]) if s else nn.LayerNorm(d) for s in matrices]
+        layer = [nn.Linear(*s[::-1], **of) if s else nn.LayerNorm(d, **of) for s in matrices]
     for part in layer:
         if int8 and isinstance(part, nn.Linear):
             part = Int8Linear(part)
         weights += [part.weight.detach(), part.bias.detach()]
         if int8:
-            scales += [getattr(part, name, torch.empty(0)) for name in ("scale", "offset")]
+            scales += [getattr(part, name, torch.empty(0, **of)) for name in ("scale", "offset")]
     never = 1e30
     ways = ([0.0, 0.0, never, never], [never, never, 0.0, 0.0])
     rows, runs = [], []
     for sentences, tokens, active in _BATCHES:
-        packed = pack(torch.ones(sentences, tokens), torch.arange(tokens).expand(sentences, -1))
-        chosen = torch.arange(sentences * tokens).view(sentences, -1)[:, :active].flatten()
-        batch = Active(packed, chosen, torch.arange(sentences + 1) * active)
-        h = torch.ones(sentences * tokens, d)
+        each = torch.arange(sentences * tokens, device="cpu").view(sentences, -1)
+        packed = pack(each >= 0, each[:1].expand(sentences, -1))
+        starts = torch.arange(sentences + 1, device="cpu") * active
+        batch = Active(packed, each[:, :active].flatten(), starts)
+        h = torch.ones(sentences * tokens, d, **of)
         keys = sentences * tokens
         total = sentences * active
         for way in ways:
@@ -126,8 +157,9 @@ def measure(d: int, inner: int, num_heads: int, int8: bool = False) -> list[floa
             run()
             mine.append((time.perf_counter() - start) * 1e6)
     # The least, which what else runs on the machine disturbs least.
-    least = torch.tensor([min(mine) for mine in times], dtype=torch.float64)
-    facts = torch.tensor(rows, dtype=torch.float64)
+    of["dtype"] = torch.float64
+    least = torch.tensor([min(mine) for mine in times], **of)
+    facts = torch.tensor(rows, **of)
     # Relative errors count: each row is divided by its time.
     fit = torch.linalg.lstsq(facts / least[:, None], torch.ones_like(least)[:, None]).solution
     return fit.flatten()[2:].clamp(min=0).tolist()

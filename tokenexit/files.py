@@ -21,10 +21,19 @@ _OPEN_FILES = re.compile(r"/proc/\d+(/task/\d+)?/fd")
 
 
 def cache_folder() -> Path:
-    """What can be made or fetched anew: `$TOKENEXIT_CACHE`, or `tokenexit` in the user's cache."""
-    if named := os.environ.get("TOKENEXIT_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tokenexit"
+    """What can be made or fetched anew: `$TOKENEXIT_CACHE`, or `tokenexit` in the user's cache.
+
+    Raises:
+        OSError: neither is named, and the user has no home folder; or it is that of nobody.
+    """
+    named = os.environ.get("TOKENEXIT_CACHE")
+    try:
+        if named:
+            return Path(named).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tokenexit"
+    except RuntimeError as error:
+        message = f"no home folder; expected TOKENEXIT_CACHE to name one to write to ({error})"
+        raise OSError(message) from None
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from tokenexit import compiled, static
-from tokenexit.conditions import passable
+from tokenexit.conditions import TENSORS, passable, unmet
 from tokenexit.encoder import ExitEncoder, Schedule, Trace, last_of
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized
@@ -223,6 +223,26 @@ class TokenExitForTokenClassification(PreTrainedModel):
         if name not in BACKENDS:
             raise ValueError(f"backend is {name!r}; expected one of {BACKENDS}")
         self._backend = name
+
+    @property
+    def loop(self) -> str:
+        """What would run a call as the model is now: its policy and its mode, without gradients.
+
+        "cpu" and "gpu" are the fast loops, "reference" is the backend of that name; "eager: ..." is
+        layer by layer in PyTorch, with the first condition for a fast loop that is not met.
+        """
+        if self._backend == "reference":
+            return "reference"
+        like = self.embeddings.norm.weight
+        h = like.new_empty(1, self.config.hidden_size)
+        with torch.no_grad():
+            schedule = self._schedule(None, 1, h)
+            if h.is_cuda:
+                layers = [*self.encoder.layers], [*self.encoder.heads]
+                return "gpu" if static.applies(*layers, h, *self._around()) else "eager"
+            found = compiled.reads(self.encoder, h, schedule)
+            failed = found if isinstance(found, str) else unmet(TENSORS, found)
+        return "cpu" if failed is None else f"eager: a fast loop needs {failed}"
 
     @property
     def exit_heads(self) -> nn.ModuleList:
