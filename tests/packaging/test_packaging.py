@@ -1,11 +1,16 @@
 """What a user gets: the sdist, the wheel, an install without a compiler; and who imports whom."""
 
 import ast
+import importlib.util
 import os
+import pty
 import shutil
 import subprocess
 import sys
+import tarfile
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,19 +38,126 @@ def run(*command, cwd, ok=True, **env):
 def source(tmp_path_factory):
     """A copy of the source tree, so that building leaves nothing in ours."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    for name in ("csrc", "kernels", "tokenexit"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    return source
+    built = ("build", "dist", "results", "__pycache__", "*.egg-info", "*.so", "*.pyd")
+    ignored = shutil.ignore_patterns(".git*", ".venv", ".*_cache", ".hypothesis", *built)
+    return shutil.copytree(ROOT, source, ignore=ignored, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")
 def sdist(source):
     run(sys.executable, "setup.py", "-q", "sdist", cwd=source)
     return next((source / "dist").glob("*.tar.gz"))
+
+
+@pytest.mark.slow
+def test_sdist_has_what_its_tests_need(sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    for part in ("tests", "benchmarks", "csrc", "kernels", "tokenexit", ".ci", "docs"):
+        ours = {path.relative_to(ROOT) for path in (ROOT / part).rglob("*.*") if path.is_file()}
+        ours = {p for p in ours if p.suffix not in (".pyc", ".so", ".jsonl", ".png")}
+        assert [p for p in sorted(ours) if not (folder / p).exists()] == []
+    pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    log = run(*pytest_, "--collect-only", cwd=folder)
+    assert "error" not in log.splitlines()[-1]
+    assert " passed" in run(
+        *pytest_, "tests/test_policy.py", "tests/test_assertions.py", cwd=folder
+    )
+
+
+def load_setup(monkeypatch, root=ROOT):
+    """setup.py as a module, and what it gave to `setup`."""
+    given = {}
+    monkeypatch.setattr("setuptools.setup", lambda **kwargs: given.update(kwargs))
+    monkeypatch.chdir(root)
+    spec = importlib.util.spec_from_file_location("setup_of_tokenexit", root / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, given
+
+
+def make_nvcc(folder, top):
+    """An nvcc that tells the folder of its toolkit as the real one does."""
+    folder.mkdir(parents=True)
+    file = folder / "nvcc"
+    file.write_text(f"#!{sys.executable}\nimport sys\nprint('#$ TOP={top}', file=sys.stderr)\n")
+    file.chmod(0o755)
+
+
+def test_the_toolkit_is_where_nvcc_says(monkeypatch, tmp_path):
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TOKENEXIT_BUILD_EXT", "0")
+    module, given = load_setup(monkeypatch)
+    assert "ext_modules" not in given
+    for name in ("wrapped", "packaged/nvidia/cu13", "asked"):
+        make_nvcc(tmp_path / name / "bin", f"{tmp_path}/{name}/bin/..")
+    make_nvcc(tmp_path / "path", f"{tmp_path}/wrapped/bin/..")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "packaged")])
+    monkeypatch.setenv("PATH", "")
+    assert module.toolkit() == str(tmp_path / "packaged/nvidia/cu13")
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    assert module.toolkit() == str(tmp_path / "wrapped")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "asked"))
+    assert module.toolkit() == str(tmp_path / "asked")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    assert module.toolkit() is None
+
+
+def test_missing_cuda_ops_are_told(monkeypatch, capfd):
+    """Where torch is built for CUDA. Nothing is compiled for this."""
+    from setuptools import Distribution
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", "nowhere")
+    monkeypatch.setenv("TOKENEXIT_BUILD_EXT", "auto")
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", lambda self: None)
+    _, given = load_setup(monkeypatch)
+    assert [extension.name for extension in given["ext_modules"]] == ["tokenexit._C"]
+    given["cmdclass"]["build_ext"](Distribution()).build_extensions()
+    out = capfd.readouterr().out
+    assert (
+        "tokenexit: compiled ops for CUDA were not built (nvcc was not found); pure PyTorch does"
+        in out
+    )
+
+
+def test_ops_for_cuda_lie_in_a_library_of_their_own(monkeypatch, tmp_path):
+    """Which a torch without CUDA does not look at, and without which the others load."""
+    from tokenexit import ops
+
+    broken = tmp_path / "_C_cuda.abi3.so"
+    broken.write_text("no library")
+    monkeypatch.setattr(ops, "find_spec", lambda name: SimpleNamespace(origin=str(broken)))
+    monkeypatch.setattr(ops, "_ERROR", None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops._load_cuda()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.warns(RuntimeWarning, match="_C_cuda was built, but does not load"):
+        ops._load_cuda()
+
+
+def test_what_is_missing_is_told_on_the_terminal(source):
+    """Past pip, which keeps what a build prints to itself."""
+    child, terminal = pty.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        environment = {**os.environ, "TOKENEXIT_BUILD_EXT": "0"}
+        os.chdir(source)
+        os.execve(sys.executable, [sys.executable, "setup.py", "--version"], environment)
+    told = b""
+    try:
+        while part := os.read(terminal, 1000):
+            told += part
+    except OSError:  # how a terminal ends
+        pass
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0
+    assert b"tokenexit: compiled ops were not built (TOKENEXIT_BUILD_EXT=0); pure PyTorch" in told
 
 
 ONE_OP = """
@@ -95,8 +207,8 @@ def test_install_without_a_compiler_falls_back(sdist, tmp_path):
     command = [*PIP, "install", "-v", "--no-build-isolation", "--no-deps", "--no-index"]
     missing = {"CXX": "no-c++", "CC": "no-cc", "TOKENEXIT_BUILD_EXT": "auto"}
     log = run(*command, "--target", target, sdist, cwd=tmp_path, **missing)
-    message = "compiled ops were not built (no C++ compiler: no-c++ was not found); "
-    assert f"tokenexit: {message}the pure-PyTorch path works, only slower" in log
+    message = "compiled ops for CPU were not built (no C++ compiler: no-c++ is missing); "
+    assert f"tokenexit: {message}pure PyTorch does their work, only slower" in log
     assert run_one_op(target, tmp_path)[0].startswith("tokenexit._C was not built")
 
 

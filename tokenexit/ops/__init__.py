@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
@@ -16,6 +17,19 @@ except ModuleNotFoundError:
     _ERROR = "tokenexit._C was not built; the installation's log says why (pip install -v)"
 except ImportError as error:
     _ERROR = f"tokenexit._C was built, but does not load: {error}"
+
+
+def _load_cuda():
+    """Register the ops for CUDA, where they were built; a torch without CUDA cannot load them."""
+    if _ERROR is None and torch.version.cuda and (spec := find_spec("tokenexit._C_cuda")):
+        try:
+            torch.ops.load_library(spec.origin)
+        except OSError as error:
+            message = f"tokenexit._C_cuda was built, but does not load: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+_load_cuda()
 
 
 def extension_available() -> bool:
@@ -93,7 +107,7 @@ def use_triton(backend: str, *tensors: torch.Tensor) -> bool:
 @functools.cache
 def _load_kernels():
     """Import what registers torch.ops.tokenexit_triton, on first use; whether triton is there."""
-    if importlib.util.find_spec("triton") is None:
+    if find_spec("triton") is None:
         return False
     for name in ("attention", "decision", "norm"):
         importlib.import_module(f"tokenexit.kernels.{name}")
