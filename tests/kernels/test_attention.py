@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from assertions import assert_as_exact
+from assertions import assert_as_exact, attention_sizes
 from tokenexit.kernels.attention import (
     absorbed_attention,
     exit_attention,
@@ -59,6 +59,7 @@ class Batch:
         for rows, num in ((self.q, self.num_q), (self.grad, self.num_q), (kv, self.num_k)):
             rows[num:] = NAN
         self.k, self.v = kv[:, 0], kv[:, 1]
+        self.scale = dim**-0.5
         self.table = self.positions = None
         if reach is not None:
             self.table = random(heads, 2 * reach + 1)
@@ -69,7 +70,7 @@ class Batch:
         """The output, and gradients of q, k, v and the bias."""
         longest = self.longest if max_length is None else max_length
         kv = (self.k, self.v, *self.cu)
-        options = (0.4, self.table, self.positions, dropout_p, seed, longest, "ieee")
+        options = (self.scale, self.table, self.positions, dropout_p, seed, longest, "ieee")
         out, lse = exit_attention(self.q, *kv, *options)
         assert lse.dtype == torch.float32 and lse[self.num_q :].isnan().all()
         rows = (self.q, self.k, self.v, out, lse)
@@ -93,7 +94,7 @@ class Batch:
         for leaf in leaves:
             leaf.nan_to_num_().requires_grad_()
         options = (leaves[3], self.used(self.positions)) if self.table is not None else (None, None)
-        out = reference.exit_attention(*rows, *self.cu, 0.4, *options, dropout_p, seed)
+        out = reference.exit_attention(*rows, *self.cu, self.scale, *options, dropout_p, seed)
         grads = torch.autograd.grad(
             out, leaves, self.used(self.grad).to(dtype), materialize_grads=True
         )
@@ -102,8 +103,13 @@ class Batch:
     def check(self, **options):
         ours, truth = self.ours(**options), self.exact(torch.float64, **options)
         plain = self.exact(self.q.dtype, **options)
-        for i, results in enumerate(zip(ours, truth, plain, strict=True)):
-            assert_as_exact(*results, "backward" if i else "forward", ("out", *"qkv", "bias")[i])
+        rows = [self.used(x).nan_to_num() for x in (self.grad, self.q, self.k, self.v)]
+        bias = (None, None) if self.table is None else (self.table, self.used(self.positions))
+        scales = attention_sizes(*rows, *self.cu, self.scale, *bias, options.get("dropout_p", 0.0))
+        names = ("out", *"qkv", "bias")
+        for *results, name, scale in zip(ours, truth, plain, names, [None, *scales], strict=False):
+            kind = "forward" if name == "out" else "backward"
+            assert_as_exact(*results, kind, name, scale)
 
 
 @pytest.mark.parametrize("reach", [None, 6], ids=["plain", "bias"])
@@ -149,12 +155,12 @@ def test_unknown_length(device):
 
 def test_lse(device):
     batch = Batch([(5, 17), (40, 70)], torch.float32, device, 16, 6)
-    options = (*batch.cu, 0.4, batch.table, batch.positions, 0.0, 0, batch.longest, "ieee")
+    options = (*batch.cu, batch.scale, batch.table, batch.positions, 0.0, 0, batch.longest, "ieee")
     _, lse = exit_attention(batch.q, batch.k, batch.v, *options)
     q, k = batch.q.double(), batch.k.double()
     for b in range(2):
         mine, seen = (slice(cu[b], cu[b + 1]) for cu in batch.cu)
-        scores = torch.einsum("ahd,khd->hak", q[mine], k[seen]) * 0.4
+        scores = torch.einsum("ahd,khd->hak", q[mine], k[seen]) * batch.scale
         scores += reference.relative_bias(batch.table, batch.positions[mine], scores.shape[-1])
         torch.testing.assert_close(lse[mine].T, scores.logsumexp(-1).float())
 
@@ -166,8 +172,9 @@ def test_autograd(reach, device):
     leaves = [x.detach().clone().requires_grad_() for x in rows]
     q, k, v, *table = leaves
     out, _ = exit_attention(
-        q, k, v, *batch.cu, 0.4, *table or [None], batch.positions, 0.3, 9, batch.longest, "ieee"
-    )
+        q, k, v, *batch.cu, batch.scale, *table or [None], batch.positions, 0.3, 9, batch.longest,
+        "ieee",
+    )  # fmt: skip
     grads = torch.autograd.grad(out, leaves, batch.grad)
     for got, wanted in zip(grads, batch.ours(0.3, 9)[1:], strict=True):
         assert got.dtype == torch.float16
@@ -189,16 +196,17 @@ def test_absorbed_hidden_sizes(dim, dtype, device):
 def check_absorbed(batch):
     h = batch.k[:, 1]
     options = (batch.table, batch.positions)
-    ours = absorbed_attention(batch.q, h, *batch.cu, 0.2, *options, batch.longest, "ieee")
+    ours = absorbed_attention(batch.q, h, *batch.cu, batch.scale, *options, batch.longest, "ieee")
     assert ours[batch.num_q :].isnan().all()
 
     def exact(dtype):
         q, states = batch.used(batch.q).to(dtype), batch.used(h).to(dtype)
         table = None if batch.table is None else batch.table.to(dtype)
         positions = None if table is None else batch.used(batch.positions)
-        return reference.absorbed_attention(q, states, *batch.cu, 0.2, table, positions)
+        return reference.absorbed_attention(q, states, *batch.cu, batch.scale, table, positions)
 
-    assert_as_exact(batch.used(ours), exact(torch.float64), exact(ours.dtype))
+    size = batch.used(h).double().nan_to_num().abs().max()
+    assert_as_exact(batch.used(ours), exact(torch.float64), exact(ours.dtype), scale=size)
 
 
 def test_no_rows(device):
@@ -213,7 +221,7 @@ def test_no_rows(device):
 def test_schemas(device):
     tests = ("test_schema",)  # what traces wants a compiler, not the interpreter
     batch = Batch([(2, 3)], torch.float32, device, 16, 1)
-    options = (*batch.cu, 0.4, batch.table, batch.positions)
+    options = (*batch.cu, batch.scale, batch.table, batch.positions)
     rows = (batch.q, batch.k, batch.v)
     out = exit_attention(*rows, *options)
     calls = [

@@ -1,3 +1,5 @@
+from types import MappingProxyType
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,8 @@ def leaves(tensors, dtype):
     return [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
 
 
-def check(ours, exact, tensors, name):
-    """Forward and every gradient, against fp64 and plain PyTorch."""
+def check(ours, exact, tensors, name, scales=MappingProxyType({})):
+    """Forward and every gradient, against fp64 and plain PyTorch; scales by the result's number."""
     dtype = tensors[0].dtype
     results = []
     for run, kind in ((ours, dtype), (exact, torch.float64), (exact, dtype)):
@@ -23,7 +25,9 @@ def check(ours, exact, tensors, name):
         out.backward(weights)
         results.append([out.detach(), *(a.grad for a in args if a is not None)])
     for i, (got, truth, plain) in enumerate(zip(*results, strict=True)):
-        assert_as_exact(got, truth, plain, "backward" if i else "forward", f"{name} {i}")
+        assert_as_exact(
+            got, truth, plain, "backward" if i else "forward", f"{name} {i}", scales.get(i)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,7 +46,9 @@ def test_add_layer_norm(rows, d, with_residual, dtype, device):
     def ours(*args):
         return add_layer_norm(*args, 1e-5)[0]
 
-    check(ours, exact, [x, residual, weight, bias], "add_layer_norm")
+    # What is normalised to nothing by itself still rounds, and is divided by the root of epsilon.
+    scales = {3 if with_residual else 2: x.abs().max() / 1e-5**0.5} if d == 1 else {}
+    check(ours, exact, [x, residual, weight, bias], "add_layer_norm", scales)
 
 
 @pytest.mark.parametrize("rows", [1, 20, 33])

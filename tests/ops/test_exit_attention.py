@@ -8,7 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from assertions import assert_as_exact
+from assertions import assert_as_exact, attention_sizes
 
 from tokenexit import reference
 from tokenexit.ops import extension_available, extension_error
@@ -44,6 +44,11 @@ def inputs(shape, dtype, heads=3, dim=8, bias=False, seed=0):
     return values, offsets, table, positions
 
 
+def grad_of(out):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(out.shape, generator=g, dtype=torch.float64).to(out.dtype)
+
+
 def run(function, dtype, shape, bias, with_grad=True, **sizes):
     """Output and gradients in a dtype."""
     values, offsets, table, positions = inputs(shape, dtype, bias=bias, **sizes)
@@ -52,9 +57,14 @@ def run(function, dtype, shape, bias, with_grad=True, **sizes):
         leaf.requires_grad_(with_grad)
     out = function(*values.values(), *offsets, 0.4, table, positions)
     if with_grad and out.numel():
-        g = torch.Generator().manual_seed(1)
-        out.backward(torch.randn(out.shape, generator=g, dtype=torch.float64).to(dtype))
+        out.backward(grad_of(out))
     return out.detach(), [leaf.grad for leaf in leaves]
+
+
+def scales_of(out, shape, bias, dropout_p=0.0, **sizes):
+    """For the gradients that `run` gives."""
+    values, offsets, *table = inputs(shape, out.dtype, bias=bias, **sizes)
+    return attention_sizes(grad_of(out), *values.values(), *offsets, 0.4, *table, dropout_p)
 
 
 def assert_right(shape, dtype, bias, **sizes):
@@ -69,10 +79,11 @@ def assert_right(shape, dtype, bias, **sizes):
     assert_as_exact(ours, truth, plain, "forward")
     if not ours.numel():
         return
-    for name, got, wanted, rough in zip(
-        ("q", "k", "v", "bias"), our_grads, truth_grads, plain_grads, strict=False
+    scales = scales_of(ours, shape, bias, **sizes)
+    for name, *results in zip(
+        ("q", "k", "v", "bias"), our_grads, truth_grads, plain_grads, scales, strict=False
     ):
-        assert_as_exact(got, wanted, rough, "backward", name)
+        assert_as_exact(*results[:3], "backward", name, results[3])
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -143,8 +154,9 @@ def test_dropout_is_that_of_the_reference(shape, bias):
     )
     truth, truth_grads = run(exact, torch.float64, shape, bias)
     assert_as_exact(got, truth, rough)
-    for mine, wanted, near in zip(got_grads, truth_grads, rough_grads, strict=True):
-        assert_as_exact(mine, wanted, near, "backward")
+    scales = scales_of(got, shape, bias, 0.3)
+    for mine, wanted, near, scale in zip(got_grads, truth_grads, rough_grads, scales, strict=True):
+        assert_as_exact(mine, wanted, near, "backward", scale=scale)
 
 
 @compiled
