@@ -300,9 +300,128 @@ def test_tuple_output():
     assert torch.equal(logits, tagger(**batch).logits) and layers.dtype == torch.int64
 
 
+def test_return_dict_of_the_configuration():
+    tagger = random_tagger()
+    batch = random_batch([5])
+    expected = tagger(**batch).logits
+    tagger.config.return_dict = False
+    assert torch.equal(tagger(**batch)[0], expected)
+    assert torch.equal(tagger(**batch, return_dict=True).logits, expected)
+
+
+def test_integers_of_any_width():
+    tagger = random_tagger()
+    batch = random_batch([5, 9])
+    expected = tagger(**batch, policy=POLICY)
+    for dtype in (torch.int32, torch.int16, torch.int8):
+        got = tagger(**{name: v.to(dtype) for name, v in batch.items()}, policy=POLICY)
+        assert torch.equal(got.logits, expected.logits)
+        assert torch.equal(got.exit_layers, expected.exit_layers)
+    ids = batch["input_ids"].to(torch.uint8)
+    assert torch.equal(tagger(**{**batch, "input_ids": ids}, policy=POLICY).logits, expected.logits)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@torch.no_grad()
+def test_embeddings_in_place_of_ids(family, backend):
+    theirs = random_classifier(family)
+    tagger = tokenexit.convert(theirs)
+    tagger.backend = backend
+    batch = random_batch([9, 5])
+    ids, words = batch.pop("input_ids"), batch.pop("word_ids")
+    batch["inputs_embeds"] = embeds = tagger.get_input_embeddings()(ids)
+    mask = batch["attention_mask"] != 0
+    torch.testing.assert_close(
+        tagger(**batch).logits[mask], theirs(**batch).logits[mask], atol=1e-4, rtol=0
+    )
+    policy = ExitPolicy(threshold=0.9, window=0)
+    by_ids = tagger(ids, batch["attention_mask"], words, policy=policy)
+    got = tagger(**batch, word_ids=words, policy=policy)
+    assert torch.equal(got.logits, by_ids.logits)
+    assert torch.equal(got.exit_layers, by_ids.exit_layers)
+    each = tagger(**batch, policy=policy)
+    tagger.token_kinds.fill_(2)  # which says nothing of embeddings
+    assert torch.equal(tagger(**batch, policy=policy).exit_layers, each.exit_layers)
+    for wrong, error in ((embeds[..., :8], ValueError), (ids, TypeError), ([[1.0]], TypeError)):
+        with pytest.raises(error, match="inputs_embeds .* expected"):
+            tagger(inputs_embeds=wrong)
+
+
+def test_gradients_reach_embeddings():
+    tagger = random_tagger().train()
+    batch = with_labels()
+    embeds = tagger.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+    tagger(**batch, inputs_embeds=embeds).loss.backward()
+    real = batch["attention_mask"] != 0
+    assert embeds.grad[real].any(-1).all() and not embeds.grad[~real].any()
+
+
+class Kept(torch.nn.Module):
+    """Wraps a module as PEFT's `modules_to_save` does: calls and attributes go to a copy."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.copy = module
+
+    def forward(self, *args):
+        return self.copy(*args)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("copy"), name)
+
+
+@torch.no_grad()
+def test_called_and_changed_as_peft_does():
+    """Its arguments, and heads that are wrapped: the plain path, the same results."""
+    tagger = random_tagger(dtype=torch.float32)
+    batch = random_batch([5, 9, 3])
+    expected = tagger(**batch, policy=POLICY)
+    for number in range(4):
+        tagger.encoder.heads[number] = Kept(tagger.encoder.heads[number])
+    nothing = ("inputs_embeds", "output_attentions", "output_hidden_states", "labels")
+    got = tagger(**batch, **dict.fromkeys(nothing), policy=POLICY, return_dict=True)
+    torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=0)
+    assert torch.equal(got.exit_layers, expected.exit_layers)
+
+
+@pytest.mark.parametrize("task", [None, "TOKEN_CLS"])
+def test_peft(task, tmp_path):
+    """The adapter of its task type for taggers, trained, saved and merged, with the exit heads."""
+    peft = pytest.importorskip("peft")
+    heads = [f"heads.{number}" for number in range(4)]
+    options = {"target_modules": ["query", "key_value", "up"], "modules_to_save": heads}
+    model = peft.get_peft_model(
+        random_tagger(dtype=torch.float32), peft.LoraConfig(task_type=task, **options)
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    batch = with_labels()
+    model.train()(**batch).loss.backward()
+    optimizer.step()
+    model.eval()
+    before = random_tagger(dtype=torch.float32)
+    for head, its_head in zip(model.exit_heads, before.exit_heads, strict=True):
+        assert not torch.equal(head.weight, its_head.weight)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(before, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected, got = (m(**batch, policy=POLICY) for m in (model, again))
+        assert torch.equal(got.logits, expected.logits)
+        merged = again.merge_and_unload()
+        assert isinstance(merged, TokenExitForTokenClassification)
+        got = merged(**batch, policy=POLICY)
+    torch.testing.assert_close(got.logits, expected.logits, atol=1e-3, rtol=0)
+    assert torch.equal(got.exit_layers, expected.exit_layers)
+
+
 def bad(change):
     """A good batch with one thing wrong."""
     batch = with_labels()
+    batch["position_ids"] = torch.arange(9).repeat(3, 1)
     change(batch)
     return batch
 
@@ -355,6 +474,16 @@ def poke(name, value):
             "token_type_ids has 2; expected .* 0 to 1",
         ),
         (put("position_ids", torch.full((3, 9), 160)), ValueError, "position_ids has 160"),
+        (poke("word_ids", -2), ValueError, "word_ids has -2; expected values from -1"),
+        (poke("position_ids", -1), ValueError, "position_ids has -1; expected values from 0"),
+        (poke("labels", -1), ValueError, "labels has -1; expected values from 0 to 4"),
+        (put("input_ids", torch.ones(3, 9, dtype=torch.bool)), TypeError, "is of torch.bool"),
+        (put("input_ids", None), ValueError, "neither input_ids nor inputs_embeds"),
+        (put("inputs_embeds", torch.zeros(3, 9, 32)), ValueError, "both input_ids and inputs_e"),
+        (put("output_attentions", True), ValueError, "output_attentions is True; expected None"),
+        (put("output_hidden_states", True), ValueError, "output_hidden_states is True"),
+        (put("head_mask", torch.ones(4)), ValueError, "head_mask is a Tensor; expected None or F"),
+        (put("polcy", None), TypeError, "unexpected keyword argument 'polcy'"),
     ],
 )
 def test_refuses_bad_batches(change, error, message):

@@ -182,6 +182,42 @@ def test_a_default_device_of_the_user_does_not_matter(tagger):
         assert tagger.tag(many) == expected
 
 
+def test_a_configuration_that_asks_for_tuples(tagger):
+    many = sentences(6)
+    expected = tagger.tag(many)
+    tagger.model.config.return_dict = False
+    try:
+        assert tagger.tag(many) == expected
+    finally:
+        tagger.model.config.return_dict = True
+
+
+def test_a_model_with_something_around_it(tagger):
+    class Adapted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_model = tagger.model
+
+        def forward(self, *args, **kwargs):
+            return self.base_model(*args, **kwargs)
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(tagger.model, name)
+
+    many = sentences(6)
+    assert Tagger(Adapted(), tagger.tokenizer).tag(many) == tagger.tag(many)
+
+
+@pytest.mark.parametrize("other", [random_classifier(), torch.nn.Linear(2, 2), "a name"])
+def test_refuses_other_models(tagger, other):
+    expected = rf"got a {type(other).__name__}; expected a TokenExit.*tokenexit.convert makes one"
+    with pytest.raises(TypeError, match=expected):
+        Tagger(other, tagger.tokenizer)
+
+
 def test_refuses(tagger):
     with pytest.raises(ValueError, match="batch_size is 0"):
         Tagger(tagger.model, tagger.tokenizer, batch_size=0)

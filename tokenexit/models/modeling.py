@@ -51,6 +51,20 @@ _HUB_ARGUMENTS = (
     "token",
     "trust_remote_code",
 )
+# Arguments of Hugging Face's models that ask for what only a computation of all tokens has.
+_OTHERS = frozenset(
+    (
+        "cache_position",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "head_mask",
+        "output_attentions",
+        "output_hidden_states",
+        "past_key_values",
+        "use_cache",
+    )
+)
+_INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 RELATIVE_REACH = 128  # relative positions beyond it share a bucket (T5's max_distance)
 
 
@@ -88,9 +102,9 @@ class ExitEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids, positions, token_type_ids):
-        """`[T]` of each to `[T, d]`."""
-        h = self.word(input_ids) + self.position(positions)
+    def forward(self, input_ids, positions, token_type_ids, words=None):
+        """`[T]` of each to `[T, d]`; words: `[T, d]` in place of the word embeddings."""
+        h = (self.word(input_ids) if words is None else words) + self.position(positions)
         if self.token_type is not None:
             h = h + self.token_type(token_type_ids)
         h = self.dropout(self.norm(h))
@@ -334,7 +348,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         word_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -346,6 +360,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         output_layer_logits: bool = False,
         return_dict: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **others,
     ) -> TokenExitOutput | tuple[torch.Tensor, ...]:
         """Tag a padded batch of B rows of N tokens.
 
@@ -364,12 +380,21 @@ class TokenExitForTokenClassification(PreTrainedModel):
             loss_floor: `[B, N, L]`, see `exit_loss`; in training only.
             num_items_in_batch: what the loss's sum is divided by. None: the number of labels.
             output_layer_logits: return every layer's logits too.
-            return_dict: False for a tuple.
+            return_dict: False for a tuple. None: as the configuration says.
+            inputs_embeds: `[B, N, d]` in place of `input_ids` and their embeddings; each token is
+                a word where no `word_ids` are given.
+            others: further arguments of Hugging Face's models, such as `output_attentions`: None or
+                False.
 
         Raises:
-            ValueError: an empty batch, shapes that do not fit, a sentence longer than the model's
-                positions, ids or labels out of range, NaN logits (in evaluation).
+            TypeError: an argument of the wrong type, or of a name that no model has.
+            ValueError: one of Hugging Face's that asks for what there is not; an empty batch,
+                shapes that do not fit, a sentence longer than the model's positions, ids or labels
+                out of range, NaN logits (in evaluation).
         """
+        _check_others(others)
+        if inputs_embeds is not None:
+            input_ids, word_ids = self._stand_ins(input_ids, inputs_embeds, word_ids)
         rows = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -379,10 +404,13 @@ class TokenExitForTokenClassification(PreTrainedModel):
             "exit_layers": exit_layers,
         }
         _check_rows({**rows, "labels": labels})
+        rows = {name: _as_int64(value) for name, value in rows.items()}
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows["attention_mask"] = mask = mask != 0
 
         every_layer = output_layer_logits or self.training
+        if inputs_embeds is not None:
+            rows["inputs_embeds"] = inputs_embeds
         found = None if every_layer else self._run_static(rows, policy)
         if found is None:
             packed, ids = self._pack(rows)
@@ -429,6 +457,24 @@ class TokenExitForTokenClassification(PreTrainedModel):
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
 
+    def _stand_ins(self, input_ids, inputs_embeds, word_ids):
+        """Ids that no one looks up, `[B, N]`, and the words, of what comes as embeddings."""
+        if input_ids is not None:
+            raise ValueError("got both input_ids and inputs_embeds; expected one of them")
+        d = self.config.hidden_size
+        if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
+            raise TypeError(f"inputs_embeds is {inputs_embeds!r:.40}; expected a float tensor")
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != d:
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected [B, N, {d}]"
+            )
+        # Not the padding id, which has no position in some families.
+        stand_in = int(self.config.position_padding_id == 0)
+        ids = torch.full(inputs_embeds.shape[:2], stand_in, device=inputs_embeds.device)
+        if word_ids is None:
+            word_ids = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return ids, word_ids
+
     def _run_static(self, rows, policy) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Padded logits and layers, by what waits for the host but once, at its end.
 
@@ -438,6 +484,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         encoder = self.encoder
         if (
             self._backend == "reference"
+            or "inputs_embeds" in rows
             or not static.applies([*encoder.layers], [*encoder.heads], like, *self._around())
             or longest > self.config.max_tokens
             or any(v is not None and v.device != like.device for v in rows.values())
@@ -541,7 +588,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
             positions = packed.positions
         types = rows["token_type_ids"]
         types = torch.zeros_like(ids) if types is None else packed.pack(types)
-        return self.embeddings(ids, positions, types)
+        words = packed.pack(rows["inputs_embeds"]) if "inputs_embeds" in rows else None
+        return self.embeddings(ids, positions, types, words)
 
     def _bias(self, device) -> torch.Tensor | None:
         """`[H, 2R+1]`, added to the scores by relative position, where the family has it."""
@@ -558,6 +606,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         limits = {
             "input_ids": (0, self.config.vocab_size - 1),
             "position_ids": (0, self.config.max_position_embeddings - 1),
+            "word_ids": (-1, torch.iinfo(torch.int64).max),
         }
         if self.config.type_vocab_size:
             limits["token_type_ids"] = (0, self.config.type_vocab_size - 1)
@@ -713,14 +762,35 @@ def exit_loss(
     return total / (num_layers * (num_layers + 1) / 2) / _count(labels, num_items)
 
 
+def _check_others(others):
+    """Reject all but arguments of Hugging Face's that ask for nothing."""
+    for name, value in others.items():
+        if name not in _OTHERS:
+            raise TypeError(f"forward got an unexpected keyword argument {name!r}")
+        if value is not None and value is not False:
+            got = value if isinstance(value, bool) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"{name} is {got}; expected None or False: a tagger whose tokens exit early has "
+                "no such thing"
+            )
+
+
+def _as_int64(value):
+    """Integers as such, whatever their width; masks of other types as they are."""
+    narrow = value is not None and value.dtype in _INTEGERS and value.dtype != torch.int64
+    return value.long() if narrow else value
+
+
 def _check_rows(rows):
     """Reject what is no `[B, N]` of the right type; without a look at values."""
     for name, value in rows.items():
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
-        if value is not None and value.is_floating_point() and name != "attention_mask":
+        if value is not None and value.dtype not in _INTEGERS and name != "attention_mask":
             raise TypeError(f"{name} is of {value.dtype}; expected integers")
     input_ids = rows["input_ids"]
+    if input_ids is None:
+        raise ValueError("got neither input_ids nor inputs_embeds; expected one of them")
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}; expected [B, N] with at least one "

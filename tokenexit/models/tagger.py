@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenexit.files import write_folder_aside
@@ -31,13 +32,14 @@ class Tagger:
     """Tags sentences given as words, of any length and in any number.
 
     Args:
-        model: the tagger.
+        model: the tagger, or one with adapters around it.
         tokenizer: its fast tokenizer, of which the tagger takes a copy: what is done to it
             afterwards does not change results.
         batch_size: sentences a forward pass.
         overlap: words that the windows of a sentence too long for the model share.
 
     Raises:
+        TypeError: another model.
         ValueError: a tokenizer that is not fast or joins words; batch_size below 1.
     """
 
@@ -48,6 +50,12 @@ class Tagger:
         batch_size: int = 32,
         overlap: int = 32,
     ):
+        inner = model.modules() if isinstance(model, nn.Module) else ()
+        if not any(isinstance(part, TokenExitForTokenClassification) for part in inner):
+            raise TypeError(
+                f"got a {type(model).__name__}; expected a TokenExitForTokenClassification "
+                "(tokenexit.convert makes one of a Hugging Face token classifier)"
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
         self.model = model
@@ -151,7 +159,7 @@ class Tagger:
 
         Args:
             policy: in place of the model's; or one for each sentence that `windows` got.
-            kwargs: of the model's forward.
+            kwargs: of the model's forward, but `return_dict`.
 
         Yields:
             The indices of a batch's windows, the model's output for them, and for each the
@@ -171,5 +179,5 @@ class Tagger:
             if isinstance(policy, Sequence):
                 given = [policy[window.sentence] for window in chosen]
             with evaluating(self.model) as model:
-                output = model(**batch, policy=given, **kwargs)
+                output = model(**batch, policy=given, return_dict=True, **kwargs)
             yield indices, output, firsts
