@@ -461,7 +461,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         """Ids that no one looks up, `[B, N]`, and the words, of what comes as embeddings."""
         if input_ids is not None:
             raise ValueError("got both input_ids and inputs_embeds; expected one of them")
-        d = self.config.hidden_size
+        d = self.embeddings.word.embedding_dim
         if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
             raise TypeError(f"inputs_embeds is {inputs_embeds!r:.40}; expected a float tensor")
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != d:
