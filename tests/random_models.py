@@ -20,7 +20,7 @@ def random_classifier(family="bert", layers=4, labels=5, hidden=32, heads=4, see
         "num_attention_heads": heads,
         ("hidden_dim" if family == "distilbert" else "intermediate_size"): 2 * hidden,
         "max_position_embeddings": 160,
-        "num_labels": labels,
+        **({} if labels is None else {"num_labels": labels}),
         "initializer_range": 0.4,
         **changes,
     }

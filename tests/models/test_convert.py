@@ -204,6 +204,181 @@ def test_refuses_other_architectures():
         tokenexit.convert(torch.nn.Linear(2, 2))
 
 
+def test_marks_of_other_kinds(tiny_tokenizer):
+    from tokenizers import Tokenizer, models, normalizers
+    from tokenizers import pre_tokenizers as pre
+    from transformers import PreTrainedTokenizerFast
+
+    def kinds(vocab, merges, *parts, added=(), **options):
+        core = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", **options))
+        for part in parts:
+            name = "normalizer" if isinstance(part, normalizers.Normalizer) else "pre_tokenizer"
+            setattr(core, name, part)
+        core.enable_truncation(1)  # which must not matter
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+        tokenizer.add_tokens(list(added))
+        values = token_kinds(tokenizer, len(tokenizer)).tolist()
+        return {name: values[index] for name, index in tokenizer.get_vocab().items()}
+
+    vocab = {"<unk>": 0, "Ġ": 1, "a": 2, "Ġa": 3, "ab": 4, "b": 5}
+    merges = [("Ġ", "a"), ("a", "b")]
+    for without in (True, False):
+        level = pre.ByteLevel(add_prefix_space=without)
+        sequence = pre.Sequence([pre.Digits(), pre.Sequence([level])])
+        found = kinds(vocab, merges, sequence, added=["@user", "Ġx"])
+        assert found == {
+            "<unk>": 1, "Ġ": 0, "a": 1, "Ġa": 0, "ab": 1, "b": 1, "@user": 0, "Ġx": 0,
+        }  # fmt: skip
+    other = {name.replace("Ġ", "_"): index for name, index in vocab.items()}
+    merges = [("_", "a"), ("a", "b")]
+    expected = {"<unk>": 1, "_": 0, "a": 1, "_a": 0, "ab": 1, "b": 1}
+    assert kinds(other, merges, pre.Metaspace(replacement="_")) == expected
+    put = normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")])
+    assert kinds(other, merges, put) == expected
+    # Marks of ends say nothing of where a word starts; without marks each token is one.
+    ends = {"<unk>": 0, "a": 1, "b": 2, "b</w>": 3, "a</w>": 4}
+    level = pre.Sequence([pre.Whitespace(), pre.ByteLevel(add_prefix_space=False)])
+    assert not any(kinds(ends, [], level, end_of_word_suffix="</w>").values())
+    assert not any(kinds({"<unk>": 0, "a": 1, "b": 2}, [], pre.Whitespace()).values())
+
+
+def test_labels_of_foreign_configurations(caplog):
+    def maps(**labels):
+        model = tokenexit.convert(random_classifier(labels=None, **labels))
+        assert model.num_labels == len(model.config.id2label)
+        assert not caplog.text
+        return model.config.id2label, model.config.label2id
+
+    names = {0: "O", 1: "B", 2: "I"}
+    expected = (names, {"O": 0, "B": 1, "I": 2})
+    assert maps(id2label=names) == expected
+    assert maps(id2label={str(key): value for key, value in names.items()}) == expected
+    assert maps(id2label=names, label2id={"O": "0", "B": "1", "I": "2"}) == expected
+    assert maps(id2label={2: "I", 0: "O", 1: "B"}) == expected
+    assert list(maps(id2label={2: "I", 0: "O", 1: "B"})[1]) == ["O", "B", "I"]
+    default = ({0: "LABEL_0", 1: "LABEL_1"}, {"LABEL_0": 0, "LABEL_1": 1})
+    assert maps(num_labels=2) == default
+    assert maps(id2label={0: 0, 1: 1}) == ({0: "0", 1: "1"}, {"0": 0, "1": 1})
+    # As many have it whose labels were renamed.
+    assert maps(id2label=names, label2id={"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}) == expected
+    with pytest.raises(AssertionError):
+        maps(id2label=names, label2id={"O": 2, "B": 1, "I": 0})
+    assert "label2id is {'O': 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ({"id2label": {0: "O", 2: "B", 3: "I"}}, r"3 labels but none for \[1\]; expected one for"),
+        ({"id2label": {1: "O", 2: "B"}}, r"none for \[0\]; expected one for each of 0 to 1"),
+        ({"id2label": {0: "O", 1: "B", 2: "O"}}, "'O' for both 0 and 2; expected different"),
+        ({"id2label": {0: "O", 1: None}}, r"\['O', None\]; expected names"),
+        ({"id2label": {0: "O", 1: "B"}, "label2id": {"O": "x", "B": 1}}, "got 'x' as the number"),
+        ({"num_labels": 1}, "num_labels is 1; expected 2 or more"),
+    ],
+)
+def test_refuses_labels_that_are_none(labels, message):
+    with pytest.raises(ValueError, match=message):
+        tokenexit.convert(random_classifier(labels=None, **labels))
+
+
+def test_a_default_device_and_dtype_of_the_user_do_not_matter(tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    theirs = random_classifier(vocab_size=len(tokenizer))
+    expected = tokenexit.convert(theirs, tokenizer)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = tokenexit.convert(theirs, tokenizer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    ours, state = expected.state_dict(), got.state_dict()
+    new = {f"encoder.heads.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
+    for name in ours.keys() - new:
+        assert torch.equal(state[name], ours[name]), name
+    assert all(value.device.type == "cpu" and value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_what_only_a_full_computation_has_is_not_kept(family, caplog):
+    theirs = random_classifier(family, output_hidden_states=True)
+    model = tokenexit.convert(theirs)
+    assert not model.config.output_hidden_states
+    assert "output_hidden_states is not kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "task", ["SequenceClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM"]
+)
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_refuses_other_tasks(family, task, tmp_path):
+    config = random_classifier(family).config
+    name = f"{'Bert' if family == 'bert' else 'MPNet'}For{task}"
+    model = getattr(transformers, name)(config)
+    with pytest.raises(ValueError, match=f"got a {name} without .*; expected a token classifier"):
+        tokenexit.convert(model)
+    model.save_pretrained(tmp_path)
+    load = tokenexit.TokenExitForTokenClassification.from_pretrained
+    if hasattr(model, "classifier") and family == "bert" and task != "MultipleChoice":
+        with pytest.raises(ValueError, match=f"is of a {name}; expected an encoder or a BertForT"):
+            load(tmp_path)
+    elif task == "MaskedLM":
+        assert load(tmp_path).num_labels == 5
+
+
+def test_refuses_what_it_would_drop(tmp_path):
+    class Crf(transformers.BertForTokenClassification):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    class Attention(transformers.models.bert.modeling_bert.BertSelfAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    theirs = random_classifier()
+    with pytest.raises(ValueError, match="got a Crf whose own forward is none .*CRF"):
+        tokenexit.convert(Crf(theirs.config))
+    attention = theirs.bert.encoder.layer[1].attention
+    attention.self.__class__ = Attention
+    with pytest.raises(ValueError, match=r"whose bert.encoder.layer.1.attention.self forward is"):
+        tokenexit.convert(theirs)
+    theirs = random_classifier()
+    theirs.classifier.forward = theirs.dropout.forward
+    with pytest.raises(ValueError, match="whose classifier forward is none"):
+        tokenexit.convert(theirs)
+    theirs = random_classifier()
+    theirs.transitions = torch.nn.Linear(5, 5)
+    with pytest.raises(
+        ValueError, match=r"2 weights that no BertForTokenClassification has, \['tr"
+    ):
+        tokenexit.convert(theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="2 weights that no BertForTokenClassification has"):
+        tokenexit.TokenExitForTokenClassification.from_pretrained(tmp_path)
+    theirs = random_classifier()
+    theirs.classifier = torch.nn.Linear(32, 5, bias=False)
+    with pytest.raises(ValueError, match="without classifier.bias, which a BertForTokenClassific"):
+        tokenexit.convert(theirs)
+    theirs.classifier = torch.nn.Linear(32, 7)
+    with pytest.raises(
+        ValueError, match=r"classifier.weight of shape \(7, 32\); .* have \(5, 32\)"
+    ):
+        tokenexit.convert(theirs)
+    theirs = random_classifier()
+    theirs.bert.encoder.layer[0].attention.self.value = torch.nn.Linear(32, 16)
+    with pytest.raises(ValueError, match=r"of shape .*; by the configuration it would have"):
+        tokenexit.convert(theirs)
+
+
+def test_takes_a_subclass_that_changes_nothing():
+    class Mine(transformers.BertForTokenClassification):
+        def greet(self):
+            return "hello"
+
+    assert tokenexit.convert(Mine(random_classifier().config)).num_labels == 5
+
+
 def test_refuses_other_heads_and_itself():
     config = random_classifier().config
     with pytest.raises(ValueError, match="BertModel without .*; expected a token classifier"):

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import ClassVar
 
 from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
+
+# Beyond these a configuration is damaged, and building its model would take minutes or all memory.
+MOST_LAYERS, MOST_PARAMETERS = 1000, 4_000_000_000
 
 
 class TokenExitConfig(PreTrainedConfig):
@@ -54,3 +61,81 @@ class TokenExitConfig(PreTrainedConfig):
         """Tokens of the longest sentence that the position embeddings cover."""
         used = 0 if self.position_padding_id is None else self.position_padding_id + 1
         return self.max_position_embeddings - used
+
+
+def check_sizes(config: PreTrainedConfig):
+    """Raise ValueError for sizes of which there is no model, before one is built.
+
+    Args:
+        config: ours, or that of a Hugging Face encoder.
+    """
+    names = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers")
+    names += ("num_attention_heads", "intermediate_size")
+    sizes = {name: _size(config, name, 1) for name in names if hasattr(config, name)}
+    sizes.update(type_vocab_size=_size(config, "type_vocab_size", 0), num_labels=config.num_labels)
+    if sizes["num_labels"] is None or sizes["num_labels"] < 2:
+        raise ValueError(
+            f"config.num_labels is {sizes['num_labels']}; expected 2 or more: with less there is "
+            "nothing to be sure of"
+        )
+    d, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
+    rows = sizes["vocab_size"] + sizes["max_position_embeddings"] + sizes["type_vocab_size"]
+    layer = 4 * d + 2 * sizes.get("intermediate_size", 0) + sizes["num_labels"]
+    parameters = d * (rows + layers * layer)
+    if layers > MOST_LAYERS or parameters > MOST_PARAMETERS:
+        raise ValueError(
+            f"the configuration is of a model with {layers} layers and {parameters:.1e} "
+            f"parameters, by {sizes}; expected at most {MOST_LAYERS} and {MOST_PARAMETERS:.0e}"
+        )
+
+
+def _size(config, name, least):
+    value = getattr(config, name, 0)
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"config.{name} is {value!r}; expected an int of {least} or more")
+    return value
+
+
+def label_maps(
+    id2label: Mapping[int | str, str | int], label2id: Mapping[str, int | str] | None
+) -> tuple[dict[int, str], dict[str, int]]:
+    """Names of the labels 0 .. C-1 and the way back, from what foreign configurations have.
+
+    `id2label` decides; of a `label2id` that says otherwise a warning tells, unless that is the
+    default one ("LABEL_0"), which many have that renamed their labels.
+
+    Raises:
+        ValueError: ids with gaps, a name of two labels, what is no number or no name.
+    """
+    names = {_number(key): value for key, value in id2label.items()}
+    wanted = range(len(names))
+    if sorted(names) != list(wanted):
+        missing = sorted(set(wanted) - set(names))
+        raise ValueError(
+            f"id2label has {len(names)} labels but none for {missing[:10]}; expected one for each "
+            f"of 0 to {len(names) - 1}"
+        )
+    names = {key: names[key] for key in wanted}
+    if not all(isinstance(value, (str, int)) for value in names.values()):
+        raise ValueError(f"id2label has {list(names.values())!r:.80}; expected names")
+    names = {key: str(value) for key, value in names.items()}
+    ids = {}
+    for key, name in names.items():
+        if name in ids:
+            raise ValueError(
+                f"id2label has {name!r} for both {ids[name]} and {key}; expected different names"
+            )
+        ids[name] = key
+    others = {name: _number(value) for name, value in (label2id or {}).items()}
+    if others != ids and any(name != f"LABEL_{value}" for name, value in others.items()):
+        logger.warning(
+            "label2id is %.200s, which is not id2label, %.200s; that is taken", others, ids
+        )
+    return names, ids
+
+
+def _number(value: int | str) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"got {value!r} as the number of a label; expected an int") from None

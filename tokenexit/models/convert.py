@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import fields
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import FAMILIES
 from tokenexit.models.modeling import TokenExitForTokenClassification
-from tokenexit.packing import CONTINUES_WORD, SPECIAL, STARTS_WORD
+from tokenexit.models.vocabulary import token_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -37,29 +39,33 @@ def convert(
 
     Raises:
         TypeError: not a Hugging Face model.
-        ValueError: an unsupported family, a model without a token classifier, a tokenizer that
-            is not a fast one or has more entries than the model has embeddings.
+        ValueError: an unsupported family; a model for another task, or with parts or code that
+            the result would not have; labels with gaps; a tokenizer that is not a fast one or has
+            more entries than the model has embeddings.
     """
     if isinstance(model, TokenExitForTokenClassification):
         raise ValueError("the model is a TokenExitForTokenClassification already")
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"got a {type(model).__name__}; expected a Hugging Face PreTrainedModel")
+        raise TypeError(
+            f"got a {type(model).__name__}; expected a Hugging Face PreTrainedModel (one with "
+            "adapters around it has to be merged before)"
+        )
     theirs = model.config
     family = FAMILIES.get(theirs.model_type)
     if family is None:
         raise unsupported(theirs.model_type)
     if getattr(theirs, "is_decoder", False):
         raise ValueError("got a decoder (config.is_decoder); expected an encoder")
+    _refuse_other_code(model)
+    expected = _token_classifier(theirs)
+    if not isinstance(model, getattr(transformers, expected)):
+        raise ValueError(
+            f"got a {type(model).__name__} without a head for tokens; expected a token "
+            f"classifier, {expected} (AutoModelForTokenClassification.from_pretrained loads any "
+            "encoder as one)"
+        )
     weights = model.state_dict()
     names = family.names(theirs)
-    lacking = [
-        part for parts in names.values() for part in parts if f"{part}.weight" not in weights
-    ]
-    if lacking:
-        raise ValueError(
-            f"got a {type(model).__name__} without {lacking[0]}; expected a token classifier "
-            "(AutoModelForTokenClassification.from_pretrained loads any encoder as one)"
-        )
     if any(value.is_meta for value in weights.values()):
         raise ValueError("got a model on the meta device; expected one with its weights")
 
@@ -75,6 +81,10 @@ def convert(
         shared["classifier_dropout"] = shared["hidden_dropout_prob"]
     for name in ("model_type", "architectures", "transformers_version"):
         shared.pop(name, None)
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(theirs, name, False):
+            shared.pop(name, None)
+            logger.warning("%s is not kept: not all tokens have them in all layers", name)
     config = TokenExitConfig(**shared, source_model_type=theirs.model_type)
     with torch.device("cpu"):  # whatever the user's default is
         converted = TokenExitForTokenClassification(config).to(model.dtype)
@@ -84,61 +94,16 @@ def convert(
     for name, parts in names.items():
         for kind in ("weight", "bias"):
             if f"{name}.{kind}" in ours:
-                value = torch.cat([weights[f"{part}.{kind}"].cpu() for part in parts])
-                ours[f"{name}.{kind}"].copy_(value)
+                taken = [(f"{part}.{kind}", weights.pop(f"{part}.{kind}", None)) for part in parts]
+                _copy(ours[f"{name}.{kind}"], taken, expected)
+    if weights:
+        raise ValueError(
+            f"got a {type(model).__name__} with {len(weights)} weights that no {expected} has, "
+            f"{sorted(weights)[:3]}; expected one without, as they would be dropped"
+        )
     if tokenizer is not None:
         converted.token_kinds.copy_(token_kinds(tokenizer, config.vocab_size))
     return converted.to(model.device).train(model.training)
-
-
-def token_kinds(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
-    """What each vocabulary entry is, `[vocab_size]` uint8: starts a word, continues one, special.
-
-    WordPiece marks what continues a word ("##"); SentencePiece and byte-level BPE mark what
-    starts one ("▁", "Ġ"). A vocabulary without marks makes each token a word.
-
-    Raises:
-        ValueError: not a fast tokenizer; more entries than `vocab_size`.
-    """
-    require_fast(tokenizer)
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries; the model's vocabulary is {vocab_size}"
-        )
-    kinds = torch.full((vocab_size,), STARTS_WORD, dtype=torch.uint8, device="cpu")
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    continuing = backend["model"].get("continuing_subword_prefix")
-    starting = None
-    if not continuing:
-        spaces = json.dumps([backend.get("pre_tokenizer"), backend.get("decoder")])
-        starting = "▁" if '"Metaspace"' in spaces else "Ġ" if '"ByteLevel"' in spaces else None
-    for token, index in tokenizer.get_vocab().items():
-        if (continuing and token.startswith(continuing)) or (
-            starting and not token.startswith(starting)
-        ):
-            kinds[index] = CONTINUES_WORD
-    # The unknown token stands for text.
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    kinds[sorted(special)] = SPECIAL
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
-        raise ValueError(
-            f"got a {type(tokenizer).__name__} of special tokens only; expected one with its "
-            "vocabulary (are the tokenizer's files where it was loaded from?)"
-        )
-    return kinds
-
-
-def marks_of(name: str | os.PathLike, vocab_size: int, **hub) -> torch.Tensor:
-    """`token_kinds` of the tokenizer saved at `name`; with a warning no marks if there is none."""
-    try:
-        return token_kinds(AutoTokenizer.from_pretrained(name, **hub), vocab_size)
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "no words are marked in the vocabulary, each token is one unless word_ids say "
-            "otherwise: %s",
-            error,
-        )
-        return torch.full((vocab_size,), STARTS_WORD, dtype=torch.uint8, device="cpu")
 
 
 def unsupported(model_type: str) -> ValueError:
@@ -146,10 +111,61 @@ def unsupported(model_type: str) -> ValueError:
     return ValueError(f"got a {model_type!r} model; supported architectures are {sorted(FAMILIES)}")
 
 
-def require_fast(tokenizer: PreTrainedTokenizerBase):
-    """Raise ValueError unless the tokenizer can say which word a token belongs to."""
-    if not getattr(tokenizer, "is_fast", False):
+def _token_classifier(config: PreTrainedConfig) -> str:
+    """The name of Hugging Face's token classifier of this family."""
+    return MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES[config.model_type]
+
+
+def check_checkpoint(name: str | os.PathLike, config: PreTrainedConfig, info: dict):
+    """Raise ValueError where a checkpoint's head is for another task, or something is left over.
+
+    Args:
+        name: of the checkpoint, for the message.
+        config: its configuration.
+        info: what loading it as a token classifier told. A new classifier may stand on any encoder.
+    """
+    expected = _token_classifier(config)
+    if "classifier.weight" in info["missing_keys"] or info["mismatched_keys"]:
+        return
+    made_by = (config.architectures or [expected])[0]
+    extra = sorted(key for key in info["unexpected_keys"] if not key.startswith("cls."))
+    if made_by != expected:
         raise ValueError(
-            f"got {type(tokenizer).__name__}, which is not a fast tokenizer; expected one, as only "
-            "those say which word a token belongs to"
+            f"the checkpoint {name} is of a {made_by}; expected an encoder or a {expected}, as its "
+            "classifier is for another task"
         )
+    if extra:
+        raise ValueError(
+            f"the checkpoint {name} has {len(extra)} weights that no {expected} has, {extra[:3]}; "
+            "expected one without, as they would be dropped"
+        )
+
+
+def _refuse_other_code(model: nn.Module):
+    """Raise ValueError if a part runs code of others than transformers and torch: it is dropped."""
+    for name, part in model.named_modules():
+        code = type(part).forward.__module__.partition(".")[0]
+        # accelerate's hooks, which move weights about, replace the forward of an instance.
+        replaced = "forward" in vars(part) and not hasattr(part, "_hf_hook")
+        if replaced or code not in ("transformers", "torch"):
+            raise ValueError(
+                f"got a {type(model).__name__} whose {name or 'own'} forward is none of "
+                f"Hugging Face's (a {type(part).__module__}.{type(part).__name__}); expected a "
+                "plain token classifier, as what that forward does (a CRF, an adapter that is not "
+                "merged) would be dropped"
+            )
+
+
+def _copy(ours: torch.Tensor, theirs: list[tuple[str, torch.Tensor | None]], expected: str):
+    """Copy weights of theirs, given with their names, one below the other, into one of ours."""
+    lacking = [name for name, value in theirs if value is None]
+    if lacking:
+        raise ValueError(f"got a model without {lacking[0]}, which a {expected} has")
+    value = torch.cat([value.cpu() for _, value in theirs])
+    if value.shape != ours.shape:
+        name = theirs[0][0]
+        raise ValueError(
+            f"got {name} of shape {tuple(theirs[0][1].shape)}; by the configuration it would have "
+            f"{(ours.shape[0] // len(theirs), *ours.shape[1:])}"
+        )
+    ours.copy_(value)

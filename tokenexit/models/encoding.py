@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -14,12 +13,11 @@ import torch
 from tokenizers import Encoding, Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
-from tokenexit.models.convert import require_fast
+from tokenexit.models.vocabulary import own_backend, require_fast, some_words
 
 logger = logging.getLogger(__name__)
 
 NO_WORD, NO_LABEL = -1, -100
-_MARKS = ("Ġ", "▁")  # of a space before a word: in byte-level vocabularies, and SentencePiece's
 
 _Value = TypeVar("_Value")
 
@@ -73,7 +71,7 @@ class WordTokenizer:
         require_fast(tokenizer)
         self.name = type(tokenizer).__name__
         self.pad_token_id = tokenizer.pad_token_id
-        self.backend = _own_backend(tokenizer)
+        self.backend = own_backend(tokenizer)
         self.unk_token_id = tokenizer.unk_token_id
         if self.unk_token_id is None and (unk := getattr(self.backend.model, "unk_token", None)):
             self.unk_token_id = self.backend.token_to_id(unk)
@@ -117,7 +115,7 @@ class WordTokenizer:
         Byte-level and SentencePiece vocabularies mark the space before a word. Whether a word
         that comes alone gets that mark is up to several settings of several parts; so ask.
         """
-        words = _some_words(self.backend)
+        words = some_words(self.backend)
         texts = self._encode([f"{word} {word}" for word in words], words=False)
         pairs = self._encode([[word, word] for word in words], words=True)
         for word, text, pair in zip(words, texts, pairs, strict=True):
@@ -342,40 +340,6 @@ def _words(words: Sequence[str], number: int) -> list[str]:
     except UnicodeEncodeError as error:
         raise ValueError(f"sentence {number} is no valid Unicode: {error}") from error
     return list(words)
-
-
-def _own_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the backend that encodes alike, and whose settings are its own.
-
-    The vocabulary, large and never changed, is shared where that is possible.
-    """
-    theirs = tokenizer.backend_tokenizer
-    added = {index: repr(token) for index, token in theirs.get_added_tokens_decoder().items()}
-    own = Tokenizer(theirs.model)
-    for part in ("normalizer", "pre_tokenizer"):
-        if (value := getattr(theirs, part)) is not None:
-            setattr(own, part, value)
-    own.add_tokens([token for _, token in sorted(theirs.get_added_tokens_decoder().items())])
-    again = {index: repr(token) for index, token in own.get_added_tokens_decoder().items()}
-    dropout = getattr(theirs.model, "dropout", None)
-    if again != added or dropout:
-        own = copy.deepcopy(theirs)
-        own.no_truncation()
-        own.no_padding()
-        if dropout:
-            own.model.dropout = None
-    own.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
-    return own
-
-
-def _some_words(backend: Tokenizer, most: int = 200) -> list[str]:
-    """Words that the vocabulary has, those first that it marks as such."""
-    size = backend.get_vocab_size(with_added_tokens=False)
-    tokens = [backend.id_to_token(i) or "" for i in range(0, size, size // 5000 + 1)]
-    tokens.sort(key=lambda token: not token.startswith(_MARKS))
-    words = (token.lstrip("".join(_MARKS)) for token in tokens)
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    return [word for word in dict.fromkeys(words) if word.isalnum() and word not in added][:most]
 
 
 def _cut(

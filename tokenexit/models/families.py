@@ -28,7 +28,8 @@ class Family:
         layer_prefix: what their layer names start with.
         config: our configuration's fields: a value, or a function of their configuration, where
             names or meanings differ.
-        prepare: changes their weights, given by name, where values differ; or None.
+        prepare: changes their weights, given by name, where values differ, and takes out those
+            that ours needs no more; or None.
     """
 
     prefix: str
@@ -85,7 +86,7 @@ def _add_task(weights: dict[str, Tensor], config: PreTrainedConfig):
     """ERNIE adds the first of its task embeddings to every token."""
     if config.use_task_id:
         types = "ernie.embeddings.token_type_embeddings.weight"
-        task = weights["ernie.embeddings.task_type_embeddings.weight"][0]
+        task = weights.pop("ernie.embeddings.task_type_embeddings.weight")[0]
         weights[types] = weights[types] + task
 
 

@@ -33,7 +33,7 @@ from tokenexit.encoder import ExitEncoder, Schedule, Trace, last_of
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized
 from tokenexit.layers import ExitHead, ExitLayer
-from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.models.configuration import TokenExitConfig, check_sizes, label_maps
 from tokenexit.models.families import FAMILIES
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import STARTS_WORD, Packed, word_ids_from_kinds
@@ -306,7 +306,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
             ValueError: an unsupported architecture; a checkpoint that is damaged or incomplete.
             OSError: no such folder or hub name.
         """
-        from tokenexit.models.convert import convert, marks_of, unsupported
+        from tokenexit.models.convert import check_checkpoint, convert, unsupported
+        from tokenexit.models.vocabulary import marks_of
 
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         config = kwargs.get("config", name)
@@ -319,9 +320,11 @@ class TokenExitForTokenClassification(PreTrainedModel):
             model.mark_untrained(model.config.untrained_heads or ())
             model._warn_of_untrained_heads()
         elif config.model_type in FAMILIES:
+            check_sizes(config)
             new = ("classifier.weight", "classifier.bias")  # of an encoder without a classifier
             load = AutoModelForTokenClassification.from_pretrained
             model, info = _load_whole(load, name, new, *args, **kwargs)
+            check_checkpoint(name, config, info)
             model = convert(model, tokenizer)
             if set(new) & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}:
                 model.mark_untrained(range(1, model.config.num_hidden_layers + 1))
@@ -805,12 +808,19 @@ def _check_rows(rows):
 
 
 def _check_config(config):
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"config.{name} is {value!r}; expected an int of 1 or more")
-    if config.hidden_act not in ACT2FN:
+    check_sizes(config)
+    if not isinstance(config.hidden_act, str) or config.hidden_act not in ACT2FN:
         raise ValueError(f"config.hidden_act is {config.hidden_act!r}; expected one of {[*ACT2FN]}")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"config.{name} is {value!r}; expected a number from 0 to 1")
+    if config.max_tokens < 1:
+        raise ValueError(
+            f"config.max_position_embeddings is {config.max_position_embeddings}; expected more "
+            f"than position_padding_id, {config.position_padding_id}, takes up"
+        )
+    config.id2label, config.label2id = label_maps(config.id2label, config.label2id)
 
 
 def _precise(logits):
