@@ -1,7 +1,9 @@
 """The command line, from training to tagging, and its one-line errors."""
 
 import importlib.util
+import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,9 @@ from test_trainer import data
 
 import tokenexit
 from tokenexit import ExitPolicy, Tagger, cli, costs, static
+from tokenexit.models.tagger import Tagged
 from tokenexit.ops import extension_available
+from tokenexit.training.data import stream_sentences
 
 
 def call(capsys, *arguments):
@@ -137,6 +141,95 @@ def test_predict_keeps_order_in_every_format(trained, folder, capsys, tmp_path):
     assert agree > 0.9 * len(gold)
 
 
+@pytest.mark.parametrize("output_format", ["jsonl", "conll"])
+def test_predict_gives_an_output_for_each_input(trained, capsys, tmp_path, output_format):
+    cases = {
+        "in.txt": ("john\n\nnew york\n\n", [["john"], [], ["new", "york"], []]),
+        "in.jsonl": ('["john"]\n\n{"words": "new  york"}\n', [["john"], [], ["new", "york"]]),
+        "in.conll": ("-DOCSTART- O\n\njohn O\n\n", [["-DOCSTART-"], ["john"]]),
+    }
+    for name, (text, words) in cases.items():
+        (tmp_path / name).write_text(text)
+        code, out, err = call(
+            capsys, "predict", trained, tmp_path / name, "--output-format", output_format
+        )
+        assert code == 0, err
+        if output_format == "jsonl":
+            assert [json.loads(line)["words"] for line in out.splitlines()] == words
+        else:
+            rows = out.split("\n")
+            assert [row.split("\t")[0] for row in rows] == [w for x in words for w in [*x, ""]] + [
+                ""
+            ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a", "b\tc"], r"sentence 7 has 'b\\tc', which would not be read back"),
+        (["a\nb"], r"'a\\nb'"),
+        (["a\rb"], r"'a\\rb'"),
+        (["a\0b"], r"'a\\x00b'"),
+        (["# a"], "'# a'"),
+        (["\ufeffa"], "ufeffa"),
+        (["a", "-DOCSTART-"], "'-DOCSTART-'"),
+        (["-DOCSTART- x"], "'-DOCSTART- x'"),
+    ],
+)
+def test_words_that_columns_cannot_hold_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        cli._as_conll(Tagged(words, ["O"] * len(words), [1] * len(words)), 7)
+    with pytest.raises(ValueError, match="'B\\\\tX'"):
+        cli._as_conll(Tagged(["a"], ["B\tX"], [1]), 1)
+
+
+def test_words_that_columns_hold_are_read_back():
+    sentences = [["#", "#fb", "", " x ", "New York", "\u2028\xa0", '"'], ["-DOCSTART-"], ["1", "2"]]
+    sentences.append(["["])
+    rows = [
+        cli._as_conll(Tagged(words, ["O"] * len(words), [1] * len(words)), 1) for words in sentences
+    ]
+    for format in ("conll", None):
+        file = io.BytesIO("".join(rows).encode())
+        file.name = "x.conll"
+        assert list(stream_sentences(file, format)) == sentences
+
+
+def test_predict_writes_utf_8_whatever_the_terminal(trained, capsys, tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text("Zoë 北京\n", encoding="utf-8")
+    stdout = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout, "cp1252"))
+    code, _, err = call(capsys, "predict", trained, tmp_path / "in.txt")
+    assert code == 0, err
+    assert json.loads(stdout.getvalue())["words"] == ["Zoë", "北京"]
+
+
+@pytest.mark.parametrize("name", ["r[exp1].jsonl", "x[/b].jsonl", "[bold].jsonl", "a:smile:.jsonl"])
+def test_brackets_in_names_are_no_markup(trained, folder, capsys, tmp_path, name):
+    target = tmp_path / ("a" * 200) / name  # nor is a long line broken
+    (tmp_path / "in.txt").write_text("john\n")
+    code, out, err = call(capsys, "predict", trained, tmp_path / "in.txt", "-o", target)
+    assert code == 0 and err.strip() == f"wrote {target}"
+    assert target.is_file()
+    table = cli.Table("", "[red]", title="[/x]")
+    table.add_row("[bold]", ":car:")
+    console = cli.Console(file=io.StringIO(), width=80)
+    console.print(table, "[/]")
+    for text in ("[red]", "[/x]", "[bold]", ":car:", "[/]"):
+        assert text in console.file.getvalue()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX only")
+def test_predict_writes_into_a_pipe(trained, capsys, tmp_path):
+    (tmp_path / "in.txt").write_text("john\n")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    code, _, err = call(capsys, "predict", trained, tmp_path / "in.txt", "-o", tmp_path / "pipe")
+    assert code == 0 and (tmp_path / "pipe").is_fifo(), err
+    assert json.loads(os.read(reader, 999))["words"] == ["john"]
+    os.close(reader)
+
+
 def run_predict(*arguments, **kwargs):
     # A shell's background jobs, and so their children, ignore SIGINT.
     kwargs["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -163,6 +256,104 @@ def test_interrupted_predict_leaves_no_file(trained, folder, capsys, tmp_path, m
     assert code == 130 and err.strip() == "interrupted"
     assert target.read_text() == "of an earlier run"
     assert [f.name for f in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_cleans_up_as_an_interrupt_does(
+    trained, folder, capsys, tmp_path, monkeypatch, name
+):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+
+    def stopped(self, *args):
+        assert [f.name.startswith(".writing-") for f in tmp_path.iterdir()] == [True]
+        os.kill(os.getpid(), number)
+        yield from ()
+
+    monkeypatch.setattr(Tagger, "stream", stopped)
+    code, _, _ = call(
+        capsys, "predict", trained, folder / "test.conll", "-o", tmp_path / "out.jsonl"
+    )
+    assert code == 128 + number
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == before
+
+
+def test_closed_streams(trained, folder, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", None)
+        code, _, err = call(capsys, "predict", trained)
+        assert code == 1 and "error: standard input is closed" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "__stdout__", None)
+        for arguments in (("predict",), ("evaluate", "-d", folder / "test.conll")):
+            code, _, err = call(capsys, *arguments, trained)
+            assert code == 1 and "error: standard output is closed" in err
+    opened = []
+    fstat = os.fstat
+
+    def closed(number):
+        if number < 3:
+            raise OSError("Bad file descriptor")
+        return fstat(number)
+
+    with monkeypatch.context() as patch:
+        for name in ("stdin", "stdout", "stderr"):
+            patch.setattr(sys, name, None)
+        patch.setattr(os, "fstat", closed)
+        patch.setattr(os, "open", lambda path, flags: opened.append(path))
+        cli._prepare_streams()
+        print("nowhere", file=sys.stderr)
+        print("nowhere")
+    assert opened == [os.devnull] * 3  # or the next files would be what is printed to
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full disk to write to")
+def test_results_that_standard_output_does_not_take(trained, folder, capsys, monkeypatch):
+    evaluate = ("evaluate", trained, "-d", folder / "dev.conll", "--timing-runs", 0, "--json")
+    for arguments in (("predict", trained, folder / "dev.conll"), ("info",), evaluate):
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            code, _, err = call(capsys, *arguments)
+        assert code == 1 and err.count("error: ") == 1 and "No space left" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.txt"], "No such file"),
+        (["dev.conll", "--format", "xml"], "format is 'xml'"),
+        (["dev.csv"], "dev.csv is by its name of no format"),
+        (["dev.conll", "--output-format", "xml"], "--output-format is 'xml'"),
+        (["dev.conll", "-o", "."], "is a folder"),
+        (["dev.conll", "-o", "dev.conll/x"], "dev.conll"),
+    ],
+)
+def test_predict_checks_its_options_first(folder, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(cli, "_tagger", lambda *_: pytest.fail("loaded the tagger"))
+    monkeypatch.chdir(folder)
+    (folder / "dev.csv").write_text("a,O\n")
+    code, _, err = call(capsys, "predict", "tagger", *arguments)
+    assert code == 1 and message in err
+
+
+def test_names_of_data(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert len(cli._read("~/dev.conll", None, None)) == 32
+
+    def check(name):
+        raise ValueError(f"asked for {name}")
+
+    monkeypatch.setattr("tokenexit.training.data.check_hub_name", check)
+    for name in ("trian", "trian:en@test"):
+        with pytest.raises(ValueError, match="asked for trian$"):
+            cli._read(name, None, None)
+    with pytest.raises(ValueError, match="asked for tra.in$"):
+        cli._read("tra.in", None, "dataset")
+    with pytest.raises(ValueError, match="no such file: tra.in"):
+        cli._read("tra.in", None, None)
+    with pytest.raises(ValueError, match="no such file: trian"):
+        cli._read("trian", None, "conll")
 
 
 @pytest.mark.slow
@@ -305,6 +496,7 @@ def test_int8_and_min_active(trained, folder, capsys):
         ),
         (["predict", "{exits}", "{folder}/missing.txt"], "No such file.*missing.txt"),
         (["predict", "{exits}", "{folder}/test.conll", "--format", "xml"], "xml"),
+        (["predict", "{exits}", "{folder}/x.txt"], "x.txt:2: 'b O' looks like conll"),
         (["predict", "{exits}", "{folder}/test.conll", "--output-format", "xml"], "expected jsonl"),
         (["predict", "{exits}", "{folder}/test.conll", "-o", "{folder}"], "is a folder"),
         (["predict", "{exits}", "{folder}/test.conll", "-o", "/proc/x/y"], "/proc/x"),
@@ -358,6 +550,7 @@ def test_int8_and_min_active(trained, folder, capsys):
 def test_errors_are_one_line(trained, folder, capsys, arguments, message):
     (trained / "a").write_text("")
     (folder / "gpt").mkdir(exist_ok=True)
+    (folder / "x.txt").write_text("a B-X\nb O\n")
     (folder / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
     (folder / "cars.conll").write_text("red B-CAR\n")
     (folder / "outside.conll").write_text("red O\n")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich import console
 from rich.table import Table
 
 from tokenexit import __version__
@@ -25,6 +30,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+# Names and texts of users are no markup: brackets in a path are its own.
+Console = partial(console.Console, markup=False, emoji=False)
 out = Console()
 err = Console(stderr=True)
 
@@ -203,6 +210,8 @@ def _planned(
     output, dev, epochs, batch_size, learning_rate, head_learning_rate, metric, seed, resume,
     settings,
 ):  # fmt: skip
+    from tokenexit.files import disk_errors
+
     """What trains a model as the options say; these are checked now, before any work."""
     from tokenexit.models.modeling import check_output_folder
     from tokenexit.training.scoring import check_metric
@@ -264,10 +273,11 @@ def _planned(
             check_same_run(checkpoints, record)
         elif trainer.is_world_process_zero():
             write_record(checkpoints, record)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
-        if trainer.is_world_process_zero():
-            trainer.tagger.save_pretrained(output)
-            out.print(f"wrote {output}")
+        with disk_errors(output):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+            if trainer.is_world_process_zero():
+                trainer.tagger.save_pretrained(output)
+                out.print(f"wrote {output}", soft_wrap=True)
 
     return run
 
@@ -346,8 +356,8 @@ def calibrate(
             text = json.dumps(result.to_dict(), indent=2) + "\n"
             (aside / "calibration.json").write_text(text)
             plot(result, aside / "calibration.png")
-        out.print(f"wrote {report}/calibration.json and {report}/calibration.png")
-    out.print(f"policy of {model}: {result.chosen.policy}")
+        out.print(f"wrote {report}/calibration.json and {report}/calibration.png", soft_wrap=True)
+    out.print(f"policy of {model}: {result.chosen.policy}", soft_wrap=True)
 
 
 @app.command()
@@ -376,6 +386,7 @@ def evaluate(
     from tokenexit.evaluate import evaluate as run
     from tokenexit.training.scoring import check_metric
 
+    _need_stdout()
     check_metric(metric)
     tagger = _tagger(model, batch_size, int8)
     policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
@@ -408,9 +419,15 @@ def predict(
         Path | None, typer.Option("--output", "-o", help="File. Default: standard output.")
     ] = None,
     format: Annotated[
-        str, typer.Option("--format", help="Of the input: text, conll or jsonl.")
-    ] = "text",
-    output_format: Annotated[str, typer.Option(help="jsonl or conll.")] = "jsonl",
+        str | None,
+        typer.Option(
+            "--format",
+            help="Of the input: text, conll, conllu or jsonl. Default: by the name, else text.",
+        ),
+    ] = None,
+    output_format: Annotated[
+        str, typer.Option(help="jsonl, or conll: a row a word, an empty line after each sentence.")
+    ] = "jsonl",
     threshold: Threshold = None,
     window: Window = None,
     level: Level = None,
@@ -422,31 +439,27 @@ def predict(
 ):
     """Tag a file or a stream, in order, in constant memory.
 
-    A file is written aside and renamed at the end: an interrupted run leaves none.
+    Of text and JSON lines, the n-th result is that of line n, empty ones too. A file is written
+    aside and renamed at the end, so that an interrupted run leaves none; pipes and devices are
+    written to as they are.
 
     Examples: `echo "Ada lives in London" | tokenexit predict tagger`,
     `tokenexit predict tagger news.txt -o news.conll --output-format conll`
     """
-    from tokenexit.files import write_aside
     from tokenexit.training.data import stream_sentences
 
     formats = {"jsonl": _as_json, "conll": _as_conll}
     if output_format not in formats:
         raise ValueError(f"--output-format is {output_format!r}; expected jsonl or conll")
-    tagger = _tagger(model, batch_size, int8)
-    policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
-    _check_heads(tagger.model, model, policy)
-    with _open(input) as lines:
-        results = tagger.stream(stream_sentences(lines, format), policy, buffer)
-        if output is None:
-            for tagged in results:
-                sys.stdout.write(formats[output_format](tagged))
-                sys.stdout.flush()
-            return
-        with write_aside(output) as aside, open(aside, "w", encoding="utf-8") as file:
-            for tagged in results:
-                file.write(formats[output_format](tagged))
-    err.print(f"wrote {output}")
+    with _open(input) as lines, _to(output) as write:
+        sentences = stream_sentences(lines, format)
+        tagger = _tagger(model, batch_size, int8)
+        policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
+        _check_heads(tagger.model, model, policy)
+        for number, tagged in enumerate(tagger.stream(sentences, policy, buffer), 1):
+            write(formats[output_format](tagged, number))
+    if output is not None:
+        err.print(f"wrote {output}", soft_wrap=True)
 
 
 @app.command()
@@ -487,6 +500,7 @@ def info(
 
     from tokenexit import costs, ops, static
 
+    _need_stdout()
     table = Table("", "", show_header=False)
     table.add_row("tokenexit", __version__)
     table.add_row("python", sys.version.split()[0])
@@ -532,10 +546,15 @@ def info(
 
 def main():
     """Run the command line; a user's mistake is one line on stderr and a non-zero exit code."""
+    _prepare_streams()
     try:
-        code = app(standalone_mode=False)
+        with _signals_as_exceptions():
+            code = app(standalone_mode=False)
+            sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
         code = 130
+    except BrokenPipeError:  # as `| head` leaves
+        code = 1
     except Exception as error:
         if hasattr(error, "show"):  # typer's own: a wrong option or argument
             error.show()
@@ -549,7 +568,52 @@ def main():
         code = 1
     if code == 130:
         err.print("interrupted")
+    _drop_unwritten()
     sys.exit(code)
+
+
+def _prepare_streams():
+    """Text is UTF-8 whatever the locale; what is closed stays so for the files opened later."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            try:
+                os.fstat(number)
+            except OSError:  # else the next file gets its number, and what is printed
+                os.open(os.devnull, os.O_RDWR)
+            if name != "stdin":
+                setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _drop_unwritten():
+    """What a full disk or a reader gone did not take is not tried again at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """SIGTERM and SIGHUP clean up as ^C does, where they would kill: no files are left aside."""
+
+    def stop(number, frame):
+        for other in before:  # a second one would stop the cleaning up
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tagger(model: str, batch_size: int, int8: bool = False):
@@ -561,13 +625,19 @@ def _tagger(model: str, batch_size: int, int8: bool = False):
 
 def _read(source: str, column: str | None, format: str | None):
     """Sentences of a file or folder, or of NAME[:CONFIG][@SPLIT]."""
-    from tokenexit.training.data import read_sentences
+    from tokenexit.training.data import check_hub_name, is_missing_path, read_sentences
+
+    def is_there() -> bool:
+        return Path(source).expanduser().exists()
 
     split = config = None
-    if not Path(source).exists():
+    if not is_there():
         source, _, split = source.partition("@")
-        if not Path(source).exists():
-            source, _, config = source.partition(":")
+    if not is_there():
+        source, _, config = source.partition(":")
+    by_name = format == "dataset" or (format is None and not is_missing_path(source))
+    if by_name and not is_there():
+        check_hub_name(source)
     return read_sentences(
         source,
         column=_number(column),
@@ -643,11 +713,36 @@ def _save_config(model, folder: str):
 
 @contextmanager
 def _open(name: str) -> Iterator[Any]:
-    if name == "-":
-        yield sys.stdin.buffer
-    else:
-        with open(name, "rb") as file:
+    if name != "-":
+        with Path(name).expanduser().open("rb") as file:
             yield file
+    elif sys.stdin is None:
+        raise OSError("standard input is closed; expected it open, or the name of a file")
+    else:
+        yield sys.stdin.buffer
+
+
+@contextmanager
+def _to(output: Path | None) -> Iterator[Callable[[str], Any]]:
+    """What writes to a file or, at once, to standard output."""
+    from tokenexit.files import write_aside
+
+    if output is None:
+        _need_stdout()
+
+        def write(text: str):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        yield write
+    else:
+        with write_aside(output) as aside, open(aside, "w", encoding="utf-8") as file:
+            yield file.write
+
+
+def _need_stdout():
+    if sys.__stdout__ is None:
+        raise OSError("standard output is closed; expected it open for the results")
 
 
 @contextmanager
@@ -665,12 +760,22 @@ def _progress():
         yield update
 
 
-def _as_json(tagged) -> str:
+def _as_json(tagged, number: int) -> str:
     row = {"words": tagged.words, "labels": tagged.labels, "exit_layers": tagged.exit_layers}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _as_conll(tagged) -> str:
+# What would be read as another row or column, a comment, a byte order mark or a document's mark.
+_NO_CONLL = re.compile("[\\t\\r\\n\\0]|\\A(# |\\ufeff|-DOCSTART- )")
+
+
+def _as_conll(tagged, number: int) -> str:
+    for text in (*tagged.words, *tagged.labels):
+        if _NO_CONLL.search(text) or (text == "-DOCSTART-" and len(tagged.words) > 1):
+            raise ValueError(
+                f"sentence {number} has {text!r:.80}, which would not be read back from columns; "
+                "expected --output-format jsonl"
+            )
     rows = zip(tagged.words, tagged.labels, strict=True)
     return "".join(f"{word}\t{label}\n" for word, label in rows) + "\n"
 

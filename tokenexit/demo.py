@@ -45,7 +45,8 @@ def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | 
     start = time.perf_counter()
 
     def step(text: str):
-        console.print(f"[bold cyan]{time.perf_counter() - start:4.0f} s[/] {text}")
+        seconds = f"{time.perf_counter() - start:4.0f} s"
+        console.print(Text.assemble((seconds, "bold cyan"), " ", text), soft_wrap=True)
 
     assets = demo_assets.fetch()
     start = time.perf_counter()

@@ -118,6 +118,12 @@ def test_loaded_with_8_bit_weights(tmp_path, tiny_tokenizer):
     ] == [False, True]
 
 
+@pytest.mark.parametrize("buffer", [0, -1])
+def test_a_buffer_of_nothing(tagger, buffer):
+    with pytest.raises(ValueError, match=f"buffer is {buffer}; expected 1 or more"):
+        tagger.stream([["ada"]], buffer=buffer)
+
+
 def test_what_was_saved_last_is_loaded(tmp_path, tiny_tokenizer):
     tokenizer = tiny_tokenizer()
     # Saved to a folder within the folder, which a second save has to replace.

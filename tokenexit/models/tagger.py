@@ -111,8 +111,22 @@ class Tagger:
         policy: ExitPolicy | Sequence[ExitPolicy] | None = None,
         buffer: int = 1024,
     ) -> Iterator[Tagged]:
-        """Like `tag`, as the sentences come: `buffer` of them at a time, in constant memory."""
-        sentences, done = iter(sentences), 0
+        """Like `tag`, as the sentences come: `buffer` of them at a time, in constant memory.
+
+        Raises:
+            ValueError: buffer below 1.
+        """
+        if buffer < 1:
+            raise ValueError(f"buffer is {buffer}; expected 1 or more")
+        return self._stream(iter(sentences), policy, buffer)
+
+    def _stream(
+        self,
+        sentences: Iterator[Sequence[str]],
+        policy: ExitPolicy | Sequence[ExitPolicy] | None,
+        buffer: int,
+    ) -> Iterator[Tagged]:
+        done = 0
         while chunk := list(islice(sentences, buffer)):
             windows, given = self.windows(chunk), policy
             if isinstance(policy, Sequence):

@@ -289,7 +289,7 @@ def _looks_like(rows: list[str], format: str) -> str | None:
         return "csv"
     even = len(columns[0]) == len(columns[1]) > 1
     if format == "conll":
-        numbered = even and [row[0] for row in columns] == ["1", "2"]
+        numbered = even and len(columns[0]) > 2 and [row[0] for row in columns] == ["1", "2"]
         return "columns of which the first counts the words" if numbered else None
     labels = all(_CHUNK_LABEL.fullmatch(row[-1]) for row in columns)
     return "conll" if tabs[0] == tabs[1] > 0 or (even and labels) else None
