@@ -225,6 +225,10 @@ def test_evaluation(setting):
     ]
     assert some.score == pytest.approx(sum(agreement) / words)
     assert some.to_dict()["policy"]["threshold"] == 0.5
+    with pytest.raises(ValueError, match="got the label 'A'|got the label 'B'|got the label 'C'"):
+        evaluate(tagger, data, metric="entity_f1")
+    ones = Dataset.from_dict({"words": [["john"]], "labels": [["B"]]})  # by itself a segmentation
+    assert evaluate(tagger, ones).scores["metric"] == "accuracy"
     tagger.model.policy = some.policy
     assert evaluate(tagger, data) == some
     tagger.model.policy = ExitPolicy.never()

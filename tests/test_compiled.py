@@ -74,6 +74,18 @@ def test_same_bits_as_layer_by_layer(family, policy, given, kind, calls):
 
 
 @torch.no_grad()
+def test_a_policy_for_each_sentence(calls):
+    """A layer decides if it does for any of them."""
+    model = random_tagger(dtype=torch.float32)
+    policies = [ExitPolicy.never(), ExitPolicy(threshold=0.1, window=0), ExitPolicy.sentence(0.95)]
+    call = {**random_batch((9, 19, 7)), "policy": policies}
+    got, expected = model(**call), layer_by_layer(model, **call)
+    assert calls == [1] and len(got.exit_layers[1].unique()) > 2
+    assert torch.equal(got.exit_layers, expected.exit_layers)
+    assert torch.equal(got.logits, expected.logits)
+
+
+@torch.no_grad()
 def test_leaves_its_input_alone(calls):
     encoder, h, packed, schedule = arguments()
     before = h.clone()

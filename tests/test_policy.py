@@ -1,5 +1,6 @@
 """ExitPolicy: its values, its schedules, what it refuses."""
 
+import json
 import math
 
 import pytest
@@ -79,6 +80,7 @@ def test_refuses(fields, error, message):
 )
 def test_dict_round_trip(policy):
     assert ExitPolicy.from_dict(policy.to_dict()) == policy
+    assert json.loads(json.dumps(policy.to_dict())) == policy.to_dict()
 
 
 def test_unknown_field_is_named():

@@ -106,6 +106,23 @@ def test_any_batch(lengths, heads, dim, bias):
     assert_right(shape, torch.float32, bias, heads=heads, dim=dim)
 
 
+@compiled
+def test_second_result_is_the_logarithm_of_the_sum():
+    values, offsets, table, positions = inputs([(3, 17), (2, 2)], torch.float32, bias=True)
+    q, k, v = values.values()
+    arguments = (*offsets, 0.4, None, None, 0.0, 0, 0)
+    _, lse = torch.ops.tokenexit.exit_attention(q, k, v, *arguments)
+    expected = torch.cat(
+        [
+            torch.einsum("ahd,khd->ahk", q[a:b], k[c:d]).mul(0.4).logsumexp(-1)
+            for a, b, c, d in ((0, 3, 0, 17), (3, 5, 17, 19))
+        ]
+    )
+    torch.testing.assert_close(lse, expected)
+    with pytest.raises(RuntimeError, match=r"got a bias of 2 dimensions and 26 elements; expected"):
+        torch.ops.tokenexit.exit_attention(q, k, v, *offsets, 0.4, table[:2], positions, 0.0, 0, 0)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradcheck(bias):
     values, offsets, table, positions = inputs([(2, 4), (0, 2), (3, 3)], torch.float64, bias=bias)

@@ -10,7 +10,7 @@ from tokenexit.ops.exit_decision import exit_decision
 BACKENDS = ["auto", "reference"]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = [[1], [63], [129], [1, 1, 1], [5, 0, 129, 1, 63, 2], [0, 0]]
-UNBOUNDED = 2**62
+UNBOUNDED = 2**63 - 1
 
 compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(not extension_available(), reason=str(extension_
 
 PROJECTED, ABSORBED = [0.0, 0.0, 1e30, 1e30], [1e30, 1e30, 0.0, 0.0]
 MIXED = [1.0, 0.0, 4.0, 0.0]  # absorbed where less than a fourth of the tokens is active
-WAYS = {"projected": PROJECTED, "absorbed": ABSORBED, "mixed": MIXED}
+ALONE = [3.0, 0.0, 1.0, 1.0]  # absorbed where a token is alone
+WAYS = {"projected": PROJECTED, "absorbed": ABSORBED, "mixed": MIXED, "alone": ALONE}
 # (active, all) tokens of each sentence
 SHAPES = {
     "one token": [(1, 1)],
@@ -30,6 +31,7 @@ SHAPES = {
     "nothing active": [(0, 5), (0, 3)],
     "long": [(40, 513), (600, 600)],
     "groups": [(70, 70)] * 9 + [(1, 300)] * 9,
+    "all active, one token among them": [(1, 1), (20, 20), (1, 1), (7, 7)],
 }
 
 
@@ -116,10 +118,11 @@ def test_widths(d, heads, inner, way):
     assert_right(run(layer, h.float(), active, way), layer, h, active)
 
 
+@pytest.mark.parametrize("shape", ["ragged", "groups"])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_bias_and_pre_norm(way):
+def test_bias_and_pre_norm(way, shape):
     layer = make_layer()
-    h, active = make_batch(SHAPES["ragged"], 48)
+    h, active = make_batch(SHAPES[shape], 48)
     g = torch.Generator().manual_seed(2)
     bias = torch.randn(3, 2 * 6 + 1, generator=g, dtype=torch.float64)
     got = run(layer, h.float(), active, way, pre_norm=True, bias=bias.float())
@@ -191,10 +194,22 @@ def test_same_bits_in_another_order_of_a_batch_of_several_groups(way):
 def test_the_ways_agree():
     layer = make_layer()
     h, active = make_batch(SHAPES["ragged"], 48)
-    projected, absorbed, mixed = (run(layer, h.float(), active, way) for way in WAYS.values())
-    torch.testing.assert_close(absorbed, projected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(mixed, projected, atol=1e-5, rtol=0)
+    projected, absorbed, *others = (run(layer, h.float(), active, way) for way in WAYS.values())
+    for other in (absorbed, *others):
+        torch.testing.assert_close(other, projected, atol=1e-5, rtol=0)
     assert not torch.equal(absorbed, projected)
+
+
+@torch.no_grad()
+def test_norm_of_rows_far_from_zero():
+    """Off by no more than the mean itself, which fp32 holds to half of 2^-14 there."""
+    layer = make_layer()
+    layer.down.bias += 1000
+    layer.output_norm.weight[:], layer.output_norm.bias[:] = 1, 0
+    h, active = make_batch(SHAPES["ragged"], 48)
+    got = run(layer, h.float(), active, PROJECTED)
+    std = run(layer, h.float(), active, PROJECTED, pre_norm=True).double().std(1, unbiased=False)
+    assert (got.double().mean(1).abs() * std).max() < 1.01 * 2**-15
 
 
 def test_nan_stays_in_its_sentence():

@@ -82,6 +82,20 @@ def test_norm_of_rows_far_from_zero_and_of_nan():
 
 
 @compiled
+@torch.no_grad()
+def test_norm_of_rows_that_hardly_vary():
+    """Off by no more than the mean itself, which fp32 holds to half of 2^-14 there."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 64, generator=g) / 100 + 1000
+    got = our_norm(x, torch.zeros_like(x), torch.ones(64), torch.zeros(64)).double()
+    std, mean = torch.std_mean(x.double(), 1, unbiased=False, keepdim=True)
+    assert ((got - (x.double() - mean) / std).abs() * std).max() < 1.01 * 2**-15
+    torch.testing.assert_close(
+        got.var(1, unbiased=False), torch.ones(64).double(), atol=1e-5, rtol=0
+    )
+
+
+@compiled
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck_and_bits_on_any_number_of_threads(name):
     shapes = OPS[name][2](70, 400)
