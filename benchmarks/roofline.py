@@ -6,6 +6,8 @@ The floor of a phase is `max(operations / peak, weight bytes / bandwidth)` in ea
 and bandwidth measured here. With 8-bit weights, products have the peak of bytes and a fourth of the
 bytes; all else is fp32. The engine is watched through hooks on its modules. A layer is one op,
 whose feed-forward part is what the same op saves when its inner width is next to nothing.
+
+What exits cost where nobody leaves is the loop that users meet, asked in vain and not asked.
 """
 
 from __future__ import annotations
@@ -32,11 +34,15 @@ from tokenexit.costs import costs
 from tokenexit.flops import active_tokens
 from tokenexit.int8 import LARGEST, Int8Linear
 from tokenexit.ops.exit_layer import DEVICES, exit_layer
+from tokenexit.policy import ExitPolicy
 
 ATTENTION, FEED_FORWARD = ("q", "kv", "attention", "output", "norm"), ("up", "down")
 PRODUCTS = ("q", "kv", "output", "up", "down")  # with weights that may have 8 bits
 THIN = 16  # inner width of a layer that has hardly any feed-forward part
 ROUNDS = 7
+ASKED_ROUNDS = 25  # a difference of some percent at most needs more
+IN_VAIN = ExitPolicy(threshold=torch.finfo(torch.float32).tiny)  # decides, and nobody leaves
+NOTHING = {"gflop": 0.0, "weight_mb": 0.0, "floor_ms": 0.0}
 
 
 def peak_gflops(quick: bool = False) -> float:
@@ -204,7 +210,53 @@ def feed_forward_share(inputs: list[tuple], rounds: int) -> float:
 
     times = harness.alternate({name: clock(calls) for name, calls in systems.items()}, rounds)
     pairs = zip(times["thin"], times["whole"], strict=True)
-    return max(0.0, 1 - statistics.median(thin / whole for thin, whole in pairs))
+    return 1 - statistics.median(thin / whole for thin, whole in pairs)
+
+
+def bookkeeping(model, call, rounds: int) -> list[dict]:
+    """Rows of what exits cost where nobody leaves: milliseconds, and shares of a call not asked.
+
+    "decisions": the same loop with a policy by which every layer asks in vain and with
+    `ExitPolicy.never()`, in alternation; the median of the differences within rounds, which may be
+    negative. Exit heads run in both, so "exit heads" are those below the last by themselves.
+
+    Raises:
+        RuntimeError: the two did not compute the same.
+    """
+    calls = {
+        "asked": {**call, "policy": IN_VAIN},
+        "not asked": {**call, "policy": ExitPolicy.never()},
+    }
+    asked, full = (model(**call) for call in calls.values())
+    if not torch.equal(asked.logits, full.logits):
+        raise RuntimeError(f"words left under {IN_VAIN}; expected the logits of full depth")
+    times = harness.alternate(
+        {
+            name: lambda call=call: harness.time_ms(lambda: model(**call))
+            for name, call in calls.items()
+        },
+        rounds,
+    )
+    pairs = list(zip(times["asked"], times["not asked"], strict=True))
+    below = list(model.exit_heads)[:-1]
+    h = torch.randn(int((full.exit_layers > 0).sum()), model.config.hidden_size)
+    heads = harness.alternate(
+        {"heads": lambda: harness.time_ms(lambda: [head(h) for head in below])}, rounds
+    )["heads"]
+    rows = {
+        "exit heads": (
+            statistics.median(heads),
+            statistics.median(heads) / statistics.median(times["not asked"]),
+        ),
+        "decisions": (
+            statistics.median(a - b for a, b in pairs),
+            statistics.median((a - b) / b for a, b in pairs),
+        ),
+    }
+    return [
+        {"phase": phase, **NOTHING, "measured_ms": ms, "share": share}
+        for phase, (ms, share) in rows.items()
+    ]
 
 
 def phases(model, call, machine: Machine, rounds: int = ROUNDS) -> list[dict]:
@@ -221,12 +273,9 @@ def phases(model, call, machine: Machine, rounds: int = ROUNDS) -> list[dict]:
     for _ in range(rounds):
         with Watch(model) as watch:  # runs layer by layer; what a user waits for is one op
             model(**call)
-        total = harness.time_ms(lambda: model(**call))
-        # Within a pass: this machine's pace moves by more than bookkeeping takes.
-        passes.append({**watch.times, "rest": total - sum(watch.times.values())})
+        passes.append(watch.times)
     taken = {name: statistics.median(p[name] for p in passes) for name in passes[0]}
     head, embeddings, layers = (taken[name] for name in ("head", "embeddings", "layers"))
-    rest = max(0.0, taken["rest"])
 
     groups = {"layers": (ATTENTION + FEED_FORWARD, layers)}
     if DEVICES:
@@ -235,15 +284,13 @@ def phases(model, call, machine: Machine, rounds: int = ROUNDS) -> list[dict]:
             "attention block": (ATTENTION, layers * (1 - share)),
             "feed-forward": (FEED_FORWARD, layers * share),
         }
-    nothing = {"gflop": 0.0, "weight_mb": 0.0, "floor_ms": 0.0}
     rows = []
     for group, (members, measured) in groups.items():
         rows += [{"phase": phase, **least[phase], "measured_ms": None} for phase in members]
-        summed = {key: sum(least[phase][key] for phase in members) for key in nothing}
+        summed = {key: sum(least[phase][key] for phase in members) for key in NOTHING}
         rows.append({"phase": group, **summed, "measured_ms": measured})
     rows.append({"phase": "head", **least["head"], "measured_ms": head})
-    rows.append({"phase": "embeddings", **nothing, "measured_ms": embeddings})
-    rows.append({"phase": "bookkeeping", **nothing, "measured_ms": rest})
+    rows.append({"phase": "embeddings", **NOTHING, "measured_ms": embeddings})
     return rows
 
 
@@ -289,7 +336,10 @@ def main(arguments: Sequence[str] | None = None):
             whole = {**call, "word_ids": b.word_ids, **chosen(b)}
             for dtype, (tagger, machine) in machines.items():
                 facts = {"run": common["date"], **case.facts(), "exits": exits, "dtype": dtype}
-                for row in phases(tagger, whole, machine):
+                found = phases(tagger, whole, machine)
+                if exits == report.FULL:
+                    found += bookkeeping(tagger, whole, ROUNDS if args.quick else ASKED_ROUNDS)
+                for row in found:
                     row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
                     rows.append({**facts, **row, **common})
     harness.write("roofline", rows, args.results)

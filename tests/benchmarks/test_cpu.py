@@ -16,6 +16,7 @@ import transformers
 from fixtures import tiny_tokenizer
 from random_models import random_classifier, random_tagger
 
+from tokenexit.encoder import Schedule
 from tokenexit.flops import active_tokens
 
 
@@ -185,7 +186,7 @@ def test_goals():
 
 def test_goals_beside_what_the_roofline_allows():
     floors = {report.FULL: 60.0, report.STRONG: 20.0}
-    common = {"text": report.CONLL, "sentences": 32}
+    common = {"device": "d", "text": report.CONLL, "sentences": 32}
     measured = (("q", 0.9, None), ("layers", 0.9, 99.0), ("head", 0.1, 9.0))
     roof = [
         {**common, "dtype": dtype, "exits": exits, "phase": phase, "floor_ms": ms * share * faster}
@@ -201,6 +202,8 @@ def test_goals_beside_what_the_roofline_allows():
     assert allowed["strong exits, fp32, over ONNX Runtime int8"] == pytest.approx(60 / 20)
     assert allowed["eta, 32 ragged sentences, extreme exits"] is None
     assert allowed["strong exits, int8, over ONNX Runtime int8"] == pytest.approx(60 / 10)
+    elsewhere = [{**r, "device": "e"} for r in roof]
+    assert not any(goal.allowed for goal in report.goals(report.Rows(rows()), elsewhere))
 
 
 def test_tables_say_what_was_best_and_where_we_lose():
@@ -243,6 +246,69 @@ def test_floors():
     assert bytes_["up"]["floor_ms"] == pytest.approx(slow["up"]["floor_ms"] / 2)
     assert bytes_["head"] == slow["head"]
     assert roofline.operations([0, 0], [4, 6], config, roofline.Machine(1, 1, 1)) == {}
+
+
+class StandIn:
+    """A tagger whose calls take as long as is said, by a clock of its own."""
+
+    config = SimpleNamespace(hidden_size=4)
+
+    def __init__(self, asked, full, head=0.0, leaves=False):
+        self.now, self.asked, self.full, self.leaves = 0.0, asked, full, leaves
+        self.exit_heads = [lambda h: self.wait(head) for _ in range(3)]
+
+    def wait(self, ms):
+        self.now += ms / 1e3
+
+    def __call__(self, policy, tokens=5):
+        at_work = policy != roofline.ExitPolicy.never()
+        took = self.asked if at_work else self.full
+        self.wait(took.pop(0) if isinstance(took, list) else took)
+        logits = torch.full((1, tokens, 2), float(at_work and self.leaves))
+        return SimpleNamespace(logits=logits, exit_layers=torch.full((1, tokens), 3))
+
+
+@pytest.mark.parametrize(
+    "asked, head, percent, reached",
+    [(104.0, 0.0, 4.0, "**no**"), (99.0, 0.0, -1.0, "yes"), (101.0, 1.5, 4.0, "**no**")],
+)
+def test_bookkeeping_is_what_it_takes(monkeypatch, asked, head, percent, reached):
+    """Above the goal, below nothing, and with the heads below the last of three layers."""
+    model = StandIn(asked, 100.0, head)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: model.now)
+    heads, decisions = roofline.bookkeeping(model, {}, rounds=3)
+    assert heads["measured_ms"] == pytest.approx(2 * head)
+    assert decisions["measured_ms"] == pytest.approx(asked - 100)
+    common = {"text": "t", "sentences": 1, "dtype": "fp32", "device": "d", "exits": report.FULL}
+    found = [{**common, **heads}, {**common, **decisions}]
+    found += [{**common, "dtype": "int8", "phase": "decisions", "share": -0.05}]
+    goal = next(g for g in report.goals(report.Rows(rows()), found) if "bookkeeping" in g.text)
+    assert goal.measured == pytest.approx(percent)
+    assert goal.reached == reached
+    assert report._phase(decisions) == f"{asked - 100:+.2f} ({asked - 100:+.2f} %)"
+
+
+def test_bookkeeping_is_a_difference_within_rounds(monkeypatch):
+    """The machine slows down by ten in the second round, in which asking is free."""
+    model = StandIn([9, 9, 103.0, 1000.0, 105.0], [9, 9, 100.0, 1000.0, 100.0])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: model.now)
+    _, decisions = roofline.bookkeeping(model, {}, rounds=3)
+    assert decisions["measured_ms"] == pytest.approx(3)
+    assert decisions["share"] == pytest.approx(0.03)
+
+
+def test_bookkeeping_wants_nobody_to_leave():
+    with pytest.raises(RuntimeError, match="words left under"):
+        roofline.bookkeeping(StandIn(1.0, 1.0, leaves=True), {}, rounds=3)
+    model = random_tagger("bert", torch.float32)
+    b = ragged([5, 9])
+    call = {"input_ids": b.input_ids % 60, "attention_mask": b.attention_mask}
+    with torch.inference_mode():
+        out = model(**call, policy=roofline.IN_VAIN)
+        roofline.bookkeeping(model, call, rounds=1)
+    assert (out.exit_layers[b.real] == 4).all()
+    decides = Schedule.of(roofline.IN_VAIN, 4, 2, out.logits).decides
+    assert decides == (True, True, True, True)
 
 
 @pytest.mark.slow
