@@ -67,6 +67,7 @@ def test_weights_are_rounded_row_by_row():
     assert rounded.weight.dtype == torch.int8 and rounded.weight.abs().amax(1).tolist() == [
         63
     ] * 2 + [0]
+    assert (rounded.scale > 0).all()  # of a row of zeros too: 0 / 0 as an integer is any
     error = (rounded.weight * rounded.scale[:, None] - linear.weight).abs()
     assert (error <= 0.5001 * rounded.scale[:, None]).all()
     x = torch.randn(5, 8)

@@ -22,6 +22,15 @@ def test_round_trip_with_padding_on_both_sides():
     assert packed.positions.tolist() == [0, 1, 0, 1, 2, 3]
 
 
+def test_what_is_not_zero_is_real():
+    for mask in (
+        torch.tensor([[2, 0, -1]]),
+        torch.tensor([[0.5, 0, 1]]),
+        torch.tensor([[True, False, True]]),
+    ):
+        assert pack(mask, torch.zeros(1, 3)).slots.tolist() == [0, 2]
+
+
 def test_without_padding_nothing_is_copied():
     mask = torch.ones(2, 3)
     values = torch.arange(6)

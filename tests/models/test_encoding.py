@@ -108,6 +108,7 @@ def test_windows_of_long_sentences(tokenizer, max_length, overlap):
         for before, after in zip(parts, parts[1:], strict=False):
             shared = before.first_word + before.n_words - after.first_word
             assert 0 <= shared <= overlap
+            assert shared < after.n_words  # something new
         kept = [word for w in parts for word in range(*w.keep)]
         assert kept == list(range(len(sentence)))
 
@@ -138,6 +139,8 @@ def test_words_are_kept_where_their_poorer_side_is_best(tokenizer, max_length):
 def test_windows_by_hand(tokenizer):
     windows = encode(tokenizer, [["new"] * 10], max_length=8, overlap=2)
     assert [(w.first_word, w.n_words, w.keep) for w in windows] == [(0, 6, (0, 5)), (4, 6, (5, 10))]
+    windows = encode(tokenizer, [["new"] * 11], max_length=8, overlap=1)
+    assert [(w.first_word, w.n_words, w.keep) for w in windows] == [(0, 6, (0, 6)), (5, 6, (6, 11))]
 
 
 def test_a_word_longer_than_a_window_keeps_its_first_pieces(tokenizer, caplog):

@@ -156,6 +156,13 @@ def test_dropout_keeps_the_mean():
     assert (runs.mean(0) - exact).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dropout_where_no_op_is_compiled(dtype):
+    values, offsets, _, _ = inputs([(5, 17), (2, 2)], dtype)
+    call = (*values.values(), *offsets, 0.4, None, None, 0.5, 7)
+    assert torch.equal(exit_attention(*call), reference.exit_attention(*call))
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("shape", [SHAPES["ragged"], SHAPES["finished sentences"]], ids=str)
 def test_dropout_is_that_of_the_reference(shape, bias):

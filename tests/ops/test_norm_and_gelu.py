@@ -54,6 +54,16 @@ def test_gradcheck_and_other_dtypes(op):
     assert torch.autograd.gradcheck(ours, values)
     halves = [value.detach().bfloat16() for value in values]
     assert torch.equal(ours(*halves), plain(*halves))
+    mixed = [values[0].detach().float(), *(value.detach() for value in values[1:])]
+    torch.testing.assert_close(ours(*mixed), plain(*mixed), check_dtype=False)
+
+
+def test_eps_of_the_norm():
+    x, weight = torch.randn(3, 5), torch.randn(5)
+    for dtype in (torch.float32, torch.float64):
+        values = [value.to(dtype) for value in (x, x, weight, weight)]
+        got = add_layer_norm(*values, eps=0.5)
+        torch.testing.assert_close(got, F.layer_norm(values[0] * 2, (5,), *values[2:], 0.5))
 
 
 @compiled

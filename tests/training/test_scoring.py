@@ -57,6 +57,7 @@ def test_entity_f1_with_unequal_precision_and_recall():
     assert (result["precision"], result["recall"]) == (1, pytest.approx(1 / 3))
     assert result["score"] == pytest.approx(0.5)
     assert result["types"] == {"A": pytest.approx(2 / 3), "B": 0.0}
+    assert score(split("B-A O"), split("B-A B-C"))["types"] == {"A": 1.0, "C": 0.0}
 
 
 def test_entities_do_not_reach_over_sentences():
