@@ -48,6 +48,27 @@ def test_imposed_exits_keep_a_words_pieces_together():
     assert len(pieces.unique()) > 1
 
 
+def test_imposed_exits_hit_their_share_of_tokens_not_of_words():
+    g = torch.Generator().manual_seed(0)
+    ids = torch.arange(200).repeat_interleave(torch.randint(1, 9, (200,), generator=g)).tolist()
+    b = texts.batch([texts.Sentence([1] * (len(ids) + 2), [-1, *ids, -1])])
+    assert texts.imposed_exits(b, 12, 0.3).double().mean() / 12 == pytest.approx(0.3, rel=0.005)
+
+
+def test_batches_mark_padding():
+    b = texts.batch([texts.Sentence([5, 6, 7], [-1, 0, -1]), texts.Sentence([8, 9], [0, -1])])
+    assert b.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert b.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert b.word_ids.tolist() == [[-1, 0, -1], [0, -1, -1]]
+
+
+def test_a_sample_is_drawn_by_its_seed():
+    sentences = [texts.Sentence([i], [0]) for i in range(50)]
+    one, two = texts.sample(sentences, 9), texts.sample(sentences, 9, seed=1)
+    assert one == texts.sample(sentences, 9) != two != sentences[:9]
+    assert len({s.input_ids[0] for s in one}) == 9
+
+
 def test_imposed_exits_are_taken_by_the_model():
     model = random_tagger("bert", torch.float32, layers=4)
     b = texts.batch([texts.uniform(1, n, 60, seed=n)[0] for n in (4, 9, 15)])
@@ -125,7 +146,22 @@ def test_alternate():
 
 def test_ratio_is_within_rounds():
     # Each round is twice as fast, though the machine slows down by ten in the second.
-    assert harness.ratio([10, 100, 10], [5, 50, 5]) == 2
+    assert harness.ratio([10, 100, 10], [5, 50, 8]) == 2
+
+
+def test_rows_say_median_spread_and_speed():
+    assert harness.summary([5, 1, 2, 4, 3, 100]) == {"median_ms": 3.5, "p20_ms": 2, "p80_ms": 5}
+    slow, fast = harness.rows({"slow": [4, 4, 4], "fast": [1, 2, 2]}, "slow", tokens=7)
+    assert [r["speedup_over_slow"] for r in (slow, fast)] == [1, 2]
+    assert fast["system"] == "fast" and fast["median_ms"] == 2 and fast["tokens"] == 7
+
+
+def test_rows_are_appended(tmp_path):
+    assert harness.read("x", tmp_path) == []
+    for run in "aabb":
+        harness.write("x", [{"run": run}], tmp_path)
+    assert harness.read("x", tmp_path) == [{"run": run} for run in "aabb"]
+    assert report.latest(harness.read("x", tmp_path)) == [{"run": "b"}] * 2
 
 
 def test_a_wrong_peer_gets_no_numbers(tmp_path, capsys):
@@ -180,6 +216,24 @@ def test_goals():
     strong = measured["eta, 32 ragged sentences, strong exits"]
     assert (strong.measured, strong.reached) == (0.9, "**no**")
     assert measured["strong exits, int8, over ONNX Runtime int8"].reached == "not measured"
+    uniform = [("uniform 128", 1, 90.0), ("uniform 128", 8, 88.0)]
+    found = [
+        row(system, [ms, ms], text=text, batch=batch, **exits)
+        for text, batch, ms in uniform
+        for system, ms, exits in ((report.ORT, 99.0, {}), (report.OURS, ms, {"exits": report.FULL}))
+    ]
+    peaks = [
+        {"model": report.BASE, "system": report.HF, "peak_mib": 200, "device": "d"},
+        {"model": report.BASE, "system": report.OURS, "exits": report.FULL, "peak_mib": 150},
+    ]
+    f1 = [
+        row(report.OURS, [1.0, 1.0], model=report.TAGGER, exits=exits, f1=value)
+        for exits, value in ((report.FULL, 0.9), ("token exit", 0.89))
+    ]
+    others = {goal.text: goal for goal in report.goals(report.Rows([*peaks, *found, *f1]))}
+    assert others["full depth over ONNX Runtime fp32, uniform, the least"].measured == 1.1
+    assert others["peak memory at full depth over Hugging Face sdpa"].measured == 0.75
+    assert others["real exits: F1 lost, in points"].measured == pytest.approx(1)
     assert report.Goal("", 3, 2, at_most=True).reached == "yes"
     assert report.Goal("", 3, 4, at_most=True).reached == "**no**"
 
@@ -208,13 +262,20 @@ def test_goals_beside_what_the_roofline_allows():
 
 def test_tables_say_what_was_best_and_where_we_lose():
     slow = row(report.OURS, [150.0, 300.0, 150.0], exits="sentence exit, strong")
-    text = report.tables([*rows(), slow])
+    near = row("OpenVINO", [79.0, 158.0, 79.0], agreement=0.5)
+    far = row("OpenVINO", [999.0, 999.0], text="other", agreement=0.75)
+    text = report.tables([*rows(), slow, near, far])
+    assert "tokenexit, full depth: 0.99 of OpenVINO" in text
+    assert "| OpenVINO | 50.0 % |" in text  # the least of all its cases
     assert "| ONNX Runtime | 100.0 % | 1000 (4) |" in text
     assert "| ONNX Runtime, padded | 100.0 % | 333 |" in text
     assert (
         "tokenexit, sentence exit, strong: 0.67 of ONNX Runtime, 0.40 of ONNX Runtime int8" in text
     )
-    assert "full depth: 0" not in text.partition("Where we lose")[2]  # int8 is another dtype
+    losses = text.partition("Where we lose")[2]
+    assert (
+        losses.count("full depth: ") == 1 and "full depth: 0.99 of OpenVINO\n" in losses
+    )  # of fp32
     assert "No rows" in report.tables([])
 
 
