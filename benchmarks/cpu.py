@@ -48,8 +48,9 @@ BATCH_SIZES = (1, 2, 4, 8, 16)
 CLOSE = 1e-3
 ROUNDS, HEADLINE_ROUNDS = 5, 3
 TEST_SENTENCES, DEV_SENTENCES, TUNED_SENTENCES = 1000, 1500, 32
+SAMPLES = 128  # sentences from which ranges of bytes are taken
 MAX_LOSS = 0.002  # of F1 on development data, for the real exits: on others it may be more
-HEADLINES = ("Hugging Face sdpa", "ONNX Runtime", "ONNX Runtime int8")
+HEADLINES = ("Hugging Face sdpa", "ONNX Runtime", "ONNX Runtime int8", "OpenVINO int8")
 PADDED_TOO = HEADLINES
 LONG_TEXTS = (report.CHINESE, "uniform 128", "uniform 512")
 # Ways to leave: a batch to the arguments of the model's call.
@@ -420,8 +421,13 @@ def forms(model: TokenExitForTokenClassification) -> dict[str, TokenExitForToken
 
 def random_bert(
     quick: bool,
-) -> tuple[transformers.BertForTokenClassification, transformers.PreTrainedTokenizerBase, list]:
-    """BERT-base with random weights, a tokenizer of its vocabulary and the cases to time it on."""
+) -> tuple[
+    transformers.BertForTokenClassification,
+    transformers.PreTrainedTokenizerBase,
+    list[Case],
+    list[Sentence],
+]:
+    """BERT-base with random weights, a tokenizer of its vocabulary, cases, other sentences."""
     torch.manual_seed(0)
     shape = {"num_labels": 9}
     if quick:
@@ -449,14 +455,15 @@ def random_bert(
     if not quick:
         cases.append(Case(report.CONLL, 128, texts.sample(conll, 128)))
     cases.append(Case(report.CHINESE, sizes[-1][0], texts.sample(chinese, sizes[-1][1])))
-    return model, tokenizer, cases + uniform
+    samples = texts.sample(conll, SAMPLES, seed=1)
+    return model, tokenizer, cases + uniform, samples
 
 
 def bert_base(folder: Path, quick: bool) -> Subject:
     """BERT-base, random weights, imposed exits."""
-    model, tokenizer, cases = random_bert(quick)
+    model, tokenizer, cases, samples = random_bert(quick)
     exits = imposed(model.config.num_hidden_layers)
-    failed = peers.export(model, tokenizer, folder)
+    failed = peers.export(model, tokenizer, samples, folder)
     ours = forms(tokenexit.convert(model))
     return Subject("BERT-base", model, ours, exits, cases, folder, failed)
 
@@ -493,7 +500,10 @@ def tagger(folder: Path, quick: bool) -> Subject:
         sizes = ((1, 32), (8, 32), (32, 64), (128, 128))
     sentences = texts.tokenized(tokenizer, test["words"])
     cases = [Case(report.CONLL, b, sentences[:n]) for b, n in sizes]
-    failed = peers.export(theirs, tokenizer, folder)
+    samples = test["words"]
+    if not quick:
+        samples = read_sentences(assets.conll / "train.txt").shuffle(0).take(SAMPLES)["words"]
+    failed = peers.export(theirs, tokenizer, texts.tokenized(tokenizer, samples), folder)
     scored = (sentences, test["labels"])
     name = "MiniLM-L6 tagger"
     return Subject(name, theirs, forms(model), exits, cases, folder, failed, scored)

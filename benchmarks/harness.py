@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -16,7 +17,17 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "onnxruntime", "openvino", "ctranslate2")
+_PEERS = ("onnxruntime", "openvino", "nncf", "ctranslate2")
+PACKAGES = ("torch", "triton", "transformers", *_PEERS)
+# What decides which kernels run, and the kernel's names for it.
+FEATURES = {
+    "avx2": {"avx2"},
+    "avx512": {"avx512vl"},
+    "vnni": {"avx512_vnni", "avx_vnni"},
+    "bf16": {"avx512_bf16", "amx_bf16"},
+    "amx": {"amx_tile"},
+}
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def time_ms(run: Callable[[], object]) -> float:
@@ -84,6 +95,7 @@ def origin() -> dict:
         commit = ""  # without git
     return {
         "device": _processor(),
+        "features": " ".join(features()),
         "threads": torch.get_num_threads(),
         **versions,
         "commit": commit,
@@ -134,9 +146,19 @@ def between(document: Path, marker: str, text: str):
     document.write_text(before + start + text.strip() + "\n" + end + after, encoding="utf-8")
 
 
+def features() -> list[str]:
+    """What this processor has of `FEATURES`."""
+    try:
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", _CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return []
+    there = set(flags[1].split()) if flags else set()
+    return [name for name, either in FEATURES.items() if there & either]
+
+
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = _CPUINFO.read_text().splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration, IndexError):
         return platform.processor() or platform.machine()

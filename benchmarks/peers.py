@@ -10,10 +10,11 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness
 import numpy
 import texts
 import torch
@@ -62,13 +63,18 @@ def to_hugging_face(model: TokenExitForTokenClassification, config) -> BertForTo
 
 
 def export(
-    model: BertForTokenClassification, tokenizer: PreTrainedTokenizerBase, folder: Path
+    model: BertForTokenClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[texts.Sentence],
+    folder: Path,
 ) -> dict[str, str]:
     """Write a model in every form that peers load; return why some could not be written.
 
     Args:
         tokenizer: CTranslate2 wants a vocabulary of the model's size.
-        folder: gets `hf`, `model.onnx`, `fused.onnx`, `int8.onnx`, `ct2-float32`, `ct2-int8`.
+        samples: text like that to come, from which OpenVINO takes the ranges of its bytes.
+        folder: gets `hf`, `model.onnx`, `fused.onnx`, `int8.onnx`, `openvino-int8.xml`,
+            `ct2-float32`, `ct2-int8`.
 
     Returns:
         Of each failed form, its name to the error.
@@ -80,6 +86,7 @@ def export(
         ("model.onnx", lambda: _export_onnx(model, folder / "model.onnx")),
         ("fused.onnx", lambda: _fuse(model.config, folder)),
         ("int8.onnx", lambda: _quantize(folder)),
+        ("openvino-int8.xml", lambda: _quantize_openvino(samples, folder)),
         ("ct2", lambda: _export_ctranslate2(model, tokenizer, folder)),
     ):
         try:
@@ -143,6 +150,21 @@ def _quantize(folder):
     )
 
 
+def _quantize_openvino(samples, folder, size=4):
+    import nncf
+    import openvino
+
+    batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+    inputs = [_named_arrays(texts.batch(batch)) for batch in batches]
+    quantized = nncf.quantize(
+        openvino.Core().read_model(folder / "model.onnx"),
+        nncf.Dataset(inputs),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(inputs),
+    )
+    openvino.save_model(quantized, folder / "openvino-int8.xml")
+
+
 def _export_ctranslate2(model, tokenizer, folder):
     from ctranslate2.converters import TransformersConverter
 
@@ -155,28 +177,30 @@ def _export_ctranslate2(model, tokenizer, folder):
         converter.convert(str(folder / f"ct2-{kind}"), quantization=kind, force=True)
 
 
-def hugging_face(folder: Path) -> Peer:
+def hugging_face(folder: Path, dtype: torch.dtype = torch.float32) -> Peer:
     """Hugging Face's model with torch's fused attention."""
-    return _torch_peer(_load(folder))
+    return _torch_peer(_load(folder, dtype))
 
 
-def compiled(folder: Path) -> Peer:
+def compiled(folder: Path, dtype: torch.dtype = torch.float32) -> Peer:
     """The same under torch.compile, for any length; its layers share one compilation."""
-    model = _load(folder)
+    model = _load(folder, dtype)
     for layer in model.bert.encoder.layer:
         layer.compile(dynamic=True)
     return _torch_peer(model)
 
 
-def _load(folder):
+def _load(folder, dtype=torch.float32):
     with _quiet():
         return BertForTokenClassification.from_pretrained(
-            folder / "hf", attn_implementation="sdpa"
+            folder / "hf", attn_implementation="sdpa", dtype=dtype
         ).eval()
 
 
 def _torch_peer(model):
-    return Peer(lambda b: (b.input_ids, b.attention_mask), lambda inputs: model(*inputs).logits)
+    return Peer(
+        lambda b: (b.input_ids, b.attention_mask), lambda inputs: model(*inputs).logits.float()
+    )
 
 
 def onnxruntime(folder: Path, file: str) -> Peer:
@@ -193,17 +217,21 @@ def onnxruntime(folder: Path, file: str) -> Peer:
     return Peer(_named_arrays, lambda inputs: session.run(["logits"], inputs)[0])
 
 
-def openvino(folder: Path) -> Peer:
-    """OpenVINO, tuned for latency."""
+def openvino(folder: Path, file: str, precision: str) -> Peer:
+    """OpenVINO, tuned for latency.
+
+    Args:
+        precision: of what is not in bytes, "f32" or "bf16".
+    """
     import openvino
 
     core = openvino.Core()
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    model = core.compile_model(core.read_model(folder / "model.onnx"), "CPU", settings)
+    model = core.compile_model(core.read_model(folder / file), "CPU", settings)
     # Its buffers are used again by the next call.
     return Peer(_named_arrays, lambda inputs: model(inputs)["logits"].copy())
 
@@ -237,17 +265,38 @@ def _named_arrays(b):
     return {"input_ids": b.input_ids.numpy(), "attention_mask": b.attention_mask.numpy()}
 
 
-# name: (dtype, what loads it, what of `export` it needs)
+def _in_bf16(load: Callable[[Path], Peer]) -> Callable[[Path], Peer]:
+    def checked(folder: Path) -> Peer:
+        if "bf16" not in harness.features():
+            raise Unavailable("this processor does not compute in bf16")
+        return load(folder)
+
+    return checked
+
+
+# name: (dtype, what loads it, what of `export` it needs). ONNX Runtime has no bf16 on x86.
 PEERS = {
     "Hugging Face sdpa": ("fp32", hugging_face, ()),
+    "Hugging Face sdpa bf16": ("bf16", _in_bf16(lambda f: hugging_face(f, torch.bfloat16)), ()),
     "torch.compile": ("fp32", compiled, ()),
+    "torch.compile bf16": ("bf16", _in_bf16(lambda f: compiled(f, torch.bfloat16)), ()),
     "ONNX Runtime": ("fp32", lambda f: onnxruntime(f, "fused.onnx"), ("model.onnx", "fused.onnx")),
     "ONNX Runtime int8": (
         "int8",
         lambda f: onnxruntime(f, "int8.onnx"),
         ("model.onnx", "fused.onnx", "int8.onnx"),
     ),
-    "OpenVINO": ("fp32", openvino, ("model.onnx",)),
+    "OpenVINO": ("fp32", lambda f: openvino(f, "model.onnx", "f32"), ("model.onnx",)),
+    "OpenVINO bf16": (
+        "bf16",
+        _in_bf16(lambda f: openvino(f, "model.onnx", "bf16")),
+        ("model.onnx",),
+    ),
+    "OpenVINO int8": (
+        "int8",
+        lambda f: openvino(f, "openvino-int8.xml", "f32"),
+        ("model.onnx", "openvino-int8.xml"),
+    ),
     "CTranslate2": ("fp32", lambda f: ctranslate2(f, "float32"), ("ct2",)),
     "CTranslate2 int8": ("int8", lambda f: ctranslate2(f, "int8"), ("ct2",)),
 }

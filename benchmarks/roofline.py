@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="a folder")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    theirs, _, cases = cpu.random_bert(args.quick)
+    theirs, _, cases, _ = cpu.random_bert(args.quick)
     model = tokenexit.convert(theirs)
     gflops, gbs = peak_gflops(args.quick), bandwidth_gbs(args.quick)
     machines = {

@@ -449,3 +449,19 @@ def test_a_peer_apart_stands_still_between_questions(tmp_path):
     with apart.Apart("ONNX Runtime", tmp_path, failed) as peer:
         with pytest.raises(cpu.peers.Unavailable, match="no exporter"):
             peer.wait()
+
+
+def test_peers_in_bf16_want_a_processor_that_has_it(monkeypatch, tmp_path):
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(harness, "_CPUINFO", info)
+    info.write_text("model name\t: Some CPU\nflags\t\t: fpu avx2 avx512vl avx_vnni\n")
+    assert harness.features() == ["avx2", "avx512", "vnni"]
+    assert harness.origin()["features"] == "avx2 avx512 vnni"
+    for name, (dtype, *_) in cpu.peers.PEERS.items():
+        if dtype == "bf16":
+            with pytest.raises(cpu.peers.Unavailable, match="does not compute in bf16"):
+                cpu.peers.load(name, tmp_path, {})
+    info.write_text("flags : amx_tile amx_bf16\n")
+    assert harness.features() == ["bf16", "amx"]
+    info.unlink()
+    assert harness.features() == []
