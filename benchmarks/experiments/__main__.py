@@ -1,0 +1,153 @@
+"""`python -m experiments run PLAN`: train and read what a plan lists, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import harness
+import typer
+import yaml
+
+from experiments import reading, report, sources
+from experiments.runs import KINDS, OutOfTime, Run, seconds_trained, train
+from tokenexit.calibrate import _Sweep as Sweep
+from tokenexit.evaluate import evaluate
+from tokenexit.files import cache_folder
+from tokenexit.policy import ExitPolicy
+
+ROWS = "experiments"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def runs_of(plan: Path) -> list[Run]:
+    """The runs of a plan, in its order, one for each seed.
+
+    A plan is YAML: `defaults` of all runs, and `runs`, a list of the fields of `Run`, or `seeds`, a
+    list, in place of `seed`: then `start` and `teacher` name the run of the same seed.
+
+    Raises:
+        ValueError: an unknown field; a run that goes on from one not listed before it.
+    """
+    content = yaml.safe_load(plan.read_text())
+    known = {field.name for field in dataclasses.fields(Run)} | {"seeds"}
+    runs: dict[str, Run] = {}
+    for entry in content["runs"]:
+        entry = {**content.get("defaults", {}), **entry}
+        if unknown := entry.keys() - known:
+            raise ValueError(f"{plan}: run {entry.get('name')} has {sorted(unknown)}")
+        entry["read"] = tuple(entry.get("read", ()))
+        for seed in entry.pop("seeds", [entry.get("seed", 1)]):
+            mine = {**entry, "name": f"{entry['name']}-{seed}", "seed": seed}
+            for other in ("start", "teacher"):
+                if mine.get(other):
+                    mine[other] = f"{mine[other]}-{seed}"
+                    if mine[other] not in runs:
+                        raise ValueError(f"{plan}: {mine['name']} wants {mine[other]} before it")
+            run = Run(**mine)
+            if run.name in runs:
+                raise ValueError(f"{plan}: {run.name} is listed twice")
+            runs[run.name] = run
+    return list(runs.values())
+
+
+def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
+    """Append the rows of a trained run: full depth, each layer, each kind of policy and target."""
+    dev = splits.dev.take(min(dev_sentences, len(splits.dev)))
+    common = {
+        "run": run.name,
+        **{k: v for k, v in dataclasses.asdict(run).items() if k not in ("name", "read")},
+        "train_s": round(seconds),
+        "computed_on": reading.device_of(tagger),
+        **harness.origin(),
+    }
+
+    def rows_of(kind: str, target: float | None, on_dev, **more) -> dict:
+        on_test = evaluate(tagger, splits.test, on_dev.policy)
+        labels = reading.predicted(tagger, splits.test, on_dev.policy)
+        return {
+            "kind": kind,
+            "target": target,
+            "policy": on_dev.policy.to_dict(),
+            "dev": on_dev.score,
+            "test": on_test.score,
+            "test_types": on_test.scores.get("types"),
+            "dev_speedup": round(on_dev.flops_speedup, 3),
+            "flops_speedup": round(on_test.flops_speedup, 3),
+            "layer_speedup": round(reading.layer_speedup(on_test), 3),
+            "wall_speedup": on_dev.wall_speedup and round(on_dev.wall_speedup, 3),
+            "broken": reading.broken(labels),
+            **more,
+            **common,
+        }
+
+    full = evaluate(tagger, dev, ExitPolicy.never())
+    layers = {
+        name: [s["score"] for s in reading.read_layers(tagger, data)]
+        for name, data in (("dev_layers", dev), ("test_layers", splits.test))
+    }
+    harness.write(ROWS, [rows_of("full depth", None, full, **layers)])
+    sweeps = {}
+    for kind in run.read:
+        base, windows = KINDS[kind]
+        if base.criterion not in sweeps:
+            sweeps[base.criterion] = Sweep(tagger, dev, base.criterion, "auto")
+        found = reading.choose(tagger, dev, sweeps[base.criterion], base, windows)
+        timed = reading.wall_speedups(tagger, dev.take(min(500, len(dev))), [*found.values()])
+        rows = [rows_of(kind, t, r) for t, r in zip(found, timed, strict=True)]
+        harness.write(ROWS, rows)
+        for row in rows:
+            print(
+                f"  {kind}, {row['target']:g}x: dev {row['dev']:.4f}, test {row['test']:.4f}, "
+                f"wall clock {row['wall_speedup']:.2f}x",
+                flush=True,
+            )
+
+
+@app.command()
+def run(
+    plan: Annotated[Path, typer.Argument(help="A YAML file, see `runs_of`.")],
+    budget: Annotated[float, typer.Option(help="Minutes, of training and reading.")] = 1e9,
+    texts: Annotated[Path | None, typer.Option(help="Folder of sets that no package has.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    only: Annotated[str, typer.Option(help="Runs whose name has this.")] = "",
+    dev_sentences: Annotated[int, typer.Option(help="That choose policies.", min=1)] = 1000,
+):
+    """Train and read what a plan lists; what is done is left, what was cut off goes on."""
+    end = time.monotonic() + 60 * budget
+    work = cache_folder() / "experiments"
+    finished: dict[str, Path] = {}
+    known = {row["run"] for row in harness.read(ROWS)}
+    for one in runs_of(plan):
+        folder = work / one.name
+        finished[one.name] = folder / "tagger"
+        if only not in one.name or (one.name in known and finished[one.name].is_dir()):
+            continue
+        if time.monotonic() > end:
+            break
+        splits = sources.splits(one.data, texts)
+        print(f"{one.name}: training on {len(splits.train)} sentences at most", flush=True)
+        try:
+            tagger = train(one, splits, folder, finished, end, device)
+        except OutOfTime:
+            print(f"{one.name}: out of time; the next call goes on", flush=True)
+            break
+        if one.name not in known:
+            read(one, tagger, splits, dev_sentences, seconds_trained(folder))
+    else:
+        print("all runs of the plan are done")
+        sys.exit(0)
+    sys.exit(3)
+
+
+@app.command("report")
+def write_report():
+    """Write the tables and curves of docs/results.md from the rows."""
+    report.write()
+
+
+if __name__ == "__main__":
+    app()

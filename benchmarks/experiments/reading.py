@@ -1,0 +1,135 @@
+"""What a tagger is worth at each speed: policies chosen on development data, read once on test."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from datasets import Dataset
+
+from tokenexit.calibrate import _Sweep as Sweep
+from tokenexit.evaluate import Evaluation, evaluate, time_policies
+from tokenexit.models.encoding import merge
+from tokenexit.models.tagger import Tagger
+from tokenexit.policy import ExitPolicy
+from tokenexit.training.scoring import score
+
+TARGETS = (2.0, 3.0, 4.0, 6.0)
+THRESHOLDS = (
+    *(0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.04, 0.055, 0.07, 0.085, 0.1, 0.125),
+    *(0.15, 0.175, 0.2, 0.225, 0.25, 0.275, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9),
+)
+
+
+def choose(
+    tagger: Tagger,
+    dev: Dataset,
+    sweep: Sweep,
+    base: ExitPolicy,
+    windows: Sequence[int],
+    targets: Sequence[float] = TARGETS,
+    tries: int = 6,
+) -> dict[float, Evaluation]:
+    """For each speed-up in multiply-adds the policy with the best score on development data.
+
+    Exits are simulated first; then, window by window, the threshold at which real exits are just
+    fast enough is looked for from the simulated one on.
+
+    Args:
+        sweep: of `dev`, with the criterion of `base`.
+        base: what is common to the policies.
+        tries: real runs over `dev` for each target and window.
+
+    Returns:
+        By target, the real evaluation on `dev`; targets that no policy reaches are left out.
+    """
+    found: dict[float, Evaluation] = {}
+    for window in windows:
+        policies = [base.replace(window=window, threshold=t) for t in THRESHOLDS]
+        points = [sweep.point(policy) for policy in policies]
+        known: dict[int, Evaluation] = {}
+        for target in targets:
+            at = next((i for i, p in enumerate(points) if p.speedup >= target), len(points) - 1)
+            low, high = -1, len(points)  # too slow up to here; fast enough from here
+            for _ in range(tries):
+                if at not in known:
+                    known[at] = evaluate(tagger, dev, policies[at])
+                if known[at].flops_speedup >= target:
+                    high, at = at, at - 1
+                else:
+                    low, at = at, at + 1
+                if high - low <= 1 or not low < at < high:
+                    break
+            if high == len(points):
+                continue
+            best = found.get(target)
+            if best is None or known[high].score > best.score:
+                found[target] = known[high]
+    return found
+
+
+def read_layers(tagger: Tagger, data: Dataset) -> list[dict]:
+    """The scores of each layer's labels at full depth."""
+    windows = tagger.windows(data["words"])
+    names = tagger.model.config.id2label
+    labels = [[None] * len(windows) for _ in tagger.model.exit_heads]
+    for indices, output, firsts in tagger.run(
+        windows, ExitPolicy.never(), output_layer_logits=True
+    ):
+        best = output.layer_logits.argmax(-1)  # [L, B, N]
+        for row, index in enumerate(indices):
+            for layer, chosen in enumerate(best[:, row, firsts[row]].tolist()):
+                labels[layer][index] = [names[i] for i in chosen]
+    return [score(list(data["labels"]), merge(windows, layer)) for layer in labels]
+
+
+def wall_speedups(
+    tagger: Tagger, data: Dataset, results: Sequence[Evaluation], runs: int = 3
+) -> list[Evaluation]:
+    """The evaluations with their speed-up in wall clock over full depth, in alternation."""
+    windows = tagger.windows(data["words"])
+    full, *others = time_policies(
+        tagger, windows, [ExitPolicy.never(), *(r.policy for r in results)], runs
+    )
+    return [
+        replace(r, wall_speedup=statistics.median(a / b for a, b in zip(full, mine, strict=True)))
+        for r, mine in zip(results, others, strict=True)
+    ]
+
+
+def layer_speedup(result: Evaluation) -> float:
+    """Layers of full depth over the mean layer that words leave at."""
+    return len(result.exits_per_layer) / result.mean_exit_layer
+
+
+def broken(sentences: Sequence[Sequence[str]]) -> int:
+    """Labels that cannot stand where they do, such as I- that nothing begins.
+
+    Counted for chunks in IOB2 and for BMES (a B that ends at once, too); else 0.
+    """
+    names = {label for labels in sentences for label in labels}
+    count = 0
+    if names <= set("BMES"):
+        after = {"B": "ME", "M": "ME", "E": "BS", "S": "BS", "": "BS"}
+        for labels in sentences:
+            for before, label in zip(["", *labels], [*labels, ""], strict=True):
+                count += label not in after[before] if label else before in ("B", "M")
+    elif any(name.startswith("B-") for name in names):
+        for labels in sentences:
+            for before, label in zip(["O", *labels], labels, strict=False):
+                if label.startswith("I-"):
+                    count += before[2:] != label[2:]
+    return count
+
+
+def predicted(tagger: Tagger, data: Dataset, policy: ExitPolicy) -> list[list[str]]:
+    """Labels of each sentence."""
+    return [tagged.labels for tagged in tagger.tag(data["words"], policy)]
+
+
+def device_of(tagger: Tagger) -> str:
+    """Name of what computes."""
+    device = tagger.model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,112 @@
+"""Tables and curves of `docs/results.md` from the rows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import harness
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
+
+
+def write(document: Path = DOCUMENT):
+    """Fill the document's marked parts, and draw a picture for each data set beside the rows."""
+    rows = harness.read("experiments")
+    for data in dict.fromkeys(row["data"] for row in rows):
+        mine = [row for row in rows if row["data"] == data]
+        harness.between(document, f"{data}: speeds", speeds(mine))
+        harness.between(document, f"{data}: layers", layers(mine))
+        draw(mine, data, harness.RESULTS / f"{data}.png")
+
+
+def speeds(rows: Sequence[dict]) -> str:
+    """A table of all systems: at each speed the scores, and the speed in each sense."""
+    lines = [
+        "| run | policy | asked | dev | test | operations | token layers | wall clock | broken |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((_system(row), row["kind"], row["target"]), []).append(row)
+    for (system, kind, target), group in groups.items():
+        lines.append(
+            f"| {system} | {kind} | {'' if target is None else f'{target:g}x'} "
+            f"| {spread([r['dev'] for r in group])} | {spread([r['test'] for r in group])} "
+            f"| {mean(group, 'flops_speedup')} | {mean(group, 'layer_speedup')} "
+            f"| {mean(group, 'wall_speedup')} | {round(mean_of(group, 'broken'))} |"
+        )
+    return "\n".join(lines)
+
+
+def layers(rows: Sequence[dict]) -> str:
+    """A table of each layer's score on test data at full depth."""
+    full = [row for row in rows if row["kind"] == "full depth"]
+    most = max(len(row["test_layers"]) for row in full)
+    lines = [
+        "| run | " + " | ".join(map(str, range(1, most + 1))) + " |",
+        "| --- |" + " --: |" * most,
+    ]
+    groups: dict[str, list[dict]] = {}
+    for row in full:
+        groups.setdefault(_system(row), []).append(row)
+    for system, group in groups.items():
+        each = zip(*(row["test_layers"] for row in group), strict=True)
+        cells = [f"{100 * statistics.mean(scores):.1f}" for scores in each]
+        lines.append(f"| {system} | " + " | ".join(cells + [""] * (most - len(cells))) + " |")
+    return "\n".join(lines)
+
+
+def spread(scores: Sequence[float]) -> str:
+    """Mean, and the deviation where there are several seeds, in points."""
+    middle = f"{100 * statistics.mean(scores):.2f}"
+    return middle if len(scores) < 2 else f"{middle} ± {100 * statistics.stdev(scores):.2f}"
+
+
+def mean_of(rows: Sequence[dict], name: str) -> float:
+    """The mean of a field over rows."""
+    return statistics.mean(row[name] for row in rows)
+
+
+def mean(rows: Sequence[dict], name: str) -> str:
+    """A speed-up as it is shown; empty where it was not measured."""
+    return "" if any(row[name] is None for row in rows) else f"{mean_of(rows, name):.2f}"
+
+
+def draw(rows: Sequence[dict], title: str, path: Path):
+    """Score on test data against speed in multiply-adds, a line for each system and policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=150, layout="constrained")
+    full = {_system(row): row for row in rows if row["kind"] == "full depth"}
+    curves: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["kind"] != "full depth":
+            curves.setdefault((_system(row), row["kind"]), []).append(row)
+    for (system, kind), group in curves.items():
+        points = [(1.0, full[system]["test"])]
+        for target in sorted({row["target"] for row in group}):
+            same = [row for row in group if row["target"] == target]
+            points.append((mean_of(same, "flops_speedup"), mean_of(same, "test")))
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, [100 * y for y in ys], "o-", ms=4, lw=1.2, label=f"{system}: {kind}")
+    deepest = max(len(row["test_layers"]) for row in full.values())
+    for system, row in full.items():
+        if len(row["test_layers"]) < deepest:
+            speed = deepest / len(row["test_layers"])
+            axes.plot([speed], [100 * row["test"]], "s", ms=6, label=f"{system}: truncated")
+    axes.set_xlabel("speed-up in multiply-adds over full depth")
+    axes.set_ylabel("score on test data")
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    figure.legend(fontsize=7, loc="outside right center")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _system(row: dict) -> str:
+    return row["run"].rpartition("-")[0]

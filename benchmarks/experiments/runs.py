@@ -1,0 +1,267 @@
+"""One run: how a tagger is made, and the trainer that makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoTokenizer, TrainerCallback, set_seed
+
+from experiments import sources
+from tokenexit.models.modeling import TokenExitForTokenClassification
+from tokenexit.models.tagger import Tagger
+from tokenexit.policy import ExitPolicy
+from tokenexit.training.data import label_names
+from tokenexit.training.self_sampling import SelfSampling
+from tokenexit.training.trainer import ExitTrainer, last_checkpoint, training_arguments
+
+LOSSES = ("joint", "even", "last", "distilled")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A tagger to make, and the policies to read it with.
+
+    Attributes:
+        name: of the run; `-SEED` is added where a plan gives several seeds.
+        data, encoder: see `sources`.
+        start: the run whose tagger this one goes on from. None: from the encoder.
+        teacher: the run whose full-depth labels a "distilled" loss follows. None: the tagger's own
+            last layer.
+        loss: "joint" (each layer, weighted by its number), "even" (each alike), "last" (the last
+            layer only), or "distilled" (each layer follows the teacher's last).
+        distill_last: only the last layer does.
+        sampling: fields of `SelfSampling`, with those of its policy under "policy"; None: full
+            depth.
+        layers: keep the first so many layers of the encoder.
+        sentences: of the training data, the first of a shuffle; None: all.
+        epochs, batch_size, learning_rate, head_learning_rate: see `training_arguments`.
+        freeze_words: word embeddings stay as they are.
+        seed: of everything random.
+        read: names of `KINDS` of policies whose speeds are read; () for full depth only.
+        settings: more fields of `transformers.TrainingArguments`.
+    """
+
+    name: str
+    data: str
+    encoder: str
+    start: str | None = None
+    teacher: str | None = None
+    loss: str = "joint"
+    distill_last: bool = False
+    sampling: Mapping | None = None
+    layers: int | None = None
+    sentences: int | None = None
+    epochs: float = 3
+    batch_size: int = 16
+    learning_rate: float | None = None
+    head_learning_rate: float | None = 1e-3
+    freeze_words: bool = False
+    seed: int = 1
+    read: tuple[str, ...] = ()
+    settings: Mapping = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"{self.name}: loss is {self.loss!r}; expected one of {LOSSES}")
+        if self.sampling is not None and self.loss != "joint":
+            raise ValueError(f"{self.name}: self-sampling has the joint loss; got {self.loss!r}")
+        if unknown := set(self.read) - KINDS.keys():
+            raise ValueError(f"{self.name}: read has {sorted(unknown)}; expected of {[*KINDS]}")
+
+    @property
+    def self_sampling(self) -> SelfSampling | None:
+        """How stage 2 draws its policies."""
+        if self.sampling is None:
+            return None
+        fields = dict(self.sampling)
+        policy = ExitPolicy(**fields.pop("policy", {}))
+        if "thresholds" in fields:
+            fields["thresholds"] = tuple(fields["thresholds"])
+        return SelfSampling(policy, **fields)
+
+
+# Policies by kind: what is common to them, and the windows that are tried.
+KINDS: dict[str, tuple[ExitPolicy, tuple[int, ...]]] = {
+    "token": (ExitPolicy(), (0, 1, 2, 4)),
+    "token, no window": (ExitPolicy(), (0,)),
+    "token, max_prob": (ExitPolicy(criterion="max_prob"), (0, 1, 2, 4)),
+    "token, pre_norm": (ExitPolicy(copy="pre_norm"), (0, 1, 2, 4)),
+    "token, recompute": (ExitPolicy(neighbors="recompute"), (0, 1, 2, 4)),
+    "token, doubling": (ExitPolicy(schedule="doubling"), (0, 1, 2, 4)),
+    "authors": (ExitPolicy.authors_code(), (0, 1, 2, 4)),
+    "sentence": (ExitPolicy.sentence(), (0,)),
+}
+for _k in (1, 2, 4, 8):
+    KINDS[f"token, window {_k}"] = (ExitPolicy(), (_k,))
+
+
+class OutOfTime(Exception):
+    """The budget ended within a run; what it has trained lies in its last checkpoint."""
+
+
+class _Deadline(TrainerCallback):
+    """Ends training, with a checkpoint, when the time is up."""
+
+    def __init__(self, end: float):
+        self.end = end
+        self.reached = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() > self.end and state.global_step < state.max_steps:
+            self.reached = control.should_save = control.should_training_stop = True
+
+
+class _Trainer(ExitTrainer):
+    """`ExitTrainer` with the losses of `Run`."""
+
+    def __init__(self, *args, run: Run, teacher: nn.Module | None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run, self.teacher = run, teacher
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.run.loss == "joint":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        output = model(**inputs, policy=ExitPolicy.never(), output_layer_logits=True)
+        at_words = labels != -100
+        logits = output.layer_logits[:, at_words].float()  # [L, n, C]
+        wanted = labels[at_words]
+        if self.run.loss == "distilled":
+            if self.teacher is None:
+                target = logits[-1].detach()
+            else:
+                with torch.no_grad():
+                    target = self.teacher(**inputs, policy=ExitPolicy.never()).logits
+                target = target[at_words].float()
+            target = target.softmax(-1)
+            if self.run.distill_last:
+                logits = logits[-1:]
+            losses = [F.cross_entropy(layer, target) for layer in logits]
+            if self.teacher is None:  # the last layer learns from labels
+                losses[-1] = F.cross_entropy(logits[-1], wanted)
+            else:
+                losses[-1] = (losses[-1] + F.cross_entropy(logits[-1], wanted)) / 2
+            loss = torch.stack(losses).mean()
+        elif self.run.loss == "last":
+            loss = F.cross_entropy(logits[-1], wanted)
+        else:
+            loss = F.cross_entropy(logits.flatten(0, 1), wanted.repeat(len(logits)))
+        return (loss, output) if return_outputs else loss
+
+
+def train(
+    run: Run,
+    splits: sources.Splits,
+    folder: Path,
+    finished: Mapping[str, Path],
+    end: float,
+    device: str,
+) -> Tagger:
+    """The run's tagger: trained, or as it was saved in `folder`.
+
+    Args:
+        folder: for checkpoints, from which a run that was cut off goes on, and the tagger.
+        finished: taggers of other runs, by name.
+        end: `time.monotonic()` at which to stop.
+        device: "cpu" or "cuda".
+
+    Raises:
+        OutOfTime: it was reached; the next call goes on.
+    """
+    done = folder / "tagger"
+    if done.is_dir():
+        return _load(done, device)
+    set_seed(run.seed)
+    data = splits.train
+    if run.sentences is not None:
+        data = data.shuffle(run.seed).take(run.sentences)
+    if run.start is not None:
+        tagger = _load(finished[run.start], device)
+    else:
+        tagger = _new(run, splits, device)
+    model = tagger.model.train()
+    if run.layers is not None:
+        model = truncated(model, run.layers)
+    model.embeddings.word.weight.requires_grad_(not run.freeze_words)
+    checkpoints = folder / "checkpoints"
+    arguments = training_arguments(
+        checkpoints,
+        model.config.hidden_size,
+        len(data),
+        epochs=run.epochs,
+        batch_size=run.batch_size,
+        learning_rate=run.learning_rate,
+        seed=run.seed,
+        use_cpu=device == "cpu",
+        disable_tqdm=True,
+        **run.settings,
+    )
+    deadline = _Deadline(end)
+    trainer = _Trainer(
+        model,
+        arguments,
+        tagger.tokenizer,
+        data,
+        sampling=run.self_sampling,
+        head_learning_rate=run.head_learning_rate,
+        callbacks=[deadline],
+        run=run,
+        teacher=None if run.teacher is None else _load(finished[run.teacher], device).model,
+    )
+    checkpoint = last_checkpoint(checkpoints)
+    spent = seconds_trained(folder)
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    folder.mkdir(parents=True, exist_ok=True)
+    spent += time.monotonic() - start
+    (folder / "spent.json").write_text(json.dumps({"seconds": spent}))
+    if deadline.reached:
+        raise OutOfTime(run.name)
+    trainer.tagger.model.eval()
+    trainer.tagger.save_pretrained(done)
+    return trainer.tagger
+
+
+def seconds_trained(folder: Path) -> float:
+    """Seconds that a run has trained so far."""
+    path = folder / "spent.json"
+    return json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+
+
+def _load(folder: Path, device: str) -> Tagger:
+    tagger = Tagger.from_pretrained(folder)
+    tagger.model.to(device)
+    return tagger
+
+
+def _new(run: Run, splits: sources.Splits, device: str) -> Tagger:
+    folder = sources.encoder(run.encoder)
+    # Of all splits, as the label set of a task is known.
+    names = sorted({name for part in dataclasses.astuple(splits) for name in label_names(part)})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = TokenExitForTokenClassification.from_pretrained(
+        folder,
+        tokenizer=tokenizer,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    return Tagger(model.to(device), tokenizer)
+
+
+def truncated(model: TokenExitForTokenClassification, layers: int):
+    """The same model with its first layers only, in place; its last head is new."""
+    if not 0 < layers <= len(model.encoder.layers):
+        raise ValueError(f"layers is {layers}; expected 1 to {len(model.encoder.layers)}")
+    model.encoder.layers = model.encoder.layers[:layers]
+    model.encoder.heads = model.encoder.heads[:layers]
+    model.config.num_hidden_layers = layers
+    return model
