@@ -91,3 +91,42 @@ def test_operations_are_those_of_the_formula(training):
     assert forward == pytest.approx(expected - attention * (not in_the_reference), rel=1e-6)
     if training:
         assert counter.get_total_flops() < 3.3 * expected
+
+
+DROPOUTS = {
+    "embeddings": lambda model: [model.embeddings.dropout],
+    "sublayers": lambda model: [layer.dropout for layer in model.encoder.layers],
+    "classifier": lambda model: [model.exit_heads[-1]],
+}
+
+
+@pytest.mark.parametrize("where", [*DROPOUTS, "all", "none"])
+def test_dropout_is_where_hugging_face_has_it(where):
+    """Under one seed: the same draws, in the same order, give the same logits."""
+    theirs = random_classifier(attention_probs_dropout_prob=0.0)
+    ours = tokenexit.convert(theirs)
+    for head in ours.exit_heads[:-1]:
+        head.dropout = 0.0  # theirs has none of these heads
+    chosen = {where} if where in DROPOUTS else set(DROPOUTS) if where == "all" else set()
+    for name, parts in DROPOUTS.items():
+        for part in parts(ours):
+            if isinstance(part, ExitHead):
+                part.dropout = 0.4 * (name in chosen)
+            else:
+                part.p = 0.4 * (name in chosen)
+    for name, part in theirs.named_modules():
+        if isinstance(part, torch.nn.Dropout) and not name.endswith("attention.self.dropout"):
+            of = "classifier" if name == "dropout" else name.split(".")[1]
+            part.p = 0.4 * ({"encoder": "sublayers"}.get(of, of) in chosen)
+    ids = torch.arange(5, 24)[None]
+    results = {}
+    for model in (theirs, ours):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            results[model, seed] = model.train()(ids).logits
+        torch.manual_seed(0)
+        evaluated = model.eval()(ids).logits
+        assert torch.allclose(results[model, 0], evaluated, atol=1e-4) == (where == "none")
+        assert torch.allclose(*(results[model, seed] for seed in (0, 1))) == (where == "none")
+    for seed in (0, 1):
+        torch.testing.assert_close(results[ours, seed], results[theirs, seed], atol=1e-4, rtol=1e-4)
