@@ -379,6 +379,11 @@ def test_takes_a_subclass_that_changes_nothing():
     assert tokenexit.convert(Mine(random_classifier().config)).num_labels == 5
 
 
+def test_refuses_decoders():
+    with pytest.raises(ValueError, match="got a decoder"):
+        tokenexit.convert(random_classifier(is_decoder=True))
+
+
 def test_refuses_other_heads_and_itself():
     config = random_classifier().config
     with pytest.raises(ValueError, match="BertModel without .*; expected a token classifier"):

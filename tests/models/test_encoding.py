@@ -43,6 +43,16 @@ def test_a_sentence_that_fits_is_one_window(tokenizer):
     assert window.first_pieces() == [1, 2, 4]
 
 
+def test_types_of_uneven_special_tokens(tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    template = processors.TemplateProcessing("[CLS]:1 $A:0 [SEP]:1 [SEP]:1", special_tokens=ends)
+    tokenizer.backend_tokenizer.post_processor = template
+    (window,) = encode(tokenizer, [["John", "Smiths"]], max_length=9)
+    assert tokens(tokenizer, window) == ["[CLS]", "john", "smith", "##s", "[SEP]", "[SEP]"]
+    assert window.token_type_ids == [1, 0, 0, 0, 1, 1]
+
+
 def test_same_inputs_as_the_tokenizer_makes(tokenizer):
     sentences = [s for s in random_sentences(0) if s] + [["a-b", "NEW"], ["x" * 150]]
     theirs = tokenizer(sentences, is_split_into_words=True)

@@ -88,15 +88,29 @@ def test_stream_reads_no_more_than_its_buffer(tagger):
 
 
 def test_labels_are_those_of_the_model(tagger):
-    words = ["john", "smiths", "lives"]
+    words = ["john", "smiths", "lives", "new", "paris", "xyzzy", "red"]
     encoded = tagger.tokenizer([words], is_split_into_words=True, return_tensors="pt")
     ids = [-1 if w is None else w for w in encoded.word_ids(0)]
-    output = tagger.model(**encoded, word_ids=torch.tensor([ids]))
-    firsts = [ids.index(w) for w in range(3)]
-    (tagged,) = tagger.tag([words])
+    policy = ExitPolicy(threshold=0.5, window=0)
+    output = tagger.model(**encoded, word_ids=torch.tensor([ids]), policy=policy)
+    firsts = [ids.index(w) for w in range(len(words))]
+    (tagged,) = tagger.tag([words], policy)
     names = tagger.model.config.id2label
     assert tagged.labels == [names[int(output.logits[0, i].argmax())] for i in firsts]
     assert tagged.exit_layers == output.exit_layers[0, firsts].tolist()
+    assert len(set(tagged.labels)) == len(set(tagged.exit_layers)) == 3
+    assert tagger.tag([words], ExitPolicy.never())[0].exit_layers == [4] * len(words)
+
+
+@pytest.mark.parametrize("family, expected", [("bert", 20), ("mpnet", 18)])
+def test_windows_are_what_model_and_tokenizer_take(family, expected, tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 20}
+    model = tokenexit.convert(random_classifier(family, **size), tokenizer)
+    for limit, longest in ((10**30, expected), (11, 11)):
+        tokenizer.model_max_length = limit
+        windows = Tagger(model, tokenizer).windows([["red"] * 50])
+        assert max(len(w.input_ids) for w in windows) == longest
 
 
 def test_save_and_load(tagger, tmp_path):
