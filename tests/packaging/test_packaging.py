@@ -61,9 +61,7 @@ def test_sdist_has_what_its_tests_need(sdist, tmp_path):
     pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     log = run(*pytest_, "--collect-only", cwd=folder)
     assert "error" not in log.splitlines()[-1]
-    assert " passed" in run(
-        *pytest_, "tests/test_policy.py", "tests/test_packing.py", cwd=folder
-    )
+    assert " passed" in run(*pytest_, "tests/test_policy.py", "tests/test_packing.py", cwd=folder)
 
 
 def load_setup(monkeypatch, root=ROOT):
