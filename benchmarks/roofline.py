@@ -32,7 +32,7 @@ from torch import nn
 import tokenexit
 from tokenexit.costs import costs
 from tokenexit.flops import active_tokens
-from tokenexit.int8 import LARGEST, Int8Linear
+from tokenexit.int8 import Int8Linear, largest
 from tokenexit.ops.exit_layer import DEVICES, exit_layer
 from tokenexit.policy import ExitPolicy
 
@@ -58,7 +58,7 @@ def peak_gops8(quick: bool = False) -> float:
     rows, d, f = (64, 64, 64) if quick else (1024, 768, 3072)
     x, w = torch.randn(rows, d), torch.randn(f, d)
     w = torch.quantize_per_channel(
-        w, w.abs().amax(1) / LARGEST, torch.zeros(f, dtype=torch.int64), 0, torch.qint8
+        w, w.abs().amax(1) / largest(), torch.zeros(f, dtype=torch.int64), 0, torch.qint8
     )
     times, before = [], torch.backends.quantized.engine
     for engine in {"fbgemm", "onednn"}.intersection(torch.backends.quantized.supported_engines):
@@ -192,7 +192,7 @@ def feed_forward_share(inputs: list[tuple], rounds: int) -> float:
     systems = {"whole": [], "thin": []}
     for layer, h, active in inputs:
         d, f = layer.down.weight.shape
-        how = costs(d, f, layer.num_heads, layer.is_int8)
+        how = costs(d, f, layer.num_heads, layer.query.weight.dtype)
         inner = {"up": nn.Linear(d, THIN), "down": nn.Linear(THIN, d)}
         if layer.is_int8:
             inner = {name: Int8Linear(part) for name, part in inner.items()}

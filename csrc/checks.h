@@ -25,6 +25,10 @@ void check_cpu(const Tensors&... tensors) {
       (on_cpu(tensors) && ...), "got a tensor on another device; expected all on the CPU");
 }
 
+inline bool is_bf16(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::BFloat16;
+}
+
 // `tensor`, contiguous, if it is a vector of that size and dtype.
 inline Tensor checked_vector(
     const Tensor& tensor, const char* name, int64_t size, ScalarType dtype = ScalarType::Long) {

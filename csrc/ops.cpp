@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/simd.h"
+
 STABLE_TORCH_LIBRARY(tokenexit, m) {
   m.def("pack_tokens(Tensor mask, Tensor word_ids) -> (Tensor, Tensor, Tensor)");
   m.def(
@@ -41,8 +43,24 @@ STABLE_TORCH_LIBRARY(tokenexit, m) {
       "-> (Tensor, Tensor)");
 }
 
-// An empty module: importing it loads this library, and loading registers the ops.
+// A module with no functions: importing it loads this library, and loading registers the ops. It says
+// which instruction sets the processor has, and which of them the ops on the CPU take.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
+  PyObject* result = PyModule_Create(&module);
+  if (!result) return nullptr;
+  PyObject* names = PyList_New(0);
+  for (int i = 0; names && i < tokenexit::NUM_CPUS; ++i) {
+    if (!tokenexit::has(static_cast<tokenexit::Cpu>(i))) continue;
+    PyObject* name = PyUnicode_FromString(tokenexit::CPU_NAMES[i]);
+    if (!name || PyList_Append(names, name)) Py_CLEAR(names);
+    Py_XDECREF(name);
+  }
+  const char* taken = tokenexit::CPU_NAMES[static_cast<int>(tokenexit::cpu())];
+  if (!names || PyModule_AddStringConstant(result, "instruction_set", taken) ||
+      PyModule_AddObjectRef(result, "instruction_sets", names)) {
+    Py_CLEAR(result);
+  }
+  Py_XDECREF(names);
+  return result;
 }

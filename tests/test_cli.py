@@ -18,7 +18,7 @@ from test_trainer import data
 import tokenexit
 from tokenexit import ExitPolicy, Tagger, cli, costs, static
 from tokenexit.models.tagger import Tagged
-from tokenexit.ops import extension_available
+from tokenexit.ops import extension_available, instruction_sets
 from tokenexit.training.data import stream_sentences
 
 
@@ -445,6 +445,7 @@ def test_info(trained, capsys):
     code, out, _ = call(capsys, "info", trained)
     assert code == 0 and "attention here" not in out
     assert "compiled ops" in out and "bert, 4 layers of 32" in out and "B-PER" in out
+    assert all(name in out for name in instruction_sets())
     assert call(capsys, "info")[0] == 0
 
 

@@ -51,13 +51,13 @@ def layer_by_layer(model, **call):
         return model(**call)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "int8"])
+@pytest.mark.parametrize("kind", ["fp32", "int8", "bf16"])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_same_bits_as_layer_by_layer(family, policy, given, kind, calls):
-    model = random_tagger(family, torch.float32)
+    model = random_tagger(family, torch.bfloat16 if kind == "bf16" else torch.float32)
     if kind == "int8":
         model = tokenexit.quantize(model)
     call = {**random_batch(LENGTHS), "policy": policy}

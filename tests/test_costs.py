@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tokenexit import costs
-from tokenexit.ops import extension_available, extension_error
+from tokenexit.ops import extension_available, extension_error, instruction_set
 
 pytestmark = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 
@@ -25,11 +25,11 @@ def cache(tmp_path, monkeypatch):
     costs._costs.cache_clear()
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", costs._KINDS, ids=str)
 @pytest.mark.parametrize("d, heads", [(384, 12), (768, 12), (1024, 16)])
-def test_the_table_s_crossing_lies_where_theory_and_measurements_have_it(d, heads, int8):
+def test_the_table_s_crossing_lies_where_theory_and_measurements_have_it(d, heads, dtype):
     """Few active tokens are carried, many are not; theory: d / H and more for long sentences."""
-    key, block, row, pairs = costs.costs(d, 4 * d, heads, int8)
+    key, block, row, pairs = costs.costs(d, 4 * d, heads, dtype)
     assert all(math.isfinite(x) and x > 0 for x in (key, block, row, pairs))
     for n in (64, 128, 512):
 
@@ -39,14 +39,16 @@ def test_the_table_s_crossing_lies_where_theory_and_measurements_have_it(d, head
 
         crossing = next((a for a in range(1, n) if not absorbed(a)), n)
         exact = 1 / (1 / n + (heads - 1) / d)
-        assert 0.3 * exact <= crossing <= 1.7 * exact + 8
+        # What narrow numbers make cheap is products of many rows, as those of all keys are.
+        least = 0.3 if dtype == torch.float32 or instruction_set() in ("portable", "avx2") else 0.05
+        assert least * exact <= crossing <= 1.7 * exact + 8
 
 
 def test_nothing_is_measured_or_written_unasked(cache, monkeypatch):
     monkeypatch.setattr(costs, "measure", None)
     before = torch.random.get_rng_state()
     assert costs.costs(32, 64, 4) == costs.modelled(32)
-    assert costs.costs(32, 64, 4, int8=True) == costs.modelled(32, int8=True)
+    assert costs.costs(32, 64, 4, dtype=torch.int8) == costs.modelled(32, dtype=torch.int8)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not list(cache.iterdir())
 
@@ -56,8 +58,8 @@ def test_what_was_measured_is_kept_for_all_processes(cache):
     found = costs.calibrate(32, 64, 4)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert costs.costs(32, 64, 4) == found
-    assert costs.costs(32, 64, 4, int8=True) == costs.modelled(32, int8=True)
-    assert costs.calibrate(32, 64, 4, int8=True) == costs.costs(32, 64, 4, int8=True)
+    assert costs.costs(32, 64, 4, dtype=torch.int8) == costs.modelled(32, dtype=torch.int8)
+    assert costs.calibrate(32, 64, 4, dtype=torch.int8) == costs.costs(32, 64, 4, dtype=torch.int8)
     assert len(costs.measured()) == 2
     code = "from tokenexit import costs; print(costs.costs(32, 64, 4))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -69,7 +71,7 @@ def test_what_was_measured_is_kept_for_all_processes(cache):
 )
 def test_a_damaged_file_is_no_error(cache, text):
     wrong = json.dumps(dict.fromkeys(costs.NAMES, math.nan))
-    text = text.replace("KEY", costs._key(32, 64, 4, False)).replace("NAMES", wrong)
+    text = text.replace("KEY", costs._key(32, 64, 4, torch.float32)).replace("NAMES", wrong)
     (cache / "attention-costs.json").write_text(text)
     assert costs.costs(32, 64, 4) == costs.modelled(32)
     assert costs.calibrate(32, 64, 4) == costs.costs(32, 64, 4)
@@ -137,9 +139,9 @@ def test_no_home_folder(monkeypatch):
         costs.calibrate(32, 64, 4)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", costs._KINDS, ids=str)
 @pytest.mark.parametrize("true", [(3.0, 0.5, 40.0, 2.0), (1.0, 0.25, 7.0, 0.125)])
-def test_measure_finds_the_costs_of_made_up_times(true, int8, monkeypatch):
+def test_measure_finds_the_costs_of_made_up_times(true, dtype, monkeypatch):
     """Each way's costs are those of its own runs."""
     now = [0.0]
 
@@ -156,11 +158,11 @@ def test_measure_finds_the_costs_of_made_up_times(true, int8, monkeypatch):
 
     monkeypatch.setattr(costs, "exit_layer", layer)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    assert costs.measure(32, 64, 4, int8) == pytest.approx(true, rel=1e-6)
+    assert costs.measure(32, 64, 4, dtype) == pytest.approx(true, rel=1e-6)
 
 
 def test_a_table_for_each_kind_of_weights():
-    assert costs.modelled(768) != costs.modelled(768, int8=True)
+    assert costs.modelled(768) != costs.modelled(768, dtype=torch.int8)
     twice = [2 * x for x in costs.modelled(384)]
     assert costs.modelled(768)[1::2] == pytest.approx(twice[1::2])
     assert costs.modelled(768)[::2] == pytest.approx([2 * x for x in twice[::2]])

@@ -11,7 +11,7 @@ import tokenexit
 from tokenexit import ExitPolicy
 from tokenexit.int8 import Int8Linear
 from tokenexit.layers import ExitLayer
-from tokenexit.ops import extension_available, extension_error
+from tokenexit.ops import extension_available, extension_error, instruction_set
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import Active
 
@@ -63,10 +63,8 @@ def test_weights_are_rounded_row_by_row():
     linear.weight.data[1] *= 1000
     linear.weight.data[2] = 0
     rounded = Int8Linear(linear)
-    # What two products of 16 bits may add up to: 2 * 255 * 63 < 2^15.
-    assert rounded.weight.dtype == torch.int8 and rounded.weight.abs().amax(1).tolist() == [
-        63
-    ] * 2 + [0]
+    tops = [127 if instruction_set() not in ("avx2", "avx512") else 63] * 2 + [0]
+    assert rounded.weight.dtype == torch.int8 and rounded.weight.abs().amax(1).tolist() == tops
     assert (rounded.scale > 0).all()  # of a row of zeros too: 0 / 0 as an integer is any
     error = (rounded.weight * rounded.scale[:, None] - linear.weight).abs()
     assert (error <= 0.5001 * rounded.scale[:, None]).all()
@@ -91,7 +89,8 @@ def test_a_layer_is_the_same_arithmetic(counts, monkeypatch):
     expected = emulated(h, active)
     # A sum that falls between two bytes may be rounded to either: a step of 1/127 here and there.
     difference = (got - expected).abs()
-    assert difference.max() < 0.1 and difference.mean() < 2e-3
+    limit = 4e-3 if instruction_set() == "amx" else 2e-3  # where attention is products of bf16
+    assert difference.max() < 0.1 and difference.mean() < limit
 
 
 @compiled

@@ -509,6 +509,10 @@ def info(
     built = ops.extension_available()
     devices = " and ".join(sorted(ops.compiled_devices("compact_active"))).upper()
     table.add_row("compiled ops", f"for {devices}" if built else f"no: {ops.extension_error()}")
+    if built:
+        table.add_row("processor", costs.processor())
+        have = ", ".join(ops.instruction_sets())
+        table.add_row("instruction set", f"{ops.instruction_set()}, of {have}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     if gpu != "none" and (what := static.lacks()):
         gpu += f", used slowly: {what} is missing"
@@ -532,8 +536,8 @@ def info(
                     f"nothing to measure without compiled ops: {ops.extension_error()}"
                 )
             heads = config.num_attention_heads
-            for int8 in (False, True):
-                costs.calibrate(config.hidden_size, config.intermediate_size, heads, int8)
+            for dtype in (torch.float32, torch.int8, torch.bfloat16):
+                costs.calibrate(config.hidden_size, config.intermediate_size, heads, dtype)
     elif measure:
         raise ValueError("--measure wants a tagger, whose layers to time")
     out.print(table)

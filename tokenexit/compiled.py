@@ -95,6 +95,7 @@ def exit_loop(
         check_vector("exit_layer", exit_layer, len(packed.first_token), h.device)
     if bias is not None:
         check_bias(bias, packed.positions, h.new_empty(len(h), first.num_heads, 0))
+        bias = bias.float()
     return torch.ops.tokenexit.exit_loop(
         h,
         packed.positions,
@@ -105,7 +106,7 @@ def exit_loop(
         found.weights,
         found.scales,
         found.classifiers,
-        costs(h.shape[1], found.weights[9].numel(), first.num_heads, first.is_int8),
+        costs(h.shape[1], found.weights[9].numel(), first.num_heads, found.weights[0].dtype),
         first.num_heads,
         (h.shape[1] // first.num_heads) ** -0.5,
         [layer._modules["output_norm"].eps for layer in layers],

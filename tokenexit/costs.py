@@ -13,22 +13,34 @@ from torch import nn
 
 from tokenexit.files import cache_folder, write_aside
 from tokenexit.int8 import Int8Linear
+from tokenexit.ops import instruction_set
 from tokenexit.ops.exit_layer import exit_layer
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import Active
 
 NAMES = ("key_row", "projected_block", "active_row", "absorbed_block")
-# Nanoseconds for 1,000 multiply-adds of each, by the kind of weights: medians of `measure` for
-# widths of 128 to 1024 on a Xeon. Only ratios count; those of fp32 are the same with AVX2 and
-# AVX-512. They choose as well as what is measured for one width: see docs/cpu.md.
-_RATES = {"fp32": (18.0, 140.0, 55.0, 22.0), "int8": (18.0, 80.0, 42.0, 24.0)}
+_KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+# Nanoseconds for 1,000 multiply-adds of each, by the kind of weights and, where that makes a
+# difference, the instruction set: medians of `measure` for widths of 128 to 1024 on a Xeon. Only
+# ratios count; those of fp32 are the same with AVX2 and AVX-512. They choose as well as what is
+# measured for one width: see docs/cpu.md.
+_RATES = {
+    "fp32": (18.0, 140.0, 55.0, 22.0),
+    "bf16": (18.0, 190.0, 52.0, 20.0),
+    "bf16, amx": (2.8, 79.0, 23.0, 9.5),
+    "int8": (18.0, 80.0, 42.0, 24.0),
+    "int8, avx_vnni": (11.0, 105.0, 55.0, 33.0),
+    "int8, avx512_vnni": (5.1, 87.0, 32.0, 18.0),
+    "int8, avx512_bf16": (5.1, 87.0, 32.0, 18.0),
+    "int8, amx": (1.4, 75.0, 23.0, 13.0),
+}
 # (sentences, tokens, active tokens) of the batches that are timed
 _BATCHES = ((16, 16, 1), (16, 64, 1), (4, 16, 4), (8, 32, 4), (2, 256, 16), (1, 128, 128))
 _ROUNDS = 8
 
 
 @torch.compiler.assume_constant_result
-def costs(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]:
+def costs(d: int, inner: int, num_heads: int, dtype: torch.dtype = torch.float32) -> list[float]:
     """Costs of `tokenexit.ops.exit_layer`, in microseconds, for layers of these sizes.
 
     By a table of rates for each instruction set and kind of weights: the same in every process on a
@@ -39,27 +51,30 @@ def costs(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]
         d: width of the layer.
         inner: width of its feed-forward part.
         num_heads: H.
-        int8: of 8-bit weights.
+        dtype: of the weights: float32, bfloat16, or int8 (`tokenexit.int8`).
     """
-    return _costs(d, inner, num_heads, int8)
+    return _costs(d, inner, num_heads, dtype)
 
 
 @lru_cache
-def _costs(d: int, inner: int, num_heads: int, int8: bool) -> list[float]:
-    found = measured().get(_key(d, inner, num_heads, int8))
-    return modelled(d, int8) if found is None else [found[name] for name in NAMES]
+def _costs(d: int, inner: int, num_heads: int, dtype: torch.dtype) -> list[float]:
+    found = measured().get(_key(d, inner, num_heads, dtype))
+    return modelled(d, dtype) if found is None else [found[name] for name in NAMES]
 
 
-def modelled(d: int, int8: bool = False) -> list[float]:
+def modelled(d: int, dtype: torch.dtype = torch.float32) -> list[float]:
     """The costs that the table gives for layers of width d."""
-    rates = _RATES["int8" if int8 else "fp32"]
+    kind = _KINDS[dtype]
+    rates = _RATES.get(f"{kind}, {instruction_set()}", _RATES[kind])
     # Projecting a key and value; 16 queries of all heads by a key, and its value; carrying a query
     # there and back; 16 pairs of a query and a head by a state, twice.
     work = 2 * d * d, 32 * d, 2 * d * d, 32 * d
     return [rate * amount / 1e6 for rate, amount in zip(rates, work, strict=True)]
 
 
-def calibrate(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]:
+def calibrate(
+    d: int, inner: int, num_heads: int, dtype: torch.dtype = torch.float32
+) -> list[float]:
     """Measure the costs here, in a second or two, and keep them: other processes take them too.
 
     Returns:
@@ -68,17 +83,17 @@ def calibrate(d: int, inner: int, num_heads: int, int8: bool = False) -> list[fl
     Raises:
         OSError: the cache folder (`tokenexit.files.cache_folder`) may not be written.
     """
-    found = measure(d, inner, num_heads, int8)
-    known = {**measured(), _key(d, inner, num_heads, int8): dict(zip(NAMES, found, strict=True))}
+    found = measure(d, inner, num_heads, dtype)
+    known = {**measured(), _key(d, inner, num_heads, dtype): dict(zip(NAMES, found, strict=True))}
     with write_aside(_path()) as aside:
         aside.write_text(json.dumps(known, indent=1))
     _costs.cache_clear()
     return found
 
 
-def _key(d, inner, num_heads, int8):
-    kind = "int8" if int8 else "fp32"
-    return f"{processor()}, {d} x {inner}, {num_heads} heads, {kind}"
+def _key(d, inner, num_heads, dtype):
+    how = f"{_KINDS[dtype]}, {instruction_set()}"
+    return f"{processor()}, {d} x {inner}, {num_heads} heads, {how}"
 
 
 def _path() -> Path:
@@ -111,14 +126,18 @@ def processor() -> str:
 
 
 @torch.inference_mode()
-def measure(d: int, inner: int, num_heads: int, int8: bool = False) -> list[float]:
+def measure(d: int, inner: int, num_heads: int, dtype: torch.dtype = torch.float32) -> list[float]:
     """Time layers on random weights, both ways, and fit the costs to the times.
 
     The model: `time = c0 + c1 * active + keys * key_row + ...`, linear in `NAMES`.
     """
     matrices = ((d, d), (2 * d, d), (d, d), None, (inner, d), (d, inner), None)
     weights, scales = [], []
-    of = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
+    int8 = dtype == torch.int8
+    of = {
+        "dtype": torch.float32 if int8 else dtype,
+        "device": "cpu",
+    }  # whatever the user's defaults are
     with torch.random.fork_rng([]):  # the caller's numbers stay as they were
         layer = [nn.Linear(*s[::-1], **of) if s else nn.LayerNorm(d, **of) for s in matrices]
     for part in layer:

@@ -7,9 +7,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenexit.conditions import CALLS, Reads, passable, unmet
+from tokenexit.ops import instruction_set
 
-# Products of a byte and a weight are added in pairs, in 16 bits, which 127 would overflow.
-LARGEST = 63
+
+def largest() -> int:
+    """What a row's largest weight is rounded to: 127, or 63 where that is much faster.
+
+    AVX2 and plain AVX-512 add products of a byte and a weight in pairs, in 16 bits, which weights
+    beyond 64 may overflow: those go in two parts there. Once rounded, weights mean the same on
+    every processor, and so do sums of their products, which are exact.
+    """
+    return 63 if instruction_set() in ("avx2", "avx512") else 127
 
 
 @passable
@@ -37,12 +45,14 @@ class Int8Linear(nn.Module):
             raise ValueError(f"got {self.in_features} inputs; expected a multiple of 4 for int8")
         if not weight.isfinite().all():
             raise ValueError("got a weight that is not finite; expected finite ones for int8")
-        scale = (weight.abs().amax(1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = (weight.abs().amax(1) / largest()).clamp(min=torch.finfo(torch.float32).tiny)
         rounded = (weight / scale[:, None]).round().to(torch.int8)
         self.register_buffer("weight", rounded)
         self.register_buffer("scale", scale)
-        # What the bytes' zero point, 128, adds to a product.
-        self.register_buffer("offset", 128 * scale * rounded.sum(1))
+        # What the bytes' zero point, 128, adds to a product; last, the largest weight, by which the
+        # compiled layer knows what its sums need.
+        most = rounded.abs().amax().float()
+        self.register_buffer("offset", torch.cat([128 * scale * rounded.sum(1), most[None]]))
         bias = torch.zeros_like(scale) if linear.bias is None else linear.bias.detach().float()
         self.register_buffer("bias", bias.clone())
 

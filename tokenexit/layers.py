@@ -100,13 +100,14 @@ class ExitLayer(nn.Module):
         """
         found = self.reads(h)
         if not isinstance(found, str):
+            dtype, inner = found.weights[0].dtype, found.weights[9].numel()
             try:
                 return exit_layer(
                     h,
                     active,
                     found.weights,
                     found.scales,
-                    costs(h.shape[1], found.weights[9].numel(), self.num_heads, self.is_int8),
+                    costs(h.shape[1], inner, self.num_heads, dtype),
                     self.num_heads,
                     (h.shape[1] // self.num_heads) ** -0.5,
                     self.output_norm.eps,
@@ -252,7 +253,7 @@ def _layout(like, inner, labels, int8):
             if kind is nn.Linear:
                 shapes += [(rows[name], f if name == "down" else d), (rows[name],)]
                 dtypes += [torch.int8 if int8 else like.dtype, like.dtype]
-                scales += [(rows[name],)] * 2
+                scales += [(rows[name],), (rows[name] + 1,)]
             elif kind is nn.LayerNorm:
                 shapes += [(d,)] * 2
                 dtypes += [like.dtype] * 2
@@ -265,7 +266,7 @@ def _layout(like, inner, labels, int8):
 # What else the code that is compiled for CPUs needs, of states and of layers.
 _STATES = (
     ("the compiled ops, and states on a CPU", lambda h: h.device.type in DEVICES),
-    ("states in fp32", lambda h: h.dtype == torch.float32),
+    ("states in fp32 or bf16", lambda h: h.dtype in (torch.float32, torch.bfloat16)),
     ("no gradients", lambda h: not torch.is_grad_enabled()),
 )
 _LAYERS = (
@@ -273,6 +274,17 @@ _LAYERS = (
     ("no dropout to be done", lambda layers: not any([layer.drops() for layer in layers])),
     ("one eps in a layer", lambda layers: all([layer.has_one_eps() for layer in layers])),
     ("as many heads in each layer", lambda layers: len({x.num_heads for x in layers}) == 1),
+)
+_LAYERS_IN_BF16 = (
+    *_LAYERS,
+    (
+        "even widths of heads and of inner layers in bf16",  # it moves words of two
+        lambda layers: (
+            not any(
+                [x.down.in_features % 2 or x.down.out_features // x.num_heads % 2 for x in layers]
+            )
+        ),
+    ),
 )
 
 
@@ -292,5 +304,6 @@ def compiled_reads(
         found = reads(layers, heads, h, others, kinds)
         # Where the op is only traced, it can't refuse.
         asked = (*CALLS, *TENSORS) if torch.compiler.is_compiling() else CALLS
-        failed = unmet(asked, found) or unmet(_LAYERS, layers)
+        of_layers = _LAYERS_IN_BF16 if h.dtype == torch.bfloat16 else _LAYERS
+        failed = unmet(asked, found) or unmet(of_layers, layers)
     return failed or found

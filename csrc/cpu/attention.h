@@ -87,12 +87,8 @@ INLINE void attend_absorbed(
     const int64_t lanes = std::min(LANES, pairs - first);
     pack_panel([&](int64_t i) { return q(first + i); }, lanes, dim, space);
     float* mine = scores + first;
-    if (S::VECS > 1 && lanes <= LANES / 2) {
-      multiply<S, 2 * S::ROWS, (S::VECS + 1) / 2>(
-          {states, dim, 1}, space, LANES, mine, PAIRS, keys, dim);
-    } else {
-      multiply<S>({states, dim, 1}, space, LANES, mine, PAIRS, keys, dim);
-    }
+    multiply<S>(
+        {states, dim, 1}, space, LANES, mine, PAIRS, keys, dim, false, lanes <= LANES / 2);
     RelativeBias bias;
     for (int64_t i = 0; i < lanes; ++i) relate(bias, i, first + i);
     bias.add(mine, PAIRS, keys);

@@ -4,96 +4,16 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "attention.h"
-#include "int8.h"
-#include "ops.h"
+#include "bf16_attention.h"
+#include "layer.h"
 
 namespace tokenexit {
 namespace {
 
 // Computed beside each other, of a batch of any size: what keeps the workspace small.
 constexpr int64_t MOST_ROWS = 512, MOST_TOKENS = 2048;
-constexpr int64_t UNIT = 12;        // features a thread takes at least: whole tiles of any Isa
 
-// Weights as torch.nn.Linear and LayerNorm hold them, in the order of the op's list.
-enum Weight { QUERY, KEY_VALUE, OUTPUT, NORM, UP, DOWN, LAST_NORM, NUM_WEIGHTS };
-static_assert(LAYER_TENSORS == 2 * NUM_WEIGHTS);
-
-// Times that the choice between projected and absorbed attention weighs, in one unit.
-enum Cost { KEY_ROW, PROJECTED_BLOCK, ACTIVE_ROW, ABSORBED_BLOCK, NUM_COSTS };
-
-struct Linear {
-  const float *weight = nullptr, *bias = nullptr;
-  Matrix8 bits;  // in place of weight
-};
-
-// Panels of fp32 and, for 8-bit weights, the same as bytes.
-struct Panels {
-  float* x = nullptr;
-  Panels8 bits;
-};
-
-struct Sentence {
-  int64_t first_active, active;  // rows of this group
-  const float* states;           // of its tokens
-  int64_t tokens;
-  int64_t first;  // row of its keys if projected, of its queries among the absorbed if not
-};
-
-struct Work {
-  Linear w[NUM_WEIGHTS];
-  bool int8 = false;
-  const float* h;
-  const int64_t* active;     // of this group
-  const CheckedBias* bias;   // of all active tokens
-  int64_t first_active = 0;  // of this group
-  float* out;
-  bool in_place;  // out is h, else the rows of this group
-  int64_t d, heads, dim, inner;
-  float eps, scale;
-  bool pre_norm;
-
-  std::vector<Sentence> projected, absorbed;
-  std::vector<const float*> keys;  // projected rows
-  std::vector<int64_t> lanes;      // group row of each absorbed query
-  int64_t rows;                    // active ones
-
-  Panels x, xk, ctx, y, u;       // [panels][features][16]
-  float *q, *kv_panels, *kv;     // likewise, and kv [2][heads][rows][dim]
-  // Absorbed rows: [rows][d], [heads][rows][wide], [heads][rows][d]; for 8-bit weights the last are
-  // bytes, each row with a scale, [heads][panels][16].
-  float *q_rows, *carried, *mixed, *mixed_scale;
-  int64_t wide;   // d, rounded up to whole lanes
-  int64_t block;  // pairs of a query and a head that attend together
-
-  int64_t panels() const { return panels_of(rows); }
-
-  INLINE void relate(RelativeBias& to, int64_t lane, int64_t head, int64_t row) const {
-    to.set(lane, *bias, head, first_active + row);
-  }
-};
-
-// y[n0 .. n1 - 1] of W x + bias; what either kind of weights does.
-template <class S>
-INLINE void linear(
-    const Linear& w, int64_t depth, const Panels& x, int64_t rows, float* y, int64_t out,
-    int64_t n0, int64_t n1, const float* residual = nullptr, bool gelu = false) {
-  const Epilogue epilogue = {w.bias, residual, gelu};
-  if (w.bits.weight) {
-    product8<S>(w.bits, depth, x.bits, rows, y, out, n0, n1, epilogue);
-  } else {
-    product<S>(w.weight, depth, x.x, rows, y, out, n0, n1, epilogue);
-  }
-}
-
-// The bytes of panel p of those of `rows` rows, if they are read.
-template <class S>
-INLINE void quantize(const Panels& to, int64_t p, int64_t rows, int64_t depth) {
-  if (!to.bits.bytes) return;
-  quantize_panel<S>(
-      to.x + p * depth * LANES, std::min(LANES, rows - p * LANES), by_rows<S>(rows), depth,
-      to.bits.bytes + p * depth * LANES, to.bits.scale + p * LANES);
-}
+constexpr int64_t WHOLE_TILES = 12;  // features, of any Isa
 
 // Each phase of the layer runs over a range of its items: panels, units of features, heads, ...
 
@@ -101,9 +21,12 @@ struct PackActive {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      pack_panel([&](int64_t i) { return w->h + w->active[p * LANES + i] * w->d; },
-                 std::min(LANES, w->rows - p * LANES), w->d, w->x.x + p * w->d * LANES);
-      quantize<S>(w->x, p, w->rows, w->d);
+      float* panel = w->x.x + p * w->d * LANES;
+      Word* words = w->x.words + p * w->state * LANES;
+      pack_panel([&](int64_t i) { return w->h + w->active[p * LANES + i] * w->state; },
+                 std::min(LANES, w->rows - p * LANES), w->state,
+                 w->bf16() ? reinterpret_cast<float*>(words) : panel);
+      w->bf16() ? from_words<S>(words, w->d, panel) : narrow<S>(w->x, p, w->rows, w->d);
     }
   }
 };
@@ -113,9 +36,10 @@ struct PackKeys {
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     const int64_t rows = w->keys.size();
     for (int64_t p = begin; p < end; ++p) {
+      float* to = w->bf16() ? reinterpret_cast<float*>(w->xk.words) : w->xk.x;
       pack_panel([&](int64_t i) { return w->keys[p * LANES + i]; },
-                 std::min(LANES, rows - p * LANES), w->d, w->xk.x + p * w->d * LANES);
-      quantize<S>(w->xk, p, rows, w->d);
+                 std::min(LANES, rows - p * LANES), w->state, to + p * w->state * LANES);
+      if (w->int8()) narrow<S>(w->xk, p, rows, w->d);
     }
   }
 };
@@ -124,13 +48,13 @@ struct PackKeys {
 struct Project {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    const int64_t d = w->d, units = (d + UNIT - 1) / UNIT;
+    const int64_t d = w->d, unit = w->unit, units = (d + unit - 1) / unit;
     if (begin < units) {
-      linear<S>(w->w[QUERY], d, w->x, w->rows, w->q, d, begin * UNIT, std::min(d, end * UNIT));
+      linear<S>(w->w[QUERY], d, w->x, w->rows, w->q, d, begin * unit, std::min(d, end * unit));
     }
     if (end > units) {
       linear<S>(w->w[KEY_VALUE], d, w->xk, w->keys.size(), w->kv_panels, 2 * d,
-                (std::max(begin, units) - units) * UNIT, std::min(2 * d, (end - units) * UNIT));
+                (std::max(begin, units) - units) * unit, std::min(2 * d, (end - units) * unit));
     }
   }
 };
@@ -195,6 +119,9 @@ struct UnpackQueries {
       for (int64_t c = 0; c < w->d; ++c) {
         to[c] = from[c * LANES] * (scale ? w->scale * scale[c] : w->scale);
       }
+      for (int64_t head = 0; head < w->heads && w->attends_in_bf16; ++head) {
+        bf16_of<S>(to + head * w->dim, w->dim, halves_of(w->q_bf16) + (head * w->lanes.size() + r) * w->dim);
+      }
     }
   }
 };
@@ -233,6 +160,8 @@ struct CarryQueries {
         if (kv.bits.weight) {
           __builtin_prefetch(kv.bits.weight + beyond + c * d);
           to_floats<S>(kv.bits.weight + at + c * d, width, copy);
+        } else if (kv.words) {
+          floats_of<S>(reinterpret_cast<const uint16_t*>(kv.words) + at + c * d, width, copy);
         } else {
           const float* from = kv.weight + at + c * d;
           for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(from + STRIP + i);
@@ -261,16 +190,35 @@ struct AttendAbsorbed {
     const auto pair = [&](int64_t i) {
       return (first + i) % w->heads * rows + s->first + (first + i) / w->heads;
     };
-    float* space = scratch.get(d * (LANES + PAIRS) + s->tokens * PAIRS);
-    attend_absorbed<S>(
-        [&](int64_t i) { return w->carried + pair(i) * w->wide; }, s->states, s->tokens, d, pairs,
-        relate, [&](int64_t i) { return w->int8 ? space + i * d : w->mixed + pair(i) * d; },
-        space + PAIRS * d);
-    if (!w->int8) return;
-    for (int64_t i = 0; i < pairs; ++i) {
+    const bool fp32 = w->numbers == Numbers::fp32;
+    float* space = scratch.get(w->wide * (LANES + PAIRS) + s->tokens * (PAIRS + d));
+    float* beyond = space + PAIRS * w->wide;
+    const float* states = s->states;
+    if (w->attends_in_bf16) {
+      attend_absorbed_in_bf16<S>(
+          [&](int64_t i) { return w->carried + pair(i) * w->wide / 2; }, states, w->int8(),
+          s->tokens, d, pairs, relate, space, w->wide);
+    } else {
+      if (w->bf16()) {
+        float* copy = beyond + d * LANES + s->tokens * PAIRS;
+        floats_of<S>(reinterpret_cast<const uint16_t*>(states), s->tokens * d, copy);
+        states = copy;
+      }
+      attend_absorbed<S>(
+          [&](int64_t i) { return w->carried + pair(i) * w->wide; }, states, s->tokens, d, pairs,
+          relate, [&](int64_t i) { return fp32 ? w->mixed + pair(i) * d : space + i * w->wide; },
+          beyond);
+    }
+    for (int64_t i = 0; i < pairs && !fp32; ++i) {
       const int64_t head = pair(i) / rows, row = pair(i) % rows;
-      w->mixed_scale[head * panels_of(rows) * LANES + row] =
-          quantize_row<S>(space + i * d, d, reinterpret_cast<uint8_t*>(w->mixed) + pair(i) * d);
+      const float* from = space + i * w->wide;
+      float* to = w->mixed + pair(i) * (d / w->a_word());
+      if (w->bf16()) {
+        bf16_of<S>(from, d, halves_of(to));
+      } else {
+        w->mixed_scale[head * panels_of(rows) * LANES + row] =
+            quantize_row<S>(from, d, reinterpret_cast<uint8_t*>(to));
+      }
     }
   }
 };
@@ -283,10 +231,10 @@ struct BringBack {
     const int64_t d = w->d, dim = w->dim, rows = w->lanes.size(), panels = panels_of(rows);
     float* y = scratch.get(panels * (d + dim) * LANES);
     float* packed = y + panels * dim * LANES;
-    const int64_t words = w->int8 ? d / 4 : d;  // of a row
+    const int64_t words = d / w->a_word();  // of a row
     for (int64_t head = begin; head < end; ++head) {
       const float* mixed = w->mixed + head * rows * words;
-      const bool as_it_is = w->int8 && by_rows<S>(rows);
+      const bool as_it_is = w->int8() && by_rows(rows);
       for (int64_t p = 0; p < panels && !as_it_is; ++p) {
         pack_panel([&](int64_t i) { return mixed + (p * LANES + i) * words; },
                    std::min(LANES, rows - p * LANES), words, packed + p * words * LANES);
@@ -295,12 +243,14 @@ struct BringBack {
       Linear value = w->w[KEY_VALUE];
       Panels x;
       value.bias += feature;
-      if (w->int8) {
+      x.words = reinterpret_cast<Word*>(as_it_is ? const_cast<float*>(mixed) : packed);
+      if (w->int8()) {
         value.bits.weight += feature * d;
         value.bits.scale += feature;
         value.bits.offset += feature;
-        x.bits.bytes = reinterpret_cast<uint8_t*>(as_it_is ? const_cast<float*>(mixed) : packed);
-        x.bits.scale = w->mixed_scale + head * panels * LANES;
+        x.scale = w->mixed_scale + head * panels * LANES;
+      } else if (w->bf16()) {
+        value.words += feature * words;
       } else {
         value.weight += feature * d;
         x.x = packed;
@@ -316,18 +266,18 @@ struct BringBack {
   }
 };
 
-struct QuantizeContext {
+struct NarrowContext {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) quantize<S>(w->ctx, p, w->rows, w->d);
+    for (int64_t p = begin; p < end; ++p) narrow<S>(w->ctx, p, w->rows, w->d);
   }
 };
 
 struct Output {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    linear<S>(w->w[OUTPUT], w->d, w->ctx, w->rows, w->y.x, w->d, begin * UNIT,
-              std::min(w->d, end * UNIT), w->x.x);
+    linear<S>(w->w[OUTPUT], w->d, w->ctx, w->rows, w->y.x, w->d, begin * w->unit,
+              std::min(w->d, end * w->unit), w->x.x);
   }
 };
 
@@ -336,7 +286,7 @@ struct Normalize {
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       normalize<S>(w->y.x + p * w->d * LANES, w->d, w->w[NORM].weight, w->w[NORM].bias, w->eps);
-      quantize<S>(w->y, p, w->rows, w->d);
+      narrow<S>(w->y, p, w->rows, w->d);
     }
   }
 };
@@ -344,23 +294,23 @@ struct Normalize {
 struct Up {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    linear<S>(w->w[UP], w->d, w->y, w->rows, w->u.x, w->inner, begin * UNIT,
-              std::min(w->inner, end * UNIT), nullptr, true);
+    linear<S>(w->w[UP], w->d, w->y, w->rows, w->u.x, w->inner, begin * w->unit,
+              std::min(w->inner, end * w->unit), nullptr, true, w->bf16() ? w->u.words : nullptr);
   }
 };
 
-struct QuantizeInner {
+struct NarrowInner {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) quantize<S>(w->u, p, w->rows, w->inner);
+    for (int64_t p = begin; p < end; ++p) narrow<S>(w->u, p, w->rows, w->inner);
   }
 };
 
 struct Down {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    linear<S>(w->w[DOWN], w->inner, w->u, w->rows, w->x.x, w->d, begin * UNIT,
-              std::min(w->d, end * UNIT), w->y.x);
+    linear<S>(w->w[DOWN], w->inner, w->u, w->rows, w->x.x, w->d, begin * w->unit,
+              std::min(w->d, end * w->unit), w->y.x);
   }
 };
 
@@ -373,9 +323,14 @@ struct Finish {
       if (!w->pre_norm) normalize<S>(panel, w->d, norm.weight, norm.bias, w->eps);
       const auto row = [&](int64_t i) {
         const int64_t r = p * LANES + i;
-        return w->out + (w->in_place ? w->active[r] : r) * w->d;
+        return w->out + (w->in_place ? w->active[r] : r) * w->state;
       };
-      unpack_panel(panel, w->d, row, 0, std::min(LANES, w->rows - p * LANES));
+      if (w->bf16()) {
+        Word* words = w->x.words + p * w->state * LANES;
+        to_words<S>(panel, w->d, words);
+        panel = reinterpret_cast<float*>(words);
+      }
+      unpack_panel(panel, w->state, row, 0, std::min(LANES, w->rows - p * LANES));
     }
   }
 };
@@ -406,8 +361,8 @@ void parallel(const Work& work, int64_t items, int64_t grain = 1) {
 // Units of features; a thread takes some hundred thousand multiply-adds at least.
 template <class Body>
 void parallel_units(const Work& work, int64_t features, int64_t depth, int64_t panels) {
-  const int64_t cost = UNIT * depth * panels * LANES;
-  parallel<Body>(work, (features + UNIT - 1) / UNIT, std::max<int64_t>(1, 500000 / cost));
+  const int64_t cost = work.unit * depth * panels * LANES;
+  parallel<Body>(work, (features + work.unit - 1) / work.unit, std::max<int64_t>(1, 500000 / cost));
 }
 
 // The sentences of a group, those whose attention is cheaper absorbed apart from the others. Each is
@@ -428,7 +383,7 @@ void choose(Work& w, const std::vector<Sentence>& sentences, const std::vector<d
       w.absorbed.push_back(s);
     } else {
       s.first = w.keys.size();
-      for (int64_t j = 0; j < s.tokens; ++j) w.keys.push_back(s.states + j * w.d);
+      for (int64_t j = 0; j < s.tokens; ++j) w.keys.push_back(s.states + j * w.state);
       w.projected.push_back(s);
     }
   }
@@ -440,21 +395,23 @@ void run_group(Work& w, bool all_active) {
   const int64_t keys = w.keys.size(), key_panels = panels_of(keys);
   const int64_t absorbed = w.lanes.size();
   const bool shared = all_active && !absorbed;  // every key is a query: one packing does
-  const auto size = [&](int64_t count, int64_t features) {
-    // A byte for each float, and a scale for each lane.
-    return count * LANES * (w.int8 ? features + features / 4 + 1 : features);
+  const auto size = [&](int64_t count, int64_t features) {  // at most
+    return count * LANES * (features + features / 2 + 1);
   };
   float* at = scratch.get(
       size(panels, d) * 3 + size(panels, w.inner) + panels * row +
       (shared ? 0 : size(key_panels, d)) + key_panels * 2 * row + keys * 2 * d +
-      absorbed * (d + w.heads * (w.wide + d)) + w.heads * panels_of(absorbed) * LANES);
-  const auto take = [&](int64_t count) { return std::exchange(at, at + count); };
+      filled(1) * w.dim + absorbed * (2 * d + w.heads * (w.wide + d)) +
+      w.heads * panels_of(absorbed) * LANES + 16 * 16);
+  const auto take = [&](int64_t count) {  // whole lines of memory
+    return std::exchange(at, at + (count + 15) / 16 * 16);
+  };
   const auto take_panels = [&](int64_t count, int64_t features) {
     Panels result;
     result.x = take(count * LANES * features);
-    if (!w.int8) return result;
-    result.bits.scale = take(count * LANES);
-    result.bits.bytes = reinterpret_cast<uint8_t*>(take(count * LANES * features / 4));
+    if (w.numbers == Numbers::fp32) return result;
+    if (w.int8()) result.scale = take(count * LANES);
+    result.words = reinterpret_cast<Word*>(take(count * LANES * features / w.a_word()));
     return result;
   };
   w.x = take_panels(panels, d);
@@ -464,18 +421,19 @@ void run_group(Work& w, bool all_active) {
   w.xk = shared ? w.x : take_panels(key_panels, d);
   w.q = take(panels * row);
   w.kv_panels = take(key_panels * 2 * row);
-  w.kv = take(keys * 2 * d);
+  w.kv = take(keys * 2 * d + filled(1) * w.dim);  // what fills up the last ones is read
   w.q_rows = take(absorbed * d);
+  w.q_bf16 = take(absorbed * d);
   w.carried = take(absorbed * w.heads * w.wide);
   w.mixed = take(absorbed * w.heads * d);
   w.mixed_scale = take(w.heads * panels_of(absorbed) * LANES);
 
   parallel<PackActive>(w, panels);
   if (!shared && keys) parallel<PackKeys>(w, key_panels);
-  parallel_units<Project>(w, keys ? (d + UNIT - 1) / UNIT * UNIT + 2 * d : d, d,
+  parallel_units<Project>(w, keys ? (d + w.unit - 1) / w.unit * w.unit + 2 * d : d, d,
                           std::max(panels, key_panels));
   if (keys) {
-    parallel<UnpackKeys>(w, key_panels);
+    w.attends_in_bf16 ? parallel<UnpackKeysInBf16>(w, key_panels) : parallel<UnpackKeys>(w, key_panels);
     std::vector<int64_t> start = {0};
     for (const Sentence& s : w.projected) {
       for (int64_t i = 0; i < w.heads; ++i) {
@@ -483,11 +441,14 @@ void run_group(Work& w, bool all_active) {
       }
     }
     const Work* work = &w;
-    parallel_items(start, 4096, [work](int64_t i) { dispatch<AttendProjected>(work, i); });
+    parallel_items(start, 4096, [work](int64_t i) {
+      work->attends_in_bf16 ? dispatch<AttendInBf16>(work, i) : dispatch<AttendProjected>(work, i);
+    });
   }
   if (absorbed) {
     parallel<UnpackQueries>(w, absorbed, LANES);
-    parallel<CarryQueries>(w, w.heads * ((d + 63) / 64));
+    const int64_t strips = w.heads * ((d + 63) / 64);
+    w.attends_in_bf16 ? parallel<CarryInBf16>(w, strips) : parallel<CarryQueries>(w, strips);
     std::vector<int64_t> start = {0};
     std::vector<std::pair<const Sentence*, int64_t>> blocks;
     // Smaller blocks are slower, but each thread is to have one.
@@ -508,11 +469,11 @@ void run_group(Work& w, bool all_active) {
     });
     parallel<BringBack>(w, w.heads);
   }
-  if (w.int8) parallel<QuantizeContext>(w, panels);
+  if (w.numbers != Numbers::fp32) parallel<NarrowContext>(w, panels);
   parallel_units<Output>(w, d, d, panels);
   parallel<Normalize>(w, panels);
   parallel_units<Up>(w, w.inner, d, panels);
-  if (w.int8) parallel<QuantizeInner>(w, panels);
+  if (w.int8()) parallel<NarrowInner>(w, panels);
   parallel_units<Down>(w, d, w.inner, panels);
   parallel<Finish>(w, panels);
 }
@@ -524,8 +485,9 @@ Tensor exit_layer_op(
     const std::optional<Tensor>& positions_) {
   check_cpu(h_, active_, cu_active_, cu_tokens_, weights, scales, bias_, positions_);
   STD_TORCH_CHECK(
-      h_.dim() == 2 && h_.scalar_type() == ScalarType::Float && cu_active_.numel() > 0,
-      "got h of ", h_.dim(), " dimensions; expected [T, d] of Float, and offsets");
+      h_.dim() == 2 && (h_.scalar_type() == ScalarType::Float || is_bf16(h_)) &&
+          cu_active_.numel() > 0,
+      "got h of ", h_.dim(), " dimensions; expected [T, d] of Float or BFloat16, and offsets");
   STD_TORCH_CHECK(
       weights.size() == LAYER_TENSORS && (scales.empty() || scales.size() == LAYER_TENSORS),
       "got ", weights.size(), " weights and ", scales.size(), " scales; expected ", LAYER_TENSORS,
@@ -554,30 +516,40 @@ Tensor exit_layer_op(
     }
   }
   const CheckedBias bias(bias_, positions_, heads, active.numel());
-  const LayerCall call = {h.size(1), heads, num_sentences, start, costs, scale, pre_norm, &bias};
+  const LayerCall call = {h.size(1), heads, num_sentences, start, costs, scale, pre_norm, is_bf16(h), &bias};
   Tensor out = torch::stable::new_empty(h, {active.numel(), h.size(1)});
   exit_layer(call, weights.data(), scales.empty() ? nullptr : scales.data(), eps,
-             h.const_data_ptr<float>(), token, first, out.mutable_data_ptr<float>());
+             h.const_data_ptr(), token, first, out.mutable_data_ptr());
   return out;
 }
 
 }  // namespace
 
 void exit_layer(
-    const LayerCall& call, const Tensor* weights, const Tensor* scales, double eps, const float* h,
-    const int64_t* active, const int64_t* cu_active, float* out) {
+    const LayerCall& call, const Tensor* weights, const Tensor* scales, double eps, const void* h_,
+    const int64_t* active, const int64_t* cu_active, void* out_) {
+  const auto* h = static_cast<const float*>(h_);
+  auto* out = static_cast<float*>(out_);
   Work w;
   w.d = call.d;
   w.heads = call.heads;
   w.dim = call.heads > 0 ? call.d / call.heads : 0;
   w.wide = panels_of(w.d) * LANES;
   w.inner = weights[2 * UP + 1].numel();
-  w.int8 = scales != nullptr;
+  if (scales || call.bf16) w.numbers = scales ? Numbers::int8 : Numbers::bf16;
+  w.unit = WHOLE_TILES;
+  if (w.numbers != Numbers::fp32) {
+    w.unit = std::max(w.unit, engine(w.int8() ? Kind::int8 : Kind::bf16).rows);
+  }
+  w.state = w.bf16() ? w.d / 2 : w.d;
+  w.attends_in_bf16 = w.numbers != Numbers::fp32 && cpu() >= Cpu::amx && w.dim % 2 == 0;
   const int64_t d = w.d;
   STD_TORCH_CHECK(
-      d > 0 && w.inner > 0 && d == w.dim * w.heads && !(w.int8 && (d % 4 || w.inner % 4)),
+      d > 0 && w.inner > 0 && d == w.dim * w.heads && d % w.a_word() == 0 &&
+          w.inner % w.a_word() == 0 && !(w.bf16() && w.dim % 2),
       "got widths ", d, " and ", w.inner, " for ", w.heads,
-      " heads; expected whole heads and, in int8, multiples of 4");
+      " heads; expected whole heads, and multiples of 4 in int8, of 2 in bf16");
+  STD_TORCH_CHECK(!(scales && call.bf16), "got int8 weights and bf16 states; expected Float ones");
   STD_TORCH_CHECK(
       call.costs.size() == NUM_COSTS, "got ", call.costs.size(), " costs; expected ",
       int(NUM_COSTS));
@@ -593,20 +565,33 @@ void exit_layer(
   };
   const int64_t out_in[][2] = {
       {d, d}, {2 * d, d}, {d, d}, {d, 1}, {w.inner, d}, {d, w.inner}, {d, 1}};
+  if (w.bf16()) w.small.reserve(10 * d + w.inner);
+  // A bias, or a LayerNorm's part, in fp32.
+  const auto small = [&](const Tensor& x, int64_t size) {
+    if (!w.bf16()) return static_cast<const float*>(values(x, size));
+    const size_t first = w.small.size();
+    w.small.resize(first + size);
+    floats_of<Portable>(static_cast<const uint16_t*>(values(x, size, 1, ScalarType::BFloat16)), size,
+              w.small.data() + first);
+    return static_cast<const float*>(w.small.data() + first);
+  };
   for (int i = 0; i < NUM_WEIGHTS; ++i) {
     const auto [rows, columns] = out_in[i];
     Linear& to = w.w[i];
-    const bool bits = w.int8 && columns > 1;
-    const void* weight = values(
-        weights[2 * i], rows, columns, bits ? ScalarType::Char : ScalarType::Float);
-    to.bias = static_cast<const float*>(values(weights[2 * i + 1], rows));
-    if (!bits) {
-      to.weight = static_cast<const float*>(weight);
+    to.bias = small(weights[2 * i + 1], rows);
+    if (columns == 1) {
+      to.weight = small(weights[2 * i], rows);
       continue;
     }
+    const ScalarType dtype = w.int8() ? ScalarType::Char : w.bf16() ? ScalarType::BFloat16 : ScalarType::Float;
+    const void* weight = values(weights[2 * i], rows, columns, dtype);
+    if (w.bf16()) to.words = static_cast<const Word*>(weight);
+    if (w.numbers == Numbers::fp32) to.weight = static_cast<const float*>(weight);
+    if (!w.int8()) continue;
     to.bits.weight = static_cast<const int8_t*>(weight);
     to.bits.scale = static_cast<const float*>(values(scales[2 * i], rows));
-    to.bits.offset = static_cast<const float*>(values(scales[2 * i + 1], rows));
+    to.bits.offset = static_cast<const float*>(values(scales[2 * i + 1], rows + 1));
+    to.bits.wide = !(to.bits.offset[rows] <= 64);  // after them, the largest weight
   }
   w.h = h;
   w.scale = static_cast<float>(call.scale);
@@ -621,7 +606,7 @@ void exit_layer(
     if (group.empty()) return;
     w.active = active + from;
     w.first_active = from;
-    w.out = w.in_place ? out : out + from * d;
+    w.out = w.in_place ? out : out + from * w.state;
     w.rows = group.back().first_active + group.back().active;
     choose(w, group, call.costs);
     run_group(w, w.rows == tokens);
@@ -634,7 +619,7 @@ void exit_layer(
     const int64_t count = cu_active[b + 1] - cu_active[b];
     if (!count) continue;
     if (cu_active[b + 1] - from > MOST_ROWS || tokens + length > MOST_TOKENS) flush();
-    group.push_back({cu_active[b] - from, count, h + start * d, length, 0});
+    group.push_back({cu_active[b] - from, count, h + start * w.state, length, 0});
     tokens += length;
   }
   flush();

@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "bf16.h"
 #include "ops.h"
 
 namespace tokenexit {
@@ -34,18 +35,19 @@ std::tuple<Tensor, Tensor> exit_loop(
       " a layer, as many or none, and 2");
   const Tensor& labels = classifiers[1];
   STD_TORCH_CHECK(
-      h_.dim() == 2 && h_.scalar_type() == ScalarType::Float && cu_tokens_.numel() > 0 &&
-          labels.numel() > 0,
-      "got h of ", h_.dim(), " dimensions; expected [T, d] of Float, offsets and labels");
+      h_.dim() == 2 && (h_.scalar_type() == ScalarType::Float || is_bf16(h_)) &&
+          cu_tokens_.numel() > 0 && labels.numel() > 0,
+      "got h of ", h_.dim(), " dimensions; expected [T, d] of Float or BFloat16, offsets and labels");
+  const bool bf16 = is_bf16(h_);
   const int64_t num_tokens = h_.size(0), d = h_.size(1), num_labels = labels.numel();
   const int64_t num_sentences = cu_tokens_.numel() - 1;
   for (size_t i = 0; i < classifiers.size(); ++i) {
     const Tensor& x = classifiers[i];
     STD_TORCH_CHECK(
-        x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == 2 - int64_t(i % 2) &&
+        x.scalar_type() == h_.scalar_type() && x.is_contiguous() && x.dim() == 2 - int64_t(i % 2) &&
             x.size(0) == num_labels && (i % 2 || x.size(1) == d),
         "got a classifier's tensor of ", x.dim(), " dimensions and ", x.numel(),
-        " elements; expected [C, d] and [C] of Float, contiguous");
+        " elements; expected [C, d] and [C] of h's dtype, contiguous");
   }
   const Tensor cu_tokens = checked_vector(cu_tokens_, "cu_tokens", num_sentences + 1);
   const Tensor cu_words = checked_vector(cu_words_, "cu_words", num_sentences + 1);
@@ -87,8 +89,9 @@ std::tuple<Tensor, Tensor> exit_loop(
   Tensor h = torch::stable::clone(torch::stable::contiguous(h_));
   Tensor logits_out = torch::stable::new_empty(h, {num_tokens, num_labels});
   Tensor layers_out = torch::stable::empty_like(word_of_token);
-  auto* states = h.mutable_data_ptr<float>();
-  auto* logits_of = logits_out.mutable_data_ptr<float>();
+  void* states = h.mutable_data_ptr();
+  std::vector<float> wide(bf16 ? num_tokens * num_labels : 0);
+  auto* logits_of = bf16 ? wide.data() : logits_out.mutable_data_ptr<float>();
   auto* layer_of = layers_out.mutable_data_ptr<int64_t>();
   std::vector<int64_t> active(num_tokens), kept(num_tokens), words(num_tokens), positions;
   std::vector<int64_t> first(start, start + num_sentences + 1), first_kept(first);
@@ -97,7 +100,7 @@ std::tuple<Tensor, Tensor> exit_loop(
   for (int64_t t = 0; t < num_tokens; ++t) active[t] = t;
   if (bias.entries) positions.resize(num_tokens);
 
-  const LayerCall call = {d, heads, num_sentences, start, costs, scale, false, &bias};
+  const LayerCall call = {d, heads, num_sentences, start, costs, scale, false, bf16, &bias};
   int64_t count = num_tokens;
   for (int64_t layer = 1; layer <= num_layers && count; ++layer) {
     const int64_t at = layer - 1;
@@ -108,8 +111,15 @@ std::tuple<Tensor, Tensor> exit_loop(
     exit_layer(call, &weights[at * LAYER_TENSORS],
                scales.empty() ? nullptr : &scales[at * LAYER_TENSORS], eps[at], states,
                active.data(), first.data(), states);
-    linear(states, active.data(), classifiers[2 * at].const_data_ptr<float>(),
-           classifiers[2 * at + 1].const_data_ptr<float>(), logits.data(), count, d, num_labels);
+    std::vector<float> head[2];
+    const float* classifier[2];
+    for (int i = 0; i < 2; ++i) {
+      const Tensor& x = classifiers[2 * at + i];
+      if (bf16) head[i] = floats_of(x);
+      classifier[i] = bf16 ? head[i].data() : x.const_data_ptr<float>();
+    }
+    linear(states, bf16, active.data(), classifier[0], classifier[1], logits.data(), count, d,
+           num_labels);
     const auto* end = logits.data() + count * num_labels;
     if (std::any_of<const float*>(logits.data(), end, [](float x) { return std::isnan(x); })) {
       std::fill_n(logits_of, num_tokens * num_labels, std::numeric_limits<float>::quiet_NaN());
@@ -138,6 +148,9 @@ std::tuple<Tensor, Tensor> exit_loop(
         first_kept.data());
     active.swap(kept);
     first.swap(first_kept);
+  }
+  if (bf16) {
+    bf16_of<Portable>(logits_of, num_tokens * num_labels, static_cast<uint16_t*>(logits_out.mutable_data_ptr()));
   }
   return {logits_out, layers_out};
 }

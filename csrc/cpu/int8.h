@@ -1,23 +1,17 @@
 #pragma once
 // Products of 8-bit weights and 8-bit activations, whose sums are exact integers.
 //
-// Weights are within +-63, so that two products of 16 bits never overflow (AVX2 adds pairs in 16
-// bits). Activations are scaled row by row: value = (byte - 128) * scale. A panel's bytes are
+// Activations are scaled row by row: value = (byte - 128) * scale. A panel's bytes are
 // [depth / 4][16 lanes][4], four features of a row beside each other; those of few rows [row][depth].
 #include <numeric>
 
 #include "panels.h"
+#include "tiles.h"
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
 namespace tokenexit {
-
-// Whether a product of so many rows goes row by row: faster than lane by lane.
-template <class S>
-INLINE bool by_rows(int64_t rows) {
-  return S::ROWS > Portable::ROWS && rows <= 12;
-}
 
 // The first lanes of a panel [depth][16] to bytes, and each lane's scale; NaN if the lane has a NaN
 // or an infinity.
@@ -113,59 +107,7 @@ INLINE float quantize_row(const float* row, int64_t depth, uint8_t* bytes) {
   return scale;
 }
 
-// sums[r][lane] = sum over depth of w[r * depth + k] * byte k of lane, for R rows, `LANES_` lanes.
-// `next` is what the following tile reads.
-template <int R, int LANES_>
-inline void tile8_portable(
-    const int8_t* w, const uint8_t* x, int64_t depth, const int8_t*, int32_t* sums) {
-  std::fill(sums, sums + R * LANES, 0);
-  for (int64_t k = 0; k < depth; k += 4) {
-    for (int r = 0; r < R; ++r) {
-      const int8_t* a = w + r * depth + k;
-      for (int64_t i = 0; i < LANES_; ++i) {
-        const uint8_t* b = x + k * LANES + i * 4;
-        sums[r * LANES + i] += a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
-      }
-    }
-  }
-}
-
 #ifdef __x86_64__
-template <int R, int LANES_>
-__attribute__((target("avx2"))) void tile8_avx2(
-    const int8_t* w, const uint8_t* x, int64_t depth, const int8_t* next, int32_t* sums) {
-  constexpr int VECS = LANES_ / 8;
-  const __m256i ones = _mm256_set1_epi16(1);
-  __m256i total[R][VECS] = {};
-  for (int64_t k = 0; k < depth; k += 4) {
-    if (k % 64 == 0) {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * depth + k);
-    }
-    __m256i lanes[VECS];
-#pragma GCC unroll 2
-    for (int v = 0; v < VECS; ++v) {
-      lanes[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k * LANES + v * 32));
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      int32_t four;
-      std::memcpy(&four, w + r * depth + k, sizeof(four));
-      const __m256i row = _mm256_set1_epi32(four);
-#pragma GCC unroll 2
-      for (int v = 0; v < VECS; ++v) {
-        const __m256i pairs = _mm256_maddubs_epi16(lanes[v], row);
-        total[r][v] = _mm256_add_epi32(total[r][v], _mm256_madd_epi16(pairs, ones));
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < VECS; ++v) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * LANES + v * 8), total[r][v]);
-    }
-  }
-}
-
 __attribute__((target("avx2"))) inline __m256 eight_floats(const int8_t* from) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
@@ -204,68 +146,7 @@ __attribute__((target("avx2,fma"))) void few_floats_avx2(
   }
 }
 
-// sums[r][lane] of 4 weight rows and ROWS lanes, whose bytes are few[lane][depth].
-template <int ROWS>
-__attribute__((target("avx2"))) void few8_avx2(
-    const int8_t* w, const uint8_t* few, int64_t depth, const int8_t* next, int32_t* sums) {
-  constexpr int AT_ONCE = ROWS > 2 ? 2 : 4;  // weight rows: as the registers allow
-  const __m256i ones = _mm256_set1_epi16(1);
-  __m256i total[4][ROWS];
-  const int64_t k = depth / 32 * 32;
-#pragma GCC unroll 2
-  for (int first = 0; first < 4; first += AT_ONCE) {
-    __m256i sums[AT_ONCE][ROWS] = {};
-    for (int64_t j = 0; j < k; j += 32) {
-#pragma GCC unroll 2
-      for (int i = 0; i < AT_ONCE / 2; ++i) {
-        __builtin_prefetch(next + first * depth + j * AT_ONCE + i * 64);
-      }
-      __m256i x[ROWS];
-#pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) {
-        x[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(few + i * depth + j));
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < AT_ONCE; ++r) {
-        const int8_t* at = w + (first + r) * depth + j;
-        const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) {
-          const __m256i pairs = _mm256_maddubs_epi16(x[i], row);
-          sums[r][i] = _mm256_add_epi32(sums[r][i], _mm256_madd_epi16(pairs, ones));
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < AT_ONCE; ++r) {
-#pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) total[first + r][i] = sums[r][i];
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < ROWS; ++i) {
-    const __m256i low = _mm256_hadd_epi32(total[0][i], total[1][i]);
-    const __m256i high = _mm256_hadd_epi32(total[2][i], total[3][i]);
-    const __m256i all = _mm256_hadd_epi32(low, high);
-    int32_t halves[8];
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves), all);
-    for (int r = 0; r < 4; ++r) {
-      int32_t sum = halves[r] + halves[r + 4];
-      for (int64_t j = k; j < depth; ++j) sum += w[r * depth + j] * few[i * depth + j];
-      sums[r * LANES + i] = sum;
-    }
-  }
-}
 #endif
-
-template <class S, int R, int LANES_>
-INLINE void tile8(
-    const int8_t* w, const uint8_t* x, int64_t depth, const int8_t* next, int32_t* sums) {
-#ifdef __x86_64__
-  if constexpr (S::ROWS > Portable::ROWS) return tile8_avx2<R, LANES_>(w, x, depth, next, sums);
-#endif
-  tile8_portable<R, LANES_>(w, x, depth, next, sums);
-}
 
 // Bytes of a weight's row as floats, not scaled.
 template <class S>
@@ -298,96 +179,42 @@ INLINE bool few_floats(
 }
 
 // 8-bit weights [out][depth]: value = integer * scale; offset = 128 * scale * sum of the integers,
-// which the bytes' zero point adds to a product.
+// which the bytes' zero point adds to a product. `wide` ones may be beyond +-64.
 struct Matrix8 {
   const int8_t* weight = nullptr;
   const float *scale = nullptr, *offset = nullptr;
-};
-
-struct Panels8 {
-  uint8_t* bytes = nullptr;  // [panels][depth / 4][16][4] or, by_rows, [rows][depth]
-  float* scale = nullptr;    // [panels][16]
+  bool wide = false;
 };
 
 // As product() in panels.h.
-template <class S, int R = 6>
-INLINE void product8(
-    const Matrix8& m, int64_t depth, const Panels8& x, int64_t rows, float* y, int64_t out,
-    int64_t n0, int64_t n1, const Epilogue& epilogue) {
-  const int64_t rest = rows % LANES;
-  const bool half = R > 1 && 0 < rest && rest <= LANES / 2;
-  const int64_t panels = half ? rows / LANES : panels_of(rows);
-  const auto finish = [&](const int32_t* sums, int64_t n, int64_t count, int64_t p)
+struct Product8 {
+  template <class S>
+  static INLINE void run(
+      const Matrix8* m, int64_t depth, const Word* x, const float* scale, int64_t rows, float* y, int64_t out,
+      int64_t n0, int64_t n1, const Epilogue* epilogue) {
+    const auto take = [&](const Word* sums, int64_t n, int64_t count, int64_t p)
                           __attribute__((always_inline)) {
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t at = (p * out + n + r) * LANES;
-      const float bias = epilogue.bias ? epilogue.bias[n + r] : 0;
-      const int64_t lanes = std::min(LANES, rows - p * LANES);
-      for (int64_t i = lanes; i < LANES; ++i) y[at + i] = 0;
-      for (int64_t i = 0; i < lanes; i += S::WIDTH) {
-        typename S::Int exact;
-        std::memcpy(&exact, sums + r * LANES + i, sizeof(exact));
-        const auto sum = __builtin_convertvector(exact, typename S::Vec);
-        typename S::Vec value =
-            (sum * m.scale[n + r] - m.offset[n + r]) * S::load(x.scale + p * LANES + i) + bias;
-        if (epilogue.residual) value += S::load(epilogue.residual + at + i);
-        if (epilogue.gelu) value = gelu<S>(value);
-        S::store(y + at + i, value);
-      }
-    }
-  };
-  alignas(64) int32_t sums[2 * R * LANES] = {};
-  int64_t n = n0;
-#ifdef __x86_64__
-  if constexpr (R > 1 && S::ROWS > Portable::ROWS) {
-    if (by_rows<S>(rows)) {
-      constexpr decltype(&few8_avx2<1>) tiles[] = {
-          few8_avx2<1>, few8_avx2<2>, few8_avx2<3>, few8_avx2<4>};
-      for (; n + 4 <= n1; n += 4) {
-        const int8_t* w = m.weight + n * depth;
-        const int8_t* next = n + 8 <= n1 ? w + 4 * depth : w;
-        int64_t left = (rows + 3) / 4;  // tiles of about the same size
-        for (int64_t i = 0, count; i < rows; i += count, --left) {
-          count = (rows - i + left - 1) / left;
-          tiles[count - 1](w, x.bytes + i * depth, depth, i ? w : next, sums + i);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t at = (p * out + n + r) * LANES;
+        const float bias = epilogue->bias ? epilogue->bias[n + r] : 0;
+        const int64_t lanes = std::min(LANES, rows - p * LANES);
+        for (int64_t i = lanes; i < LANES; ++i) y[at + i] = 0;
+        for (int64_t i = 0; i < lanes; i += S::WIDTH) {
+          typename S::Int exact;
+          std::memcpy(&exact, sums + r * LANES + i, sizeof(exact));
+          const auto sum = __builtin_convertvector(exact, typename S::Vec);
+          typename S::Vec value =
+              (sum * m->scale[n + r] - m->offset[n + r]) * S::load(scale + p * LANES + i) + bias;
+          if (epilogue->residual) value += S::load(epilogue->residual + at + i);
+          if (epilogue->gelu) value = gelu<S>(value);
+          S::store(y + at + i, value);
         }
-        finish(sums, n, 4, 0);
       }
-      for (; n < n1; ++n) {
-        for (int64_t i = 0; i < rows; ++i) {
-          const uint8_t* row = x.bytes + i * depth;
-          sums[i] = std::inner_product(row, row + depth, m.weight + n * depth, 0);
-        }
-        finish(sums, n, 1, 0);
-      }
-      return;
-    }
+    };
+    multiply_words(
+        Kind::int8, reinterpret_cast<const Word*>(m->weight), depth / 4, x, rows, n0, n1, take,
+        m->wide);
   }
-#endif
-  for (; n + R <= n1; n += R) {
-    const int8_t* w = m.weight + n * depth;
-    const int8_t* next = n + 2 * R <= n1 ? w + R * depth : w;
-    for (int64_t p = 0; p < panels; ++p) {
-      tile8<S, R, LANES>(w, x.bytes + p * depth * LANES, depth, p ? w : next, sums);
-      finish(sums, n, R, p);
-    }
-    if (!half) continue;
-    const uint8_t* last = x.bytes + panels * depth * LANES;
-    if (!panels) {
-      tile8<S, R, LANES / 2>(w, last, depth, next, sums);
-      finish(sums, n, R, 0);
-    } else if ((n - n0) / R % 2 == 1) {
-      // Half as wide, so twice as many features fill the registers.
-      tile8<S, 2 * R, LANES / 2>(w - R * depth, last, depth, w - R * depth, sums);
-      finish(sums, n - R, 2 * R, panels);
-    } else if (n + 2 * R > n1) {
-      tile8<S, R, LANES / 2>(w, last, depth, w, sums);
-      finish(sums, n, R, panels);
-    }
-  }
-  if constexpr (R > 1) {
-    if (n < n1) product8<S, 1>(m, depth, x, rows, y, out, n, n1, epilogue);
-  }
-}
+};
 
 }  // namespace tokenexit

@@ -7,10 +7,11 @@
 
 namespace tokenexit {
 
-// out[r] = weight x[index[r]] + bias, rows of `in` and `features`; without an index, of x[r].
+// out[r] = weight x[index[r]] + bias, rows of `in` and `features`; without an index, of x[r]. If
+// `bf16`, x is that, and results are rounded to it.
 void linear(
-    const float* x, const int64_t* index, const float* weight, const float* bias, float* out,
-    int64_t rows, int64_t in, int64_t features);
+    const void* x, bool bf16, const int64_t* index, const float* weight, const float* bias,
+    float* out, int64_t rows, int64_t in, int64_t features);
 
 // What an exit decision is about: the word of each row of logits, or -1, and the rules of each
 // sentence. min_active may be null.
@@ -42,13 +43,14 @@ struct LayerCall {
   const std::vector<double>& costs;
   double scale;
   bool pre_norm;
+  bool bf16;                // h, out and weights are; else fp32, or weights int8
   const CheckedBias* bias;  // its position: of each active token
 };
 
 // New states of the active tokens: out[i] of the i-th, or, if out is h, in its place there. `scales`
-// is null for fp32 weights.
+// is null but for int8 weights.
 void exit_layer(
-    const LayerCall& call, const Tensor* weights, const Tensor* scales, double eps, const float* h,
-    const int64_t* active, const int64_t* cu_active, float* out);
+    const LayerCall& call, const Tensor* weights, const Tensor* scales, double eps, const void* h,
+    const int64_t* active, const int64_t* cu_active, void* out);
 
 }  // namespace tokenexit

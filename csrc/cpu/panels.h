@@ -12,15 +12,17 @@ namespace tokenexit {
 
 constexpr int64_t panels_of(int64_t rows) { return (rows + LANES - 1) / LANES; }
 
-// A float array that only grows, kept from call to call; its content is not.
+// A float array that only grows, kept from call to call; its content is not. It begins with a line of
+// memory: vectors across two lines take twice as long to load.
 class Scratch {
  public:
   float* get(int64_t size) {
-    if (static_cast<int64_t>(data_.size()) < size) {
+    constexpr int64_t LINE = 64;
+    if (static_cast<int64_t>(data_.size()) < size + LINE) {
       data_.clear();
-      data_.resize(size);
+      data_.resize(size + LINE);
     }
-    return data_.data();
+    return data_.data() + -reinterpret_cast<uintptr_t>(data_.data()) % LINE / sizeof(float);
   }
 
  private:
@@ -107,13 +109,26 @@ INLINE void multiply_rows(
   }
 }
 
-// The same to c[r * ldc + lane].
-template <class S, int R = S::ROWS, int VECS = S::VECS>
+// The same to c[r * ldc + lane]; if `half`, of a row's first 8 lanes at least.
+struct Multiply {
+  template <class S>
+  static INLINE void run(
+      Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth,
+      bool add, bool half) {
+    const auto row = [&](int64_t r) { return c + r * ldc; };
+    if constexpr (S::VECS > 1) {
+      if (half) {
+        return multiply_rows<S, 2 * S::ROWS, S::VECS / 2>(a, b, ldb, row, rows, depth, add);
+      }
+    }
+    multiply_rows<S>(a, b, ldb, row, rows, depth, add);
+  }
+};
+template <class S>
 INLINE void multiply(
     Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth,
-    bool add = false) {
-  const auto row = [&](int64_t r) { return c + r * ldc; };
-  multiply_rows<S, R, VECS>(a, b, ldb, row, rows, depth, add);
+    bool add = false, bool half = false) {
+  call<S, Multiply>(a, b, ldb, c, ldc, rows, depth, add, half);
 }
 
 typedef float Four __attribute__((vector_size(16), aligned(4)));
@@ -368,6 +383,15 @@ INLINE void product(
     if (n < n1) product<S, R / 2>(weight, depth, x, rows, y, out, n, n1, epilogue);
   }
 }
+
+struct Product {
+  template <class S>
+  static INLINE void run(
+      const float* weight, int64_t depth, const float* x, int64_t rows, float* y, int64_t out,
+      int64_t n0, int64_t n1, const Epilogue* epilogue) {
+    product<S>(weight, depth, x, rows, y, out, n0, n1, *epilogue);
+  }
+};
 
 // LayerNorm of each lane of a panel [width][16], in place.
 template <class S>

@@ -1,7 +1,6 @@
 #pragma once
 // Vectors in the compiler's own notation: one source for every instruction set, chosen at run time.
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #define INLINE inline __attribute__((always_inline))
@@ -20,6 +19,7 @@ struct Isa {
   typedef float Vec __attribute__((vector_size(BYTES)));
   typedef float Unaligned __attribute__((vector_size(BYTES), aligned(4)));
   typedef int32_t Int __attribute__((vector_size(BYTES)));
+  typedef int32_t UnalignedInt __attribute__((vector_size(BYTES), aligned(4)));
   typedef uint32_t UInt __attribute__((vector_size(BYTES)));
   static constexpr int WIDTH = BYTES / sizeof(float);
   static constexpr int VECS = LANES / WIDTH;  // of a panel's row
@@ -83,24 +83,17 @@ INLINE typename S::Vec gelu(typename S::Vec x) {
   return x * 0.5f * (1.0f + c * p / q);
 }
 
-enum class Cpu { portable, avx2, avx512 };
+// What a machine can have, each with what comes before it but for avx_vnni, which only some have.
+enum class Cpu { portable, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, amx };
+constexpr const char* CPU_NAMES[] = {"portable",    "avx2",        "avx_vnni", "avx512",
+                                     "avx512_vnni", "avx512_bf16", "amx"};
+constexpr int NUM_CPUS = sizeof(CPU_NAMES) / sizeof(*CPU_NAMES);
 
-// The best instruction set of this machine; TOKENEXIT_CPU asks for a lesser one.
-inline Cpu cpu() {
-  static const Cpu found = [] {
-    Cpu best = Cpu::portable;
-#ifdef __x86_64__
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Cpu::avx2;
-    if (best == Cpu::avx2 && __builtin_cpu_supports("avx512f")) best = Cpu::avx512;
-#endif
-    const char* name = std::getenv("TOKENEXIT_CPU");
-    Cpu wanted = best;
-    if (name && !std::strcmp(name, "portable")) wanted = Cpu::portable;
-    if (name && !std::strcmp(name, "avx2")) wanted = Cpu::avx2;
-    return wanted < best ? wanted : best;
-  }();
-  return found;
-}
+// Whether this machine has it, and its system lets us use it.
+bool has(Cpu cpu);
+
+// The best that this machine has; TOKENEXIT_CPU asks for a lesser one.
+Cpu cpu();
 
 // Calls Body::run<Isa>(args...), compiled once for each instruction set. Only what is always inlined
 // takes over the instruction set of its caller: every helper is INLINE.
@@ -118,15 +111,22 @@ template <class Body, class... Args>
 void run_portable(Args... args) {
   Body::template run<Portable>(args...);
 }
+// The same by a caller that was compiled for S.
+template <class S, class Body, class... Args>
+INLINE void call(Args... args) {
+#ifdef __x86_64__
+  if constexpr (S::WIDTH == Avx512::WIDTH) return run_avx512<Body, Args...>(args...);
+  if constexpr (S::WIDTH == Avx2::WIDTH) return run_avx2<Body, Args...>(args...);
+#endif
+  run_portable<Body, Args...>(args...);
+}
 template <class Body, class... Args>
 void dispatch(Args... args) {
-  switch (cpu()) {
 #ifdef __x86_64__
-    case Cpu::avx512: return run_avx512<Body, Args...>(args...);
-    case Cpu::avx2: return run_avx2<Body, Args...>(args...);
+  if (cpu() >= Cpu::avx512) return run_avx512<Body, Args...>(args...);
+  if (cpu() >= Cpu::avx2) return run_avx2<Body, Args...>(args...);
 #endif
-    default: return run_portable<Body, Args...>(args...);
-  }
+  run_portable<Body, Args...>(args...);
 }
 
 }  // namespace tokenexit

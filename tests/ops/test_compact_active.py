@@ -1,20 +1,14 @@
 import ctypes
-import os
 import random
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from cpp import built, needs_compiler
 
 from tokenexit.ops import compiled_devices, extension_available, extension_error
 from tokenexit.ops.compact_active import compact_active
 
-# Where a wheel was installed there may be none; where the extension was built, as in CI, there is.
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a compiler"
-)
 compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 BACKENDS = [
     pytest.param("auto", "cpu", id="auto"),
@@ -238,16 +232,6 @@ def test_numbers_out_of_range(args, message):
         compact_active(*args)
 
 
-def built(source, library, *flags):
-    """A C++ source of ours, with the project's headers, loaded."""
-    from torch.utils.cpp_extension import include_paths
-
-    includes = [f"-I{path}" for path in (Path(__file__).parents[2] / "csrc", *include_paths())]
-    command = [os.environ.get("CXX", "g++"), "-shared", "-fPIC", *flags, *includes]
-    subprocess.run([*command, source, "-o", library], check=True)
-    return ctypes.CDLL(str(library))
-
-
 LOOK_BACK = """
 #include "active.h"
 using namespace tokenexit;
@@ -284,7 +268,7 @@ def test_arithmetic_shared_with_the_gpu(tmp_path):
     """Look-backs over tiles that are told of as their counts or as sums, whichever came first."""
     (tmp_path / "look_back.cpp").write_text(LOOK_BACK)
     flags = "-std=c++17", "-Wall", "-Werror"
-    shared = built(tmp_path / "look_back.cpp", tmp_path / "look_back.so", *flags)
+    shared = built([tmp_path / "look_back.cpp"], tmp_path / "look_back.so", *flags)
     shared.sum_before.restype = shared.kept.restype = shared.of_both.restype = ctypes.c_int64
     for pair in ((0, 0), (5, 7), (2**31 - 1, 0), (0, 2**31 - 1), (2**31 - 1, 2**31 - 1)):
         numbers = [ctypes.c_int64(n) for n in pair]
@@ -311,7 +295,7 @@ def simulated(tmp_path_factory):
     here = Path(__file__).parent / "simt"
     library = tmp_path_factory.mktemp("simt") / "compact_active.so"
     flags = f"-I{here}", "-std=c++20", "-O1", "-pthread"
-    return built(here / "compact_active.cpp", library, *flags).run
+    return built([here / "compact_active.cpp"], library, *flags).run
 
 
 @needs_compiler

@@ -22,6 +22,7 @@ PROJECTED, ABSORBED = [0.0, 0.0, 1e30, 1e30], [1e30, 1e30, 0.0, 0.0]
 MIXED = [1.0, 0.0, 4.0, 0.0]  # absorbed where less than a fourth of the tokens is active
 ALONE = [3.0, 0.0, 1.0, 1.0]  # absorbed where a token is alone
 WAYS = {"projected": PROJECTED, "absorbed": ABSORBED, "mixed": MIXED, "alone": ALONE}
+DTYPES = (torch.float32, torch.bfloat16)
 # (active, all) tokens of each sentence
 SHAPES = {
     "one token": [(1, 1)],
@@ -87,8 +88,8 @@ def by_reference(layer, h, active, pre_norm=False, bias=None):
 
 def assert_right(got, layer, h, active, **options):
     truth = by_reference(make_like(layer, torch.float64), h, active, **options)
-    options = {k: v.float() if torch.is_tensor(v) else v for k, v in options.items()}
-    assert_as_exact(got, truth, by_reference(layer, h.float(), active, **options))
+    options = {k: v.to(got.dtype) if torch.is_tensor(v) else v for k, v in options.items()}
+    assert_as_exact(got, truth, by_reference(layer, h.to(got.dtype), active, **options))
 
 
 def make_like(layer, dtype):
@@ -98,34 +99,39 @@ def make_like(layer, dtype):
     return other.eval()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_equals_the_reference(shape, way):
-    layer = make_layer()
+def test_equals_the_reference(shape, way, dtype):
+    layer = make_layer(dtype=dtype)
     h, active = make_batch(shape, 48)
-    got = run(layer, h.float(), active, way)
+    got = run(layer, h.to(dtype), active, way)
     assert got.shape == (len(active.tokens), 48) and got.isfinite().all()
     assert_right(got, layer, h, active)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(
     "d, heads, inner", [(64, 1, 64), (384, 12, 1536), (40, 5, 30), (36, 2, 7), (768, 12, 512)]
 )
-def test_widths(d, heads, inner, way):
-    layer = make_layer(d, heads, inner)
+def test_widths(d, heads, inner, way, dtype):
+    if dtype == torch.bfloat16:
+        inner += inner % 2
+    layer = make_layer(d, heads, inner, dtype)
     h, active = make_batch([(5, 17), (20, 20), (1, 9)], d)
-    assert_right(run(layer, h.float(), active, way), layer, h, active)
+    assert_right(run(layer, h.to(dtype), active, way), layer, h, active)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ["ragged", "groups"])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_bias_and_pre_norm(way, shape):
-    layer = make_layer()
+def test_bias_and_pre_norm(way, shape, dtype):
+    layer = make_layer(dtype=dtype)
     h, active = make_batch(SHAPES[shape], 48)
     g = torch.Generator().manual_seed(2)
     bias = torch.randn(3, 2 * 6 + 1, generator=g, dtype=torch.float64)
-    got = run(layer, h.float(), active, way, pre_norm=True, bias=bias.float())
+    got = run(layer, h.to(dtype), active, way, pre_norm=True, bias=bias.to(dtype))
     assert_right(got, layer, h, active, pre_norm=True, bias=bias)
 
 
@@ -135,20 +141,22 @@ def test_bias_and_pre_norm(way, shape):
     heads=st.sampled_from([1, 2, 4]),
     size=st.sampled_from([4, 8, 20, 32]),
     way=st.sampled_from([PROJECTED, ABSORBED, MIXED]),
+    dtype=st.sampled_from(DTYPES),
 )
-def test_any_batch(lengths, heads, size, way):
+def test_any_batch(lengths, heads, size, way, dtype):
     shape = [(min(pair), max(pair)) for pair in lengths]
-    layer = make_layer(heads * size, heads, 24)
+    layer = make_layer(heads * size, heads, 24, dtype)
     h, active = make_batch(shape, heads * size, seed=len(shape))
-    assert_right(run(layer, h.float(), active, way), layer, h, active)
+    assert_right(run(layer, h.to(dtype), active, way), layer, h, active)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_same_bits_alone_in_any_order_and_on_any_number_of_threads(way):
-    layer = make_layer()
+def test_same_bits_alone_in_any_order_and_on_any_number_of_threads(way, dtype):
+    layer = make_layer(dtype=dtype)
     shape = SHAPES["ragged"]
     h, active = make_batch(shape, 48)
-    h = h.float()
+    h = h.to(dtype)
     whole = run(layer, h, active, way)
     cu, rows = active.packed.cu_tokens, active.cu_tokens
     for b, (count, length) in enumerate(shape):
@@ -166,12 +174,13 @@ def test_same_bits_alone_in_any_order_and_on_any_number_of_threads(way):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_same_bits_in_another_order_of_a_batch_of_several_groups(way):
-    layer = make_layer()
+def test_same_bits_in_another_order_of_a_batch_of_several_groups(way, dtype):
+    layer = make_layer(dtype=dtype)
     shape = [*SHAPES["groups"], *SHAPES["ragged"]]
     h, active = make_batch(shape, 48)
-    h = h.float()
+    h = h.to(dtype)
     whole = run(layer, h, active, way)
     tokens = [length for _, length in shape]
     counts = [count for count, _ in shape]
@@ -212,10 +221,11 @@ def test_norm_of_rows_far_from_zero():
     assert (got.double().mean(1).abs() * std).max() < 1.01 * 2**-15
 
 
-def test_nan_stays_in_its_sentence():
-    layer = make_layer()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_stays_in_its_sentence(dtype):
+    layer = make_layer(dtype=dtype)
     h, active = make_batch([(3, 9), (2, 5), (4, 4)], 48)
-    h = h.float()
+    h = h.to(dtype)
     h[11] = float("nan")
     for way in WAYS.values():
         bad = run(layer, h, active, way).isnan().any(1)

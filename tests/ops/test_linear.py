@@ -28,9 +28,10 @@ def test_equals_fp64(rows, width, features, dtype):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_a_row_has_the_same_bits_in_any_company():
-    x, weight, bias = arguments(70, 100, 9)
+def test_a_row_has_the_same_bits_in_any_company(dtype):
+    x, weight, bias = arguments(70, 100, 9, dtype)
     whole = linear(x, weight, bias)
     order = torch.randperm(70)
     assert torch.equal(linear(x[order], weight, bias), whole[order])

@@ -266,12 +266,13 @@ ARROWS = [
     {"encoder"},
     {"layers"},
     {"costs"},
+    {"int8"},
     {"ops"},
     {"kernels", "_C", "reference"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ARROWS) for room in rooms}
 # What all rooms speak in. These import nothing of ours but each other.
-SHARED = {"policy", "packing", "files", "int8", "conditions"}
+SHARED = {"policy", "packing", "files", "conditions"}
 OUTSIDE = {"kernels": {"torch", "triton"}, "reference": {"torch"}}
 
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 
 try:
-    importlib.import_module("tokenexit._C")  # loading it registers torch.ops.tokenexit
+    _LOADED = importlib.import_module("tokenexit._C")  # which registers torch.ops.tokenexit
     _ERROR = None
 except ModuleNotFoundError:
     _ERROR = "tokenexit._C was not built; the installation's log says why (pip install -v)"
@@ -40,6 +40,19 @@ def extension_available() -> bool:
 def extension_error() -> str | None:
     """Why the compiled ops are not loaded; None if they are."""
     return _ERROR
+
+
+def instruction_sets() -> list[str]:
+    """Those of this processor that the compiled ops know, each for `TOKENEXIT_CPU` to ask for.
+
+    From the least to the best, which is taken if nothing is asked for; none without compiled ops.
+    """
+    return _LOADED.instruction_sets if extension_available() else []
+
+
+def instruction_set() -> str | None:
+    """The one that the compiled ops take in this process; None without compiled ops."""
+    return _LOADED.instruction_set if extension_available() else None
 
 
 def compiled_devices(op: str) -> frozenset[str]:

@@ -29,17 +29,18 @@ def exit_layer(
     For each sentence with n tokens, a of them active, keys and values are either projected for all
     n, or the a queries are carried into the hidden space (`tokenexit.ops.absorbed_attention`),
     whichever `costs` says is cheaper for this sentence; results are equal but for rounding (with
-    int8 weights, that of activations to bytes). Products are computed here too, 16 rows beside each
-    other. A row's result is the same to the bit in every batch and on any number of threads.
+    int8 or bf16 weights, that of activations to bytes or bf16). Products are computed here too, 16
+    rows beside each other. A row's result is the same to the bit in every batch and on any number
+    of threads.
 
     Args:
-        h: `[T, d]` fp32 states of all tokens.
+        h: `[T, d]` states of all tokens, fp32, or bf16 as the weights are.
         active: the tokens to compute.
-        weights: contiguous, fp32 or int8, weight and bias of each: query `[d, d]`, keys and values
-            `[2d, d]`, attention output `[d, d]`, its LayerNorm `[d]`, up `[f, d]`, down `[d, f]`
-            (with GELU between them), the last LayerNorm `[d]`.
-        scales: for int8 weights, scale and offset of each in that order (`tokenexit.int8`), empty
-            for those of LayerNorms; none for fp32.
+        weights: contiguous, fp32, int8 or bf16, weight and bias of each: query `[d, d]`, keys and
+            values `[2d, d]`, attention output `[d, d]`, its LayerNorm `[d]`, up `[f, d]`, down
+            `[d, f]` (with GELU between them), the last LayerNorm `[d]`.
+        scales: for int8 weights, scale and offset of each in that order (`Int8Linear`), empty
+            for those of LayerNorms; else none.
         costs: times in any one unit: of projecting a key and value; of a key for 16 queries of all
             heads; of carrying an active token there and back; of a key for 16 pairs of a carried
             query and a head. See `tokenexit.costs`.
@@ -68,6 +69,7 @@ def exit_layer(
     if bias is not None:
         positions = active.positions
         check_bias(bias, positions, h.new_empty(active.tokens.shape[0], num_heads, 0))
+        bias = bias.float()
     return torch.ops.tokenexit.exit_layer(
         h,
         active.tokens,

@@ -15,8 +15,9 @@ def linear(
 ) -> torch.Tensor:
     """`F.linear(x, weight, bias)`, for classifiers.
 
-    Compiled, for fp32 on a CPU without gradients, a row's result is the same to the bit whatever
-    the other rows are; a library picks another order of summation for another number of rows.
+    Compiled, for fp32 or bf16 on a CPU without gradients, a row's result is the same to the bit
+    whatever the other rows are; a library picks another order of summation for another number of
+    rows.
 
     Args:
         x: `[A, K]`.
@@ -37,7 +38,11 @@ def linear(
             f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; "
             "expected [A, K], [N, K], [N]"
         )
-    fits = x.dtype == weight.dtype == bias.dtype == torch.float32 and not torch.is_grad_enabled()
+    fits = (
+        x.dtype == weight.dtype == bias.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.is_grad_enabled()
+    )
     if use_compiled(backend, x.device, _DEVICES) and fits:
         return torch.ops.tokenexit.linear(x, weight, bias)
     return F.linear(x, weight, bias)

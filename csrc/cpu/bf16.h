@@ -1,0 +1,155 @@
+#pragma once
+// Words of two bf16: the numbers of products in that dtype, and of a bf16 model's states.
+#include "../checks.h"
+#include "panels.h"
+#include "tiles.h"
+
+namespace tokenexit {
+
+// x in bf16, to the nearest, ties to even; NaN stays NaN. In the upper half of a word.
+template <class S>
+INLINE typename S::UInt to_bf16(typename S::Vec x) {
+  using U = typename S::UInt;
+  const U bits = (U)x;
+  const U rounded = bits + 0x7FFF + (bits >> 16 & 1);
+  return x == x ? rounded : bits | 0x400000;
+}
+
+// A word of x, then y.
+template <class S>
+INLINE void store_bf16(Word* to, typename S::Vec x, typename S::Vec y) {
+  const typename S::UInt words = to_bf16<S>(x) >> 16 | (to_bf16<S>(y) & 0xFFFF0000);
+  std::memcpy(to, &words, sizeof(words));
+}
+
+// A panel [width][16] to words, [width / 2][16].
+template <class S>
+INLINE void to_words(const float* panel, int64_t width, Word* words) {
+  for (int64_t k = 0; k < width; k += 2) {
+    for (int64_t i = 0; i < LANES; i += S::WIDTH) {
+      const float* x = panel + k * LANES + i;
+      store_bf16<S>(words + k / 2 * LANES + i, S::load(x), S::load(x + LANES));
+    }
+  }
+}
+
+// The reverse.
+template <class S>
+INLINE void from_words(const Word* words, int64_t width, float* panel) {
+  for (int64_t k = 0; k < width; k += 2) {
+    for (int64_t i = 0; i < LANES; i += S::WIDTH) {
+      typename S::UInt both;
+      std::memcpy(&both, words + k / 2 * LANES + i, sizeof(both));
+      float* x = panel + k * LANES + i;
+      S::store(x, (typename S::Vec)(both << 16));
+      S::store(x + LANES, (typename S::Vec)(both & 0xFFFF0000));
+    }
+  }
+}
+
+// Numbers beside each other, as many as a vector has or `count` less.
+template <class S, class Number>
+INLINE auto load_some(const Number* from, int64_t count) {
+  typedef Number Few __attribute__((vector_size(S::WIDTH * sizeof(Number))));
+  Few x = {};
+  if (count >= S::WIDTH) {
+    std::memcpy(&x, from, sizeof(x));
+  } else {
+    for (int64_t i = 0; i < count; ++i) x[i] = from[i];
+  }
+  return x;
+}
+template <class S>
+INLINE void floats_of(const uint16_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += S::WIDTH) {
+    const auto bits = __builtin_convertvector(load_some<S>(from + i, count - i), typename S::UInt) << 16;
+    std::memcpy(to + i, &bits, std::min<int64_t>(S::WIDTH, count - i) * sizeof(float));
+  }
+}
+template <class S>
+INLINE void bf16_of(const float* from, int64_t count, uint16_t* to) {
+  typedef uint16_t Few __attribute__((vector_size(S::WIDTH * sizeof(uint16_t))));
+  for (int64_t i = 0; i < count; i += S::WIDTH) {
+    const auto x = load_some<S>(from + i, count - i);
+    const Few rounded = __builtin_convertvector(to_bf16<S>(x) >> 16, Few);
+    if (count - i >= S::WIDTH) {
+      std::memcpy(to + i, &rounded, sizeof(rounded));
+    } else {
+      std::memcpy(to + i, &rounded, (count - i) * sizeof(uint16_t));
+    }
+  }
+}
+
+// Words of two rows' numbers, neighbors in a column: what a product over rows reads. Those of int8 are
+// exact in bf16.
+template <class S>
+INLINE void pair_up(const uint16_t* a, const uint16_t* b, int64_t count, Word* to) {
+  using U = typename S::UInt;
+  for (int64_t i = 0; i < count; i += S::WIDTH) {
+    const U low = __builtin_convertvector(load_some<S>(a + i, count - i), U);
+    const U words = low | __builtin_convertvector(load_some<S>(b + i, count - i), U) << 16;
+    std::memcpy(to + i, &words, sizeof(words));
+  }
+}
+template <class S>
+INLINE typename S::Vec floats_of(const int8_t* from, int64_t count) {
+  const auto bytes = load_some<S>(from, count);
+  typename S::Int wide = {};
+#ifdef __x86_64__
+  // The compiler makes one number after the other of __builtin_convertvector.
+  if constexpr (S::WIDTH > Portable::WIDTH) {
+    asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(bytes));
+    return __builtin_convertvector(wide, typename S::Vec);
+  }
+#endif
+  for (int i = 0; i < S::WIDTH; ++i) wide[i] = bytes[i];
+  return __builtin_convertvector(wide, typename S::Vec);
+}
+template <class S>
+INLINE void pair_up(const int8_t* a, const int8_t* b, int64_t count, Word* to) {
+  using U = typename S::UInt;
+  for (int64_t i = 0; i < count; i += S::WIDTH) {
+    const U low = (U)floats_of<S>(a + i, count - i) >> 16;
+    const U words = low | (U)floats_of<S>(b + i, count - i);
+    std::memcpy(to + i, &words, sizeof(words));
+  }
+}
+
+// The values of a contiguous tensor of bf16.
+inline std::vector<float> floats_of(const Tensor& x) {
+  std::vector<float> result(x.numel());
+  floats_of<Portable>(
+      static_cast<const uint16_t*>(x.const_data_ptr()), x.numel(), result.data());
+  return result;
+}
+
+// As product() in panels.h, of words: weights [*][depth], x [panels][depth][16]. If `words` is given,
+// the result goes there in bf16 in place of y, [panels][out / 2][16].
+struct Product16 {
+  template <class S>
+  static INLINE void run(
+      const Word* weight, int64_t depth, const Word* x, int64_t rows, float* y, int64_t out,
+      int64_t n0, int64_t n1, const Epilogue* epilogue, Word* words) {
+    const auto take = [&](const Word* sums, int64_t n, int64_t count, int64_t p)
+                          __attribute__((always_inline)) {
+      const auto value = [&](int64_t r, int64_t i) __attribute__((always_inline)) {
+        typename S::Vec sum;
+        std::memcpy(&sum, sums + r * LANES + i, sizeof(sum));
+        if (epilogue->bias) sum += epilogue->bias[n + r];
+        if (epilogue->residual) sum += S::load(epilogue->residual + (p * out + n + r) * LANES + i);
+        return epilogue->gelu ? gelu<S>(sum) : sum;
+      };
+      for (int64_t i = 0; i < LANES; i += S::WIDTH) {
+        for (int64_t r = 0; r < count && !words; ++r) {
+          S::store(y + (p * out + n + r) * LANES + i, value(r, i));
+        }
+        for (int64_t r = 0; r < count && words; r += 2) {
+          store_bf16<S>(words + (p * out + n + r) / 2 * LANES + i, value(r, i), value(r + 1, i));
+        }
+      }
+    };
+    multiply_words(Kind::bf16, weight, depth, x, rows, n0, n1, take);
+  }
+};
+
+}  // namespace tokenexit

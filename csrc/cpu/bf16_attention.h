@@ -1,0 +1,200 @@
+#pragma once
+// The phases of attention by products of bf16, for where these are many times as fast as those of fp32:
+// of bf16 models and, whose activations are rounded more, of int8 ones.
+#include "layer.h"
+
+namespace tokenexit {
+
+// Keys are filled up to whole tiles.
+constexpr int64_t filled(int64_t keys) { return (keys + 31) / 32 * 32; }
+
+INLINE Word* words_of(float* x) { return reinterpret_cast<Word*>(x); }
+INLINE const Word* words_of(const float* x) { return reinterpret_cast<const Word*>(x); }
+INLINE uint16_t* halves_of(float* x) { return reinterpret_cast<uint16_t*>(x); }
+
+// As UnpackKeys: keys [heads][rows][dim]. Values stay where they are.
+struct UnpackKeysInBf16 {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    const int64_t rows = w->keys.size(), half = w->dim / 2;
+    float* words = scratch.get(w->d / 2 * LANES);
+    for (int64_t p = begin; p < end; ++p) {
+      to_words<S>(w->kv_panels + p * 2 * w->d * LANES, w->d, words_of(words));
+      for (int64_t head = 0; head < w->heads; ++head) {
+        unpack_panel(words + head * half * LANES, half,
+                     [&](int64_t i) { return w->kv + (head * rows + p * LANES + i) * half; }, 0,
+                     std::min(LANES, rows - p * LANES));
+      }
+    }
+  }
+};
+
+// As AttendProjected.
+struct AttendInBf16 {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t item) {
+    static thread_local Scratch scratch;
+    const Engaged engaged(engine(Kind::bf16));
+    const Sentence& s = w->projected[item / w->heads];
+    const int64_t head = item % w->heads, dim = w->dim, half = dim / 2, keys = filled(s.tokens);
+    // Values feature by feature, [dim][keys]; then of two panels queries, scores, weights, results.
+    float* values = scratch.get(dim * keys / 2 + 2 * LANES * (half + keys + keys / 2 + dim));
+    float *q = values + dim * keys / 2, *scores = q + 2 * half * LANES;
+    float *weights = scores + 2 * keys * LANES, *out = weights + keys * LANES;
+    const int64_t last = s.first + s.tokens;
+    for (int64_t c = 0; c < dim; ++c) {
+      uint16_t* to = halves_of(values) + c * keys;
+      for (int64_t p = s.first / LANES; p * LANES < last; ++p) {
+        const float* from = w->kv_panels + ((p * 2 + 1) * w->d + head * dim + c) * LANES;
+        const int64_t first = std::max(s.first, p * LANES);
+        bf16_of<S>(from + first - p * LANES, std::min(last, (p + 1) * LANES) - first, to + first - s.first);
+      }
+      std::fill(to + s.tokens, to + keys, 0);
+    }
+    const Word* k = words_of(w->kv) + (head * w->keys.size() + s.first) * half;
+    const int64_t end = s.first_active + s.active;
+    for (int64_t p = s.first_active / LANES, panels; p * LANES < end; p += panels) {
+      panels = (p + 1) * LANES < end ? 2 : 1;
+      for (int64_t i = 0; i < panels; ++i) {
+        const float* from = w->q + ((p + i) * w->d + head * dim) * LANES;
+        for (int64_t c = 0; c < dim * LANES; ++c) out[c] = from[c] * w->scale;
+        to_words<S>(out, dim, words_of(q) + i * half * LANES);
+      }
+      multiply_words(
+          Kind::bf16, k, half, words_of(q), panels * LANES, 0, keys,
+          [&](const Word* sums, int64_t n, int64_t count, int64_t i) {
+            std::memcpy(scores + (i * keys + n) * LANES, sums, count * LANES * sizeof(float));
+          });
+      for (int64_t i = 0; i < panels; ++i) {
+        RelativeBias bias;
+        for (int64_t j = 0; j < LANES; ++j) {
+          w->relate(bias, j, head, std::clamp((p + i) * LANES + j, s.first_active, end - 1));
+        }
+        float* mine = scores + i * keys * LANES;
+        bias.add(mine, LANES, s.tokens);
+        softmax<S>(mine, LANES, s.tokens, nullptr);
+        std::fill(mine + s.tokens * LANES, mine + keys * LANES, 0.0f);
+        to_words<S>(mine, keys, words_of(weights) + i * keys / 2 * LANES);
+      }
+      multiply_words(
+          Kind::bf16, words_of(values), keys / 2, words_of(weights), panels * LANES, 0, dim,
+          [&](const Word* sums, int64_t n, int64_t count, int64_t i) {
+            std::memcpy(out + (i * dim + n) * LANES, sums, count * LANES * sizeof(float));
+          });
+      for (int64_t i = 0; i < panels; ++i) {
+        const int64_t from = std::max<int64_t>(0, s.first_active - (p + i) * LANES);
+        const int64_t to = std::min(LANES, end - (p + i) * LANES);
+        float* ctx = w->ctx.x + ((p + i) * w->d + head * dim) * LANES;
+        const float* mine = out + i * dim * LANES;
+        for (int64_t c = 0; c < dim; ++c) {
+          std::copy(mine + c * LANES + from, mine + c * LANES + to, ctx + c * LANES + from);
+        }
+      }
+    }
+  }
+};
+
+// As CarryQueries.
+struct CarryInBf16 {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    constexpr int64_t STRIP = 64;  // features, as there
+    const int64_t d = w->d, dim = w->dim, half = dim / 2, strips = (d + STRIP - 1) / STRIP;
+    const int64_t rows = w->lanes.size();
+    const Linear& kv = w->w[KEY_VALUE];
+    static thread_local Scratch scratch;
+    Word* strip = words_of(scratch.get(STRIP * half));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / strips, first = item % strips * STRIP;
+      const int64_t width = std::min(STRIP, d - first), panels = panels_of(width);
+      const int64_t at = head * dim * d + first;
+      const int64_t ahead = item + 2, beyond = ahead / strips * dim * d + ahead % strips * STRIP;
+      const auto pair = [&](const auto* weight, int64_t c) __attribute__((always_inline)) {
+        const int64_t line = 64 / sizeof(*weight);
+        for (int64_t i = 0; i < STRIP; i += line) {
+          __builtin_prefetch(weight + beyond + c * d + i);
+          __builtin_prefetch(weight + beyond + (c + 1) * d + i);
+        }
+        const auto* row = weight + at + c * d;
+        for (int64_t i = 0; i < width; i += LANES) {
+          pair_up<S>(row + i, row + d + i, std::min(LANES, width - i), strip + i * half + c / 2 * LANES);
+        }
+      };
+      for (int64_t c = 0; c < dim; c += 2) {
+        kv.words ? pair(reinterpret_cast<const uint16_t*>(kv.words), c) : pair(kv.bits.weight, c);
+      }
+      multiply_words(
+          Kind::bf16, words_of(w->q_bf16) + head * rows * half, half, strip, panels * LANES, 0, rows,
+          [&](const Word* sums, int64_t n, int64_t count, int64_t p) {
+            for (int64_t r = 0; r < count; ++r) {
+              float values[LANES];
+              std::memcpy(values, sums + r * LANES, sizeof(values));
+              bf16_of<S>(values, LANES,
+                      halves_of(w->carried) + (head * rows + n + r) * w->wide + first + p * LANES);
+            }
+          });
+    }
+  }
+};
+
+// As attend_absorbed, pair by pair of w->carried at q(i), over states [keys][dim]; results, `wide` apart.
+template <class S, class Query, class Relate>
+INLINE void attend_absorbed_in_bf16(
+    const Query& q, const float* states, bool floats, int64_t tokens, int64_t dim, int64_t pairs,
+    const Relate& relate, float* out, int64_t wide) {
+  static thread_local Scratch scratch;
+  const Engaged engaged(engine(Kind::bf16));
+  const int64_t keys = filled(tokens), half = dim / 2, panels = panels_of(pairs);
+  // Queries' panels, scores' panels, weights' panels and rows, states as rows and in pairs.
+  float* queries = scratch.get(
+      panels * LANES * (half + 2 * keys) + tokens * half + keys / 2 * wide);
+  float *scores = queries + panels * half * LANES, *words = scores + panels * keys * LANES;
+  float *weights = words + panels * keys / 2 * LANES, *paired = weights + panels * keys / 2 * LANES;
+  const Word* rows = words_of(states);
+  if (floats) {
+    float* copy = paired + keys / 2 * wide;
+    bf16_of<S>(states, tokens * dim, halves_of(copy));
+    rows = words_of(copy);
+  }
+  for (int64_t p = 0; p < panels; ++p) {
+    pack_panel([&](int64_t i) { return q(p * LANES + i); }, std::min(LANES, pairs - p * LANES), half,
+               queries + p * half * LANES);
+  }
+  multiply_words(
+      Kind::bf16, rows, half, words_of(queries), panels * LANES, 0, tokens,
+      [&](const Word* sums, int64_t n, int64_t count, int64_t p) {
+        std::memcpy(scores + (p * keys + n) * LANES, sums, count * LANES * sizeof(float));
+      });
+  for (int64_t p = 0; p < panels; ++p) {
+    float* mine = scores + p * keys * LANES;
+    RelativeBias bias;
+    const int64_t lanes = std::min(LANES, pairs - p * LANES);
+    for (int64_t i = 0; i < lanes; ++i) relate(bias, i, p * LANES + i);
+    bias.add(mine, LANES, tokens);
+    softmax<S>(mine, LANES, tokens, nullptr);
+    std::fill(mine + tokens * LANES, mine + keys * LANES, 0.0f);
+    to_words<S>(mine, keys, words_of(words) + p * keys / 2 * LANES);
+    unpack_panel(words + p * keys / 2 * LANES, keys / 2,
+                 [&](int64_t i) { return weights + (p * LANES + i) * keys / 2; }, 0, LANES);
+  }
+  const auto* numbers = reinterpret_cast<const uint16_t*>(rows);
+  std::fill_n(paired, keys / 2 * wide, 0.0f);
+  for (int64_t j = 0; j < tokens; j += 2) {
+    const uint16_t* one = numbers + j * dim;
+    for (int64_t c = 0; c < dim; c += LANES) {
+      Word* to = words_of(paired) + (c * keys / 2) + j / 2 * LANES;
+      // A last key has none beside it: its weight is 0.
+      pair_up<S>(one + c, (j + 1 < tokens ? one + dim : one) + c, std::min(LANES, dim - c), to);
+    }
+  }
+  multiply_words(
+      Kind::bf16, words_of(weights), keys / 2, words_of(paired), wide, 0, pairs,
+      [&](const Word* sums, int64_t n, int64_t count, int64_t p) {
+        for (int64_t r = 0; r < count; ++r) {
+          std::memcpy(out + (n + r) * wide + p * LANES, sums + r * LANES, LANES * sizeof(float));
+        }
+      });
+}
+
+}  // namespace tokenexit
