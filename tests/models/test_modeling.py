@@ -110,6 +110,9 @@ def test_from_pretrained_takes_hugging_face_models(tmp_path, tiny_tokenizer):
     assert ours.token_kinds.unique().tolist() == [0, 1, 2]
     theirs.bert.save_pretrained(tmp_path)  # an encoder without a classifier
     assert TokenExitForTokenClassification.from_pretrained(tmp_path, num_labels=6).num_labels == 6
+    theirs.bert.config.num_labels = 1  # of a model for a score, in which a tagger is not interested
+    theirs.bert.save_pretrained(tmp_path)
+    assert TokenExitForTokenClassification.from_pretrained(tmp_path, num_labels=6).num_labels == 6
 
 
 def test_policy_is_checked_and_saved_when_assigned():

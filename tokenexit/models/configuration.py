@@ -72,15 +72,11 @@ def check_sizes(config: PreTrainedConfig):
     names = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers")
     names += ("num_attention_heads", "intermediate_size")
     sizes = {name: _size(config, name, 1) for name in names if hasattr(config, name)}
-    sizes.update(type_vocab_size=_size(config, "type_vocab_size", 0), num_labels=config.num_labels)
-    if sizes["num_labels"] is None or sizes["num_labels"] < 2:
-        raise ValueError(
-            f"config.num_labels is {sizes['num_labels']}; expected 2 or more: with less there is "
-            "nothing to be sure of"
-        )
+    labels = len(config.id2label or ())
+    sizes.update(type_vocab_size=_size(config, "type_vocab_size", 0), num_labels=labels)
     d, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
     rows = sizes["vocab_size"] + sizes["max_position_embeddings"] + sizes["type_vocab_size"]
-    layer = 4 * d + 2 * sizes.get("intermediate_size", 0) + sizes["num_labels"]
+    layer = 4 * d + 2 * sizes.get("intermediate_size", 0) + labels
     parameters = d * (rows + layers * layer)
     if layers > MOST_LAYERS or parameters > MOST_PARAMETERS:
         raise ValueError(
@@ -97,7 +93,7 @@ def _size(config, name, least):
 
 
 def label_maps(
-    id2label: Mapping[int | str, str | int], label2id: Mapping[str, int | str] | None
+    id2label: Mapping[int | str, str | int] | None, label2id: Mapping[str, int | str] | None
 ) -> tuple[dict[int, str], dict[str, int]]:
     """Names of the labels 0 .. C-1 and the way back, from what foreign configurations have.
 
@@ -105,9 +101,15 @@ def label_maps(
     default one ("LABEL_0"), which many have that renamed their labels.
 
     Raises:
-        ValueError: ids with gaps, a name of two labels, what is no number or no name.
+        ValueError: less than two labels, ids with gaps, a name of two labels, what is no number
+            or no name.
     """
-    names = {_number(key): value for key, value in id2label.items()}
+    names = {_number(key): value for key, value in (id2label or {}).items()}
+    if len(names) < 2:
+        raise ValueError(
+            f"config.num_labels is {len(names)}; expected 2 or more: with less there is nothing to "
+            "be sure of"
+        )
     wanted = range(len(names))
     if sorted(names) != list(wanted):
         missing = sorted(set(wanted) - set(names))
