@@ -210,9 +210,8 @@ def _planned(
     output, dev, epochs, batch_size, learning_rate, head_learning_rate, metric, seed, resume,
     settings,
 ):  # fmt: skip
-    from tokenexit.files import disk_errors
-
     """What trains a model as the options say; these are checked now, before any work."""
+    from tokenexit.files import disk_errors
     from tokenexit.models.modeling import check_output_folder
     from tokenexit.training.scoring import check_metric
     from tokenexit.training.trainer import (
