@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from assertions import assert_as_exact
+from assertions import ATOL, assert_as_exact
 from random_models import FAMILIES, random_batch, random_tagger
 
 from tokenexit import ExitPolicy, ops
@@ -60,7 +60,10 @@ def test_a_step_of_training(family, dtype, device, taken):
     truth, wanted = step(family, dtype, device, "reference", exact=True)
     assert torch.equal(exits, wanted)
     for i, results in enumerate(zip(ours, truth, plain, strict=True)):
-        size = 6 * results[1].abs().max()  # what three layers sum up, forth and back
+        # What three layers sum up, forth and back, and what that does to plain PyTorch somewhere:
+        # one element it may get right by chance.
+        somewhere = (results[2].double() - results[1]).abs().max() / ATOL[results[0].dtype]
+        size = 6 * results[1].abs().max() + somewhere
         assert_as_exact(*results, "backward" if i else "forward", str(i), size)
 
 
