@@ -111,7 +111,7 @@ def fake(monkeypatch, simulated, real, cheap):
         score, speedup = real[policy]
         return Evaluation(policy, {"score": score}, 1.0, [], speedup)
 
-    monkeypatch.setattr(tokenexit.calibrate, "_Sweep", Sweep)
+    monkeypatch.setattr(tokenexit.calibrate, "Sweep", Sweep)
     monkeypatch.setattr(tokenexit.calibrate, "evaluate", evaluated)
     monkeypatch.setattr(tokenexit.calibrate, "CHEAP", 10**9 if cheap else 0)
     return run

@@ -146,7 +146,7 @@ def calibrate(
         )
     policies = policy_grid() if policies is None else list(policies)
 
-    sweep = _Sweep(tagger, data, policies[0].criterion, metric)
+    sweep = Sweep(tagger, data, policies[0].criterion, metric)
     full = sweep.point(ExitPolicy.never())
     simulated = []
     for number, policy in enumerate(policies, 1):
@@ -225,7 +225,7 @@ def pareto_front(points: Iterable[Point]) -> list[Point]:
     return front[::-1]
 
 
-class _Sweep:
+class Sweep:
     """Full-depth logits of all words, and what a policy would make of them."""
 
     def __init__(self, tagger: Tagger, data: Dataset, criterion: str, metric: str):

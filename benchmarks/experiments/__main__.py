@@ -14,7 +14,7 @@ import yaml
 
 from experiments import reading, report, sources
 from experiments.runs import KINDS, OutOfTime, Run, seconds_trained, train
-from tokenexit.calibrate import _Sweep as Sweep
+from tokenexit.calibrate import Sweep
 from tokenexit.evaluate import evaluate
 from tokenexit.files import cache_folder
 from tokenexit.policy import ExitPolicy

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from datasets import Dataset
 
-from tokenexit.calibrate import _Sweep as Sweep
+from tokenexit.calibrate import Sweep
 from tokenexit.evaluate import Evaluation, evaluate, time_policies
 from tokenexit.models.encoding import merge
 from tokenexit.models.tagger import Tagger
