@@ -40,8 +40,8 @@ from tokenexit import ExitPolicy, Tagger, TokenExitForTokenClassification, demo,
 from tokenexit.calibrate import calibrate, policy_grid
 from tokenexit.files import cache_folder, write_aside
 from tokenexit.flops import active_tokens, speedup
-from tokenexit.training.data import read_sentences
-from tokenexit.training.scoring import score
+from tokenexit.text.data import read_sentences
+from tokenexit.text.scoring import score
 
 PROFILES = {"strong": 1 / 3.4, "extreme": 1 / 5.1}
 BATCH_SIZES = (1, 2, 4, 8, 16)

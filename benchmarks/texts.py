@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tokenexit.models.encoding import encode
+from tokenexit.text.encoding import encode
 
 MOST_TOKENS = 512
 _SENTENCE_ENDS = frozenset("。！？")

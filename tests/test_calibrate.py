@@ -12,7 +12,7 @@ import tokenexit.calibrate
 from tokenexit import ExitPolicy, Tagger
 from tokenexit.calibrate import Point, calibrate, pareto_front, plot, policy_grid
 from tokenexit.evaluate import Evaluation, evaluate, time_evaluations
-from tokenexit.training.scoring import warn_once
+from tokenexit.text.scoring import warn_once
 
 NAMES = ["A", "B", "C"]
 GRID = policy_grid(windows=(0, 2), thresholds=(0.2, 0.5, 0.6, 0.7))

@@ -12,22 +12,24 @@ from importlib import metadata
 
 import pytest
 import torch
+import typer
 from random_models import random_classifier
 from test_trainer import data
 
 import tokenexit
 from tokenexit import ExitPolicy, Tagger, cli, costs, static
+from tokenexit.cli import options, use
 from tokenexit.models.tagger import Tagged
 from tokenexit.ops import extension_available, instruction_sets
-from tokenexit.training.data import stream_sentences
+from tokenexit.text.data import stream_sentences
 
 
 def call(capsys, *arguments):
     """Exit code, stdout, stderr of a command."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", ["tokenexit", *map(str, arguments)])
-        patch.setattr(cli, "out", cli.Console(width=200))
-        patch.setattr(cli, "err", cli.Console(stderr=True, width=200))
+        patch.setattr(options.out, "width", 200)
+        patch.setattr(options.err, "width", 200)
         cli.main()
     captured = capsys.readouterr()
     return stop.value.code or 0, captured.out, captured.err
@@ -178,16 +180,16 @@ def test_predict_gives_an_output_for_each_input(trained, capsys, tmp_path, outpu
 )
 def test_words_that_columns_cannot_hold_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
-        cli._as_conll(Tagged(words, ["O"] * len(words), [1] * len(words)), 7)
+        use._as_conll(Tagged(words, ["O"] * len(words), [1] * len(words)), 7)
     with pytest.raises(ValueError, match="'B\\\\tX'"):
-        cli._as_conll(Tagged(["a"], ["B\tX"], [1]), 1)
+        use._as_conll(Tagged(["a"], ["B\tX"], [1]), 1)
 
 
 def test_words_that_columns_hold_are_read_back():
     sentences = [["#", "#fb", "", " x ", "New York", "\u2028\xa0", '"'], ["-DOCSTART-"], ["1", "2"]]
     sentences.append(["["])
     rows = [
-        cli._as_conll(Tagged(words, ["O"] * len(words), [1] * len(words)), 1) for words in sentences
+        use._as_conll(Tagged(words, ["O"] * len(words), [1] * len(words)), 1) for words in sentences
     ]
     for format in ("conll", None):
         file = io.BytesIO("".join(rows).encode())
@@ -211,9 +213,9 @@ def test_brackets_in_names_are_no_markup(trained, folder, capsys, tmp_path, name
     code, out, err = call(capsys, "predict", trained, tmp_path / "in.txt", "-o", target)
     assert code == 0 and err.strip() == f"wrote {target}"
     assert target.is_file()
-    table = cli.Table("", "[red]", title="[/x]")
+    table = use.Table("", "[red]", title="[/x]")
     table.add_row("[bold]", ":car:")
-    console = cli.Console(file=io.StringIO(), width=80)
+    console = options.Console(file=io.StringIO(), width=80)
     console.print(table, "[/]")
     for text in ("[red]", "[/x]", "[bold]", ":car:", "[/]"):
         assert text in console.file.getvalue()
@@ -234,7 +236,7 @@ def run_predict(*arguments, **kwargs):
     # A shell's background jobs, and so their children, ignore SIGINT.
     kwargs["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
-        [sys.executable, "-m", "tokenexit.cli", "predict", *map(str, arguments)],
+        [sys.executable, "-m", "tokenexit", "predict", *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
     )  # fmt: skip
 
@@ -330,7 +332,7 @@ def test_results_that_standard_output_does_not_take(trained, folder, capsys, mon
     ],
 )
 def test_predict_checks_its_options_first(folder, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(cli, "_tagger", lambda *_: pytest.fail("loaded the tagger"))
+    monkeypatch.setattr(use, "load_tagger", lambda *_: pytest.fail("loaded the tagger"))
     monkeypatch.chdir(folder)
     (folder / "dev.csv").write_text("a,O\n")
     code, _, err = call(capsys, "predict", "tagger", *arguments)
@@ -339,21 +341,21 @@ def test_predict_checks_its_options_first(folder, capsys, monkeypatch, arguments
 
 def test_names_of_data(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    assert len(cli._read("~/dev.conll", None, None)) == 32
+    assert len(options.read_data("~/dev.conll", None, None)) == 32
 
     def check(name):
         raise ValueError(f"asked for {name}")
 
-    monkeypatch.setattr("tokenexit.training.data.check_hub_name", check)
+    monkeypatch.setattr("tokenexit.text.data.check_hub_name", check)
     for name in ("trian", "trian:en@test"):
         with pytest.raises(ValueError, match="asked for trian$"):
-            cli._read(name, None, None)
+            options.read_data(name, None, None)
     with pytest.raises(ValueError, match="asked for tra.in$"):
-        cli._read("tra.in", None, "dataset")
+        options.read_data("tra.in", None, "dataset")
     with pytest.raises(ValueError, match="no such file: tra.in"):
-        cli._read("tra.in", None, None)
+        options.read_data("tra.in", None, None)
     with pytest.raises(ValueError, match="no such file: trian"):
-        cli._read("trian", None, "conll")
+        options.read_data("trian", None, "conll")
 
 
 @pytest.mark.slow
@@ -475,10 +477,10 @@ def test_info_tells_what_keeps_a_gpu_slow(capsys, monkeypatch):
 def test_int8_and_min_active(trained, folder, capsys):
     arguments = ("evaluate", trained, "-d", folder / "test.conll", "--timing-runs", 0, "--json")
     rows = {}
-    for options in ((), ("--int8",), ("--min-active", 3)):
-        code, out, _ = call(capsys, *arguments, "--threshold", 0.3, *options)
+    for given in ((), ("--int8",), ("--min-active", 3)):
+        code, out, _ = call(capsys, *arguments, "--threshold", 0.3, *given)
         assert code == 0
-        rows[options] = json.loads(out)
+        rows[given] = json.loads(out)
     exact, rounded, least = rows.values()
     assert abs(rounded["scores"]["score"] - exact["scores"]["score"]) < 0.1
     assert least["policy"]["min_active"] == 3
@@ -569,7 +571,7 @@ def test_errors_are_one_line(trained, folder, capsys, arguments, message):
 def test_version_and_short_help(capsys):
     code, out, _ = call(capsys, "--version")
     assert (code, out) == (0, f"tokenexit {metadata.version('tokenexit')}\n")
-    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+    names = [*typer.main.get_command(cli.app).commands]
     assert {"train", "self-sample", "info"} < set(names)
     for command in ([], *([name] for name in names)):
         short, long = (call(capsys, *command, flag) for flag in ("-h", "--help"))

@@ -13,11 +13,11 @@ from datasets import Dataset
 from tokenexit import flops
 from tokenexit.encoder import Schedule, simulate_exits
 from tokenexit.evaluate import check_annotated, evaluate
-from tokenexit.models.encoding import Window, merge
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import uncertainty
-from tokenexit.training.scoring import score
+from tokenexit.text.encoding import Window, merge
+from tokenexit.text.scoring import score
 
 THRESHOLDS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 WINDOWS = (0, 1, 2, 4)
@@ -116,7 +116,7 @@ def calibrate(
             in the score's units: 0.005 is half a point of F1. The default, with 0.005.
         policies: to try; None for `policy_grid()`. They must share a criterion.
         verify: at most so many run with real exits, the likeliest first. None: no limit.
-        metric: see `tokenexit.training.scoring.score`.
+        metric: see `tokenexit.text.scoring.score`.
         progress: called with (what, done, total).
 
     Raises:

@@ -19,7 +19,7 @@ from tokenexit.files import write_aside
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagged, Tagger
 from tokenexit.policy import ExitPolicy
-from tokenexit.training.data import label_names, read_sentences
+from tokenexit.text.data import label_names, read_sentences
 from tokenexit.training.self_sampling import SelfSampling
 from tokenexit.training.trainer import ExitTrainer, RichProgress, training_arguments
 

@@ -12,11 +12,11 @@ import torch
 from datasets import Dataset
 
 from tokenexit import flops
-from tokenexit.models.encoding import Window, merge
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
-from tokenexit.training.data import label_lists
-from tokenexit.training.scoring import check_metric, choose_metric, score, shown, warn_once
+from tokenexit.text.data import label_lists
+from tokenexit.text.encoding import Window, merge
+from tokenexit.text.scoring import check_metric, choose_metric, score, shown, warn_once
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Evaluation:
 
     Attributes:
         policy: the one evaluated.
-        scores: of `tokenexit.training.scoring.score`: "metric", "score", ...
+        scores: of `tokenexit.text.scoring.score`: "metric", "score", ...
         mean_exit_layer: over words.
         exits_per_layer: words that left at each layer, L numbers.
         flops_speedup: multiply-adds of full depth over those spent; `tokenexit.flops` has the
@@ -65,7 +65,7 @@ def evaluate(
     Args:
         data: sentences with `words` and `labels`.
         policy: None for the model's.
-        metric: see `tokenexit.training.scoring.score`.
+        metric: see `tokenexit.text.scoring.score`.
         timing_runs: how often to measure the time; 0 for not at all.
 
     Raises:

@@ -11,10 +11,10 @@ from datasets import Dataset
 
 from tokenexit.calibrate import Sweep
 from tokenexit.evaluate import Evaluation, evaluate, time_policies
-from tokenexit.models.encoding import merge
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
-from tokenexit.training.scoring import score
+from tokenexit.text.encoding import merge
+from tokenexit.text.scoring import score
 
 TARGETS = (2.0, 3.0, 4.0, 6.0)
 THRESHOLDS = (

@@ -18,7 +18,7 @@ from experiments import sources
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
-from tokenexit.training.data import label_names
+from tokenexit.text.data import label_names
 from tokenexit.training.self_sampling import SelfSampling
 from tokenexit.training.trainer import ExitTrainer, last_checkpoint, training_arguments
 

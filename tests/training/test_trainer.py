@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 import tokenexit
 from tokenexit import ExitPolicy
 from tokenexit.evaluate import evaluate
-from tokenexit.training import scoring
+from tokenexit.text import scoring
 from tokenexit.training.self_sampling import Remembered, SelfSampling, cached_exits
 from tokenexit.training.trainer import (
     ExitTrainer,

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import FAMILIES
 from tokenexit.models.modeling import TokenExitForTokenClassification
-from tokenexit.models.vocabulary import token_kinds
+from tokenexit.text.vocabulary import token_kinds
 
 logger = logging.getLogger(__name__)
 

@@ -307,7 +307,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
             OSError: no such folder or hub name.
         """
         from tokenexit.models.convert import check_checkpoint, convert, unsupported
-        from tokenexit.models.vocabulary import marks_of
+        from tokenexit.text.vocabulary import marks_of
 
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         config = kwargs.get("config", name)

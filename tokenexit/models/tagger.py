@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import quantize
-from tokenexit.models.encoding import Window, WordTokenizer, collate, encode, merge
 from tokenexit.models.evaluation import evaluating
 from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
 from tokenexit.policy import ExitPolicy
+from tokenexit.text.encoding import Window, WordTokenizer, collate, encode, merge
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Data, scoring and the two stages of training."""
+"""The two stages of training."""

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from tokenexit.encoder import Schedule, simulate_exits
-from tokenexit.models.encoding import Window
 from tokenexit.models.tagger import Tagger
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import uncertainty
+from tokenexit.text.encoding import Window
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenexit.layers import ExitHead
 from tokenexit.models.modeling import TokenExitForTokenClassification, load_config
-from tokenexit.training.scoring import shown
+from tokenexit.text.scoring import shown
 
 logger = logging.getLogger(__name__)
 

@@ -26,12 +26,12 @@ from transformers import (
 from tokenexit.evaluate import check_annotated, evaluate
 from tokenexit.files import write_aside
 from tokenexit.int8 import is_quantized
-from tokenexit.models.encoding import Window, collate
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
-from tokenexit.training.data import check_labels
-from tokenexit.training.scoring import choose_metric
+from tokenexit.text.data import check_labels
+from tokenexit.text.encoding import Window, collate
+from tokenexit.text.scoring import choose_metric
 from tokenexit.training.self_sampling import Remembered, SelfSampling, cached_exits, remember
 from tokenexit.training.settings import OURS
 
@@ -60,11 +60,11 @@ class ExitTrainer(Trainer):
         model: the tagger.
         args: of the Trainer; see `training_arguments`.
         tokenizer: its fast tokenizer.
-        train_data: sentences with `words` and `labels`, see `tokenexit.training.data`.
+        train_data: sentences with `words` and `labels`, see `tokenexit.text.data`.
         dev_data: likewise, scored at full depth when the Trainer evaluates; or None.
         sampling: stage 2's; None for stage 1.
         head_learning_rate: of the exit heads; None for that of the encoder.
-        metric: how to score `dev_data`, see `tokenexit.training.scoring.score`.
+        metric: how to score `dev_data`, see `tokenexit.text.scoring.score`.
         progress: shows how far it is, in place of the Trainer's own bar and prints.
         kwargs: of the Trainer.
 

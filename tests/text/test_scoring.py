@@ -1,7 +1,7 @@
 import pytest
 import seqeval.metrics
 
-from tokenexit.training.scoring import choose_metric, detect_metric, score, warn_once
+from tokenexit.text.scoring import choose_metric, detect_metric, score, warn_once
 
 
 @pytest.mark.parametrize(

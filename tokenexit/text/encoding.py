@@ -13,7 +13,7 @@ import torch
 from tokenizers import Encoding, Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
-from tokenexit.models.vocabulary import own_backend, require_fast, some_words
+from tokenexit.text.vocabulary import own_backend, require_fast, some_words
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import datasets
 import huggingface_hub
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
-from tokenexit.training.scoring import shown
+from tokenexit.text.scoring import shown
 
 WORD_KEYS = ("words", "tokens")
 LABEL_KEYS = ("labels", "tags", "ner_tags", "pos_tags")

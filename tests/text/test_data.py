@@ -7,8 +7,8 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 
-from tokenexit.training import data
-from tokenexit.training.data import check_labels, label_names, read_sentences, stream_sentences
+from tokenexit.text import data
+from tokenexit.text.data import check_labels, label_names, read_sentences, stream_sentences
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, proces
 from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
-from tokenexit.models.encoding import Window, collate, encode, merge
+from tokenexit.text.encoding import Window, collate, encode, merge
 
 ZERO_WIDTH_SPACE, CONTROL = "\u200b", "\x01"
 

@@ -1,0 +1,153 @@
+"""What the commands share: their options, the streams, loading and reading."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import console
+
+from tokenexit.policy import ExitPolicy
+
+# Names and texts of users are no markup: brackets in a path are its own.
+Console = partial(console.Console, markup=False, emoji=False)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Folder of a tagger that `train` wrote.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        "-d",
+        help="CoNLL columns, CoNLL-U, JSON lines, or NAME[:CONFIG][@SPLIT] of `datasets`.",
+    ),
+]
+Column = Annotated[
+    str | None,
+    typer.Option(help="Where the labels are: a column's number or a key. Default: the last."),
+]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="conll, conllu, jsonl, text or dataset. Default: by the name."),
+]
+Metric = Annotated[str, typer.Option(help="auto, entity_f1, word_f1 or accuracy.")]
+BatchSize = Annotated[int, typer.Option(help="Sentences a forward pass.", min=1)]
+Threshold = Annotated[float | None, typer.Option(help="In place of the model's threshold.")]
+Window = Annotated[int | None, typer.Option(help="In place of the model's window.")]
+Level = Annotated[str | None, typer.Option(help="token or sentence, in place of the model's.")]
+MinActive = Annotated[
+    int | None, typer.Option(help="Active words worth a further layer, in place of the model's.")
+]
+Int8 = Annotated[bool, typer.Option("--int8", help="8-bit weights: faster on a CPU, less exact.")]
+FullDepth = Annotated[bool, typer.Option("--full-depth", help="No early exits.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write the tagger to.")]
+Epochs = Annotated[float | None, typer.Option(help="Default: 3, more for small data.")]
+LearningRate = Annotated[float | None, typer.Option(help="Default: 5e-5 (768 / width)^2.")]
+HeadLearningRate = Annotated[float, typer.Option(help="Learning rate of the exit heads.")]
+Seed = Annotated[int, typer.Option(help="Runs with equal seeds are equal.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Dev = Annotated[str | None, typer.Option(help="Data to score after each epoch.")]
+Copy = Annotated[str | None, typer.Option(help="post_norm or pre_norm. Default: the tagger's.")]
+Criterion = Annotated[str | None, typer.Option(help="entropy or max_prob. Default: the tagger's.")]
+Schedule = Annotated[str | None, typer.Option(help="constant or doubling. Default: the tagger's.")]
+Neighbors = Annotated[str | None, typer.Option(help="frozen or recompute. Default: the tagger's.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="NAME=VALUE, any field of transformers.TrainingArguments."),
+]
+
+
+def load_tagger(model: str, batch_size: int, int8: bool = False):
+    from tokenexit.models.tagger import Tagger
+
+    be_quiet()
+    return Tagger.from_pretrained(model, int8=int8, batch_size=batch_size)
+
+
+def read_data(source: str, column: str | None, format: str | None):
+    """Sentences of a file or folder, or of NAME[:CONFIG][@SPLIT]."""
+    from tokenexit.text.data import check_hub_name, is_missing_path, read_sentences
+
+    def is_there() -> bool:
+        return Path(source).expanduser().exists()
+
+    split = config = None
+    if not is_there():
+        source, _, split = source.partition("@")
+    if not is_there():
+        source, _, config = source.partition(":")
+    by_name = format == "dataset" or (format is None and not is_missing_path(source))
+    if by_name and not is_there():
+        check_hub_name(source)
+    return read_sentences(
+        source,
+        column=_number(column),
+        split=split or None,
+        config=config or None,
+        format=format,
+    )
+
+
+def _number(column: str | None) -> int | str | None:
+    return int(column) if column is not None and column.lstrip("-").isdigit() else column
+
+
+def be_quiet():
+    """Our own messages only."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def check_heads(model, name: str, policy: ExitPolicy | None = None):
+    """Raise ValueError if labels would come from classifiers that were never trained."""
+    if heads := model.untrained_heads(policy):
+        no_tagger = heads[-1] == model.config.num_hidden_layers
+        raise ValueError(
+            f"{name} has {'no classifier' if no_tagger else 'no exits'} yet: those at layer "
+            f"{', '.join(map(str, heads))} were never trained; expected a tagger that `tokenexit "
+            f"train` wrote{'' if no_tagger or policy is None else ', or --full-depth'}"
+        )
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
+    from tokenexit.training.settings import parse_setting
+
+    settings = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set got {pair!r}; expected NAME=VALUE")
+        try:
+            settings[name] = parse_setting(name, value)
+        except ValueError as error:
+            raise ValueError(f"--set {pair}: {error}") from None
+    return settings
+
+
+def need_stdout():
+    if sys.__stdout__ is None:
+        raise OSError("standard output is closed; expected it open for the results")
+
+
+@contextmanager
+def progress_bars():
+    from rich.progress import MofNCompleteColumn, Progress
+
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as bars:
+        tasks = {}
+
+        def update(what: str, done: int, total: int):
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=max(done, total))
+
+        yield update

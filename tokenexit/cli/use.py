@@ -1,0 +1,270 @@
+"""The commands that use a tagger."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from tokenexit import __version__
+from tokenexit.cli.options import (
+    BatchSize,
+    Column,
+    Data,
+    Format,
+    FullDepth,
+    Int8,
+    Level,
+    Metric,
+    MinActive,
+    Model,
+    Threshold,
+    Window,
+    check_heads,
+    err,
+    load_tagger,
+    need_stdout,
+    out,
+    read_data,
+)
+from tokenexit.policy import ExitPolicy
+
+
+def evaluate(
+    model: Model,
+    data: Data,
+    threshold: Threshold = None,
+    window: Window = None,
+    level: Level = None,
+    min_active: MinActive = None,
+    full_depth: FullDepth = False,
+    int8: Int8 = False,
+    timing_runs: Annotated[
+        int, typer.Option(help="Timed runs against full depth, in alternation; 0 for none.", min=0)
+    ] = 3,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    column: Column = None,
+    format: Format = None,
+    metric: Metric = "auto",
+    batch_size: BatchSize = 32,
+):
+    """Score a tagger, and what its exits save.
+
+    Example: `tokenexit evaluate tagger -d test.conll`
+    """
+    from tokenexit.evaluate import evaluate as run
+    from tokenexit.text.scoring import check_metric
+
+    need_stdout()
+    check_metric(metric)
+    tagger = load_tagger(model, batch_size, int8)
+    policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
+    check_heads(tagger.model, model, policy)
+    result = run(
+        tagger, read_data(data, column, format), policy, metric=metric, timing_runs=timing_runs
+    )
+    if json_output:
+        print(json.dumps(result.to_dict()))
+        return
+    table = Table("", "", show_header=False)
+    table.add_row("policy", str(policy))
+    for name, value in result.scores.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else json.dumps(value)
+        table.add_row(name, shown)
+    table.add_row("mean exit layer", f"{result.mean_exit_layer:.2f}")
+    table.add_row("words leaving at layer 1, 2, ...", " ".join(map(str, result.exits_per_layer)))
+    table.add_row("speed-up, multiply-adds", f"{result.flops_speedup:.2f}")
+    if result.wall_speedup is not None:
+        table.add_row("speed-up, wall clock here", f"{result.wall_speedup:.2f}")
+        table.add_row("words a second", f"{result.words_per_second:.0f}")
+    out.print(table)
+
+
+def predict(
+    model: Model,
+    input: Annotated[str, typer.Argument(help="File to tag; - for standard input.")] = "-",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File. Default: standard output.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Of the input: text, conll, conllu or jsonl. Default: by the name, else text.",
+        ),
+    ] = None,
+    output_format: Annotated[
+        str, typer.Option(help="jsonl, or conll: a row a word, an empty line after each sentence.")
+    ] = "jsonl",
+    threshold: Threshold = None,
+    window: Window = None,
+    level: Level = None,
+    min_active: MinActive = None,
+    full_depth: FullDepth = False,
+    int8: Int8 = False,
+    batch_size: BatchSize = 32,
+    buffer: Annotated[int, typer.Option(help="Sentences held at a time.", min=1)] = 1024,
+):
+    """Tag a file or a stream, in order, in constant memory.
+
+    Of text and JSON lines, the n-th result is that of line n, empty ones too. A file is written
+    aside and renamed at the end, so that an interrupted run leaves none; pipes and devices are
+    written to as they are.
+
+    Examples: `echo "Ada lives in London" | tokenexit predict tagger`,
+    `tokenexit predict tagger news.txt -o news.conll --output-format conll`
+    """
+    from tokenexit.text.data import stream_sentences
+
+    formats = {"jsonl": _as_json, "conll": _as_conll}
+    if output_format not in formats:
+        raise ValueError(f"--output-format is {output_format!r}; expected jsonl or conll")
+    with _open(input) as lines, _to(output) as write:
+        sentences = stream_sentences(lines, format)
+        tagger = load_tagger(model, batch_size, int8)
+        policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
+        check_heads(tagger.model, model, policy)
+        for number, tagged in enumerate(tagger.stream(sentences, policy, buffer), 1):
+            write(formats[output_format](tagged, number))
+    if output is not None:
+        err.print(f"wrote {output}", soft_wrap=True)
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(help="Folder of a tagger.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the two ways of attention, for the tagger.")
+    ] = False,
+):
+    """What is installed here; of a tagger, its shape, labels, policy, and what loop runs it.
+
+    Last, what projecting all keys and carrying active queries have been measured to cost on this
+    machine, in microseconds. `--measure` does so for layers of the tagger's sizes, fp32 and 8 bits:
+    from then on these costs choose between the two ways, in place of a built-in table.
+
+    Examples: `tokenexit info`, `tokenexit info tagger`, `tokenexit info tagger --measure`
+    """
+    import torch
+    import transformers
+
+    from tokenexit import costs, ops, static
+
+    need_stdout()
+    table = Table("", "", show_header=False)
+    table.add_row("tokenexit", __version__)
+    table.add_row("python", sys.version.split()[0])
+    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    table.add_row("transformers", transformers.__version__)
+    built = ops.extension_available()
+    devices = " and ".join(sorted(ops.compiled_devices("compact_active"))).upper()
+    table.add_row("compiled ops", f"for {devices}" if built else f"no: {ops.extension_error()}")
+    if built:
+        table.add_row("processor", costs.processor())
+        have = ", ".join(ops.instruction_sets())
+        table.add_row("instruction set", f"{ops.instruction_set()}, of {have}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    if gpu != "none" and (what := static.lacks()):
+        gpu += f", used slowly: {what} is missing"
+    table.add_row("GPU", gpu)
+    if model is not None:
+        loaded = load_tagger(model, 1).model
+        config = loaded.config
+        table.add_row("tagger", model)
+        table.add_row(
+            "encoder",
+            f"{config.source_model_type}, {config.num_hidden_layers} layers of "
+            f"{config.hidden_size}, at most {config.max_tokens} tokens",
+        )
+        table.add_row("parameters", f"{sum(p.numel() for p in loaded.parameters()) / 1e6:.1f} M")
+        table.add_row("labels", " ".join(config.id2label.values()))
+        table.add_row("policy", str(loaded.policy))
+        table.add_row("loop", loaded.loop)
+        if measure:
+            if not built:
+                raise ValueError(
+                    f"nothing to measure without compiled ops: {ops.extension_error()}"
+                )
+            heads = config.num_attention_heads
+            for dtype in (torch.float32, torch.int8, torch.bfloat16):
+                costs.calibrate(config.hidden_size, config.intermediate_size, heads, dtype)
+    elif measure:
+        raise ValueError("--measure wants a tagger, whose layers to time")
+    out.print(table)
+    if measured := costs.measured():
+        table = Table("attention here", *(name.replace("_", " ") for name in costs.NAMES))
+        for shape, values in measured.items():
+            table.add_row(shape, *(f"{values[name]:.2f}" for name in costs.NAMES))
+        out.print(table)
+
+
+def _policy(policy, threshold, window, level, min_active, full_depth) -> ExitPolicy:
+    changes = {
+        "threshold": threshold,
+        "window": window,
+        "level": level,
+        "min_active": min_active,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if full_depth:
+        if changes:
+            raise ValueError(
+                f"--full-depth excludes {', '.join('--' + n.replace('_', '-') for n in changes)}"
+            )
+        return ExitPolicy.never()
+    return policy.replace(**changes)
+
+
+@contextmanager
+def _open(name: str) -> Iterator[Any]:
+    if name != "-":
+        with Path(name).expanduser().open("rb") as file:
+            yield file
+    elif sys.stdin is None:
+        raise OSError("standard input is closed; expected it open, or the name of a file")
+    else:
+        yield sys.stdin.buffer
+
+
+@contextmanager
+def _to(output: Path | None) -> Iterator[Callable[[str], Any]]:
+    """What writes to a file or, at once, to standard output."""
+    from tokenexit.files import write_aside
+
+    if output is None:
+        need_stdout()
+
+        def write(text: str):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        yield write
+    else:
+        with write_aside(output) as aside, open(aside, "w", encoding="utf-8") as file:
+            yield file.write
+
+
+def _as_json(tagged, number: int) -> str:
+    row = {"words": tagged.words, "labels": tagged.labels, "exit_layers": tagged.exit_layers}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+# What would be read as another row or column, a comment, a byte order mark or a document's mark.
+_NO_CONLL = re.compile("[\\t\\r\\n\\0]|\\A(# |\\ufeff|-DOCSTART- )")
+
+
+def _as_conll(tagged, number: int) -> str:
+    for text in (*tagged.words, *tagged.labels):
+        if _NO_CONLL.search(text) or (text == "-DOCSTART-" and len(tagged.words) > 1):
+            raise ValueError(
+                f"sentence {number} has {text!r:.80}, which would not be read back from columns; "
+                "expected --output-format jsonl"
+            )
+    rows = zip(tagged.words, tagged.labels, strict=True)
+    return "".join(f"{word}\t{label}\n" for word, label in rows) + "\n"

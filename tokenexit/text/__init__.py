@@ -1,0 +1,1 @@
+"""Text in and out: files, words and their tokens, labels and scores."""
