@@ -10,11 +10,13 @@ import subprocess
 import sys
 from importlib import metadata
 
+import huggingface_hub
 import pytest
 import torch
 import typer
 from random_models import random_classifier
 from test_trainer import data
+from transformers import AutoConfig
 
 import tokenexit
 from tokenexit import ExitPolicy, Tagger, cli, costs, static
@@ -487,6 +489,29 @@ def test_int8_and_min_active(trained, folder, capsys):
     assert least["mean_exit_layer"] <= exact["mean_exit_layer"]
     text = call(capsys, *arguments, "--full-depth", "--min-active", 3)
     assert text[0] == 1 and "--full-depth excludes --min-active" in text[2]
+
+
+def test_a_mistyped_model_is_told_by_one_question(folder, capsys, monkeypatch):
+    asked = []
+
+    def model_info(self, name, timeout):
+        asked.append((name, timeout))
+        raise ConnectionError("no such name")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_: pytest.fail("tried for long"))
+    data = folder / "dev.conll"
+    for arguments in (
+        ("predict", "tager"),
+        ("evaluate", "tager", "-d", data),
+        ("train", "-m", "tager", "-d", data, "-o", folder / "x"),
+    ):
+        code, _, err = call(capsys, *arguments)
+        assert code == 1 and "tager is neither a folder nor a name on the hub: no such" in err
+    assert asked == 3 * [("tager", 10)]
+    cached = str(folder / "config.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: cached)
+    options.check_model_name("tager")
 
 
 @pytest.mark.parametrize(

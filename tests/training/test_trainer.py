@@ -337,6 +337,14 @@ def test_stage_1_is_at_full_depth_whatever_the_policy(tiny_tokenizer, tmp_path):
     assert set(out.exit_layers[batch["attention_mask"] != 0].tolist()) == {4}
 
 
+def test_weights_that_are_not_finite_are_told(tiny_tokenizer, tmp_path):
+    trainer = trainer_for(tiny_tokenizer, tmp_path, epochs=1, count=16)
+    with torch.no_grad():
+        trainer.model.embeddings.position.weight[-1] = torch.nan  # that no sentence reads
+    with pytest.raises(ValueError, match="weights of embeddings.position.weight that are not fin"):
+        trainer.train()
+
+
 def test_default_settings():
     def settings(d, n, **kwargs):
         arguments = training_arguments("unused", d, n, use_cpu=True, **kwargs)

@@ -66,7 +66,23 @@ def load_tagger(model: str, batch_size: int, int8: bool = False):
     from tokenexit.models.tagger import Tagger
 
     be_quiet()
+    check_model_name(model)
     return Tagger.from_pretrained(model, int8=int8, batch_size=batch_size)
+
+
+def check_model_name(name: str):
+    """Raise FileNotFoundError at once if no model has this name; loading would try for long."""
+    import huggingface_hub
+
+    if Path(name).exists():
+        return
+    try:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            huggingface_hub.HfApi().model_info(name, timeout=10)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name} is neither a folder nor a name on the hub: {error}"
+        ) from error
 
 
 def read_data(source: str, column: str | None, format: str | None):

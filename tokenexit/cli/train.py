@@ -30,6 +30,7 @@ from tokenexit.cli.options import (
     Settings,
     be_quiet,
     check_heads,
+    check_model_name,
     err,
     load_tagger,
     out,
@@ -84,6 +85,7 @@ def train(
         resume,
         set,
     )
+    check_model_name(model)
     load_config(model)  # told before the data is read, if there is none
     train_data = read_data(data, column, format)
     dev_data = dev and read_data(dev, column, format)

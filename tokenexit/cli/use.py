@@ -155,6 +155,7 @@ def info(
     import transformers
 
     from tokenexit import costs, ops, static
+    from tokenexit.text.scoring import shown
 
     need_stdout()
     table = Table("", "", show_header=False)
@@ -183,7 +184,7 @@ def info(
             f"{config.hidden_size}, at most {config.max_tokens} tokens",
         )
         table.add_row("parameters", f"{sum(p.numel() for p in loaded.parameters()) / 1e6:.1f} M")
-        table.add_row("labels", " ".join(config.id2label.values()))
+        table.add_row("labels", shown([*config.id2label.values()], 50))
         table.add_row("policy", str(loaded.policy))
         table.add_row("loop", loaded.loop)
         if measure:

@@ -170,6 +170,21 @@ class ExitTrainer(Trainer):
                 inputs.pop("loss_floor", None)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def train(self, *args, **kwargs):
+        """As in `Trainer`.
+
+        Raises:
+            ValueError: the weights it ends with are not finite.
+        """
+        result = super().train(*args, **kwargs)
+        for name, weight in self.model.named_parameters():
+            if not weight.isfinite().all():
+                raise ValueError(
+                    f"training ended with weights of {name} that are not finite; expected a lower "
+                    f"learning rate than {self.args.learning_rate:g}, or sound data"
+                )
+        return result
+
     def create_optimizer(self, model=None):
         """The Trainer's optimizer, with a learning rate of their own for the heads."""
         is_new = self.optimizer is None
