@@ -40,7 +40,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# About 20 minutes on two cores; the tagger of `make demo` is trained once more, and kept.
+# Less than half an hour on two cores; the tagger of `make demo` is trained once more, and kept.
 bench: $(VENV)/.bench
 	PYTHONPATH=benchmarks $(BIN)/python -m roofline
 	PYTHONPATH=benchmarks $(BIN)/python -m cpu

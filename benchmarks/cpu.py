@@ -613,7 +613,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=2, help="seconds a case may take")
     parser.add_argument("--skip", nargs="*", default=[], choices=peers.PEERS)
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="a folder")
-    parser.add_argument("--document", type=Path, default=root / "docs" / "cpu.md")
+    parser.add_argument("--documents", type=Path, default=root / "docs", help="a folder")
     parser.add_argument("--report", action="store_true", help="only the tables, from old rows")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -635,10 +635,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     rows = memory(subject, bench.run, args.skip)
                     harness.write("cpu", rows, args.results)
         failures = bench.failures
-    rows = report.latest(harness.read("cpu", args.results))
-    roofline = report.latest(harness.read("roofline", args.results))
-    report.plot(rows, args.results / "cpu.png")
-    harness.between(args.document, "cpu table", report.tables(rows, roofline))
+    runs = report.latest(harness.read("cpu", args.results))
+    rooflines = report.latest(harness.read("roofline", args.results))
+    for kind, rows in runs.items():
+        name = f"cpu-{report.slug(rows[0])}"
+        report.plot(rows, args.results / f"{name}.png")
+        harness.page(
+            args.documents / f"{name}.md",
+            f"Speed on a CPU: {kind}",
+            report.tables(rows, rooflines.get(kind, ())),
+            args.results / f"{name}.png",
+        )
+    harness.between(args.documents / "cpu.md", "cpu table", report.overview(runs))
     for failure in failures:
         print(f"RED: {failure}", file=sys.stderr)
     return bool(failures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import resource
@@ -15,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from tokenexit.files import write_aside
 
 RESULTS = Path(__file__).parent / "results"
 _PEERS = ("onnxruntime", "openvino", "nncf", "ctranslate2")
@@ -84,13 +87,13 @@ def origin() -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    options = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
+        commit = subprocess.run(["git", "describe", "--always"], **options).stdout.strip()
+        # What benchmarks write is none of what they measured.
+        changed = ["git", "status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/docs"]
+        if subprocess.run(changed, **options).stdout:
+            commit += "-dirty"
     except FileNotFoundError:
         commit = ""  # without git
     return {
@@ -144,6 +147,14 @@ def between(document: Path, marker: str, text: str):
     if not found:
         raise ValueError(f"{document} lacks the lines {start.strip()!r} and {end!r}")
     document.write_text(before + start + text.strip() + "\n" + end + after, encoding="utf-8")
+
+
+def page(document: Path, title: str, text: str, picture: Path):
+    """Write a document that holds what was measured and nothing else."""
+    shown = os.path.relpath(picture, document.parent)
+    body = f"# {title}\n\nWritten by `make bench`; see [Speed on a CPU](cpu.md).\n\n{text}\n"
+    with write_aside(document) as aside:
+        aside.write_text(f"{body}\n![Real tokens a second]({shown})\n", encoding="utf-8")
 
 
 def features() -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,24 @@ ORT, HF, OURS, INT8 = "ONNX Runtime", "Hugging Face sdpa", "tokenexit", "tokenex
 FULL, STRONG, EXTREME = "full depth", "token exit, strong", "token exit, extreme"
 
 
-def latest(rows: Sequence[dict]) -> list[dict]:
-    """Those of the last run."""
-    return [row for row in rows if row["run"] == rows[-1]["run"]]
+def processor(row: dict) -> str:
+    """The kind of processor that a row is of: "Intel Xeon, amx"."""
+    name = re.sub(r"\((R|TM)\)| Processor| CPU| @.*", "", row["device"]).strip()
+    return ", ".join([name, *row.get("features", "").split()[-1:]])
+
+
+def slug(row: dict) -> str:
+    """That as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", processor(row).lower())
+
+
+def latest(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """Those of the last run on each kind of processor, the last run first."""
+    runs = {}
+    for row in rows:
+        runs[processor(row)] = row["run"]  # the last one's stays
+    last = sorted(runs.items(), key=lambda item: item[1], reverse=True)
+    return {kind: [row for row in rows if row["run"] == run] for kind, run in last}
 
 
 @dataclass(frozen=True)
@@ -253,6 +269,27 @@ def tables(rows: Sequence[dict], roofline: Sequence[dict] = ()) -> str:
     if roofline:
         parts += ["## Roofline", _roofline(roofline)]
     return "\n\n".join(parts)
+
+
+def overview(runs: Mapping[str, Sequence[dict]]) -> str:
+    """Tokens a second of each system on each kind of processor, side by side, in Markdown.
+
+    Args:
+        runs: see `latest`.
+    """
+    found = {kind: Rows(rows).timed for kind, rows in runs.items()}
+    parts = []
+    for model in (BASE, TAGGER):
+        mine = {k: [r for r in rows if r["model"] == model] for k, rows in found.items()}
+        cases = [(kind, (CONLL, batch)) for batch in (1, 32) for kind in mine]
+        labels = dict.fromkeys(
+            r["system"] if "exits" not in r else _label(r) for rows in mine.values() for r in rows
+        )
+        head = [f"{model}: {CONLL}", *(f"x {case[1]}: {kind}" for kind, case in cases)]
+        lines = [[x, *(_cell(mine[kind], case, x, "best") for kind, case in cases)] for x in labels]
+        parts.append(_markdown(head, lines))
+    pages = [f"[{kind}](cpu-{slug(rows[0])}.md)" for kind, rows in runs.items()]
+    return "\n\n".join([*parts, f"All of each run: {', '.join(pages)}."])
 
 
 def _origin(row: dict) -> str:

@@ -161,7 +161,26 @@ def test_rows_are_appended(tmp_path):
     for run in "aabb":
         harness.write("x", [{"run": run}], tmp_path)
     assert harness.read("x", tmp_path) == [{"run": run} for run in "aabb"]
-    assert report.latest(harness.read("x", tmp_path)) == [{"run": "b"}] * 2
+
+
+def test_the_last_run_of_each_processor():
+    old, new = {"device": "AMD EPYC", "features": "avx2"}, {"device": "Intel(R) Xeon(R) Processor"}
+    rows = [{**old, "run": "1"}, {**old, "run": "2"}, {**new, "run": "3"}, {**old, "run": "2"}]
+    found = report.latest(rows)
+    assert list(found) == ["Intel Xeon", "AMD EPYC, avx2"]
+    assert [row["run"] for row in found["AMD EPYC, avx2"]] == ["2", "2"]
+    assert report.slug({**new, "features": "avx2 amx"}) == "intel-xeon-amx"
+    assert report.latest([]) == {}
+
+
+def test_processors_side_by_side():
+    other = [{**row, "device": "e", "run": "b", "tokens_per_s": 7} for row in rows()]
+    text = report.overview({"d": rows(), "e": other})
+    lines = [line.split(" | ") for line in text.splitlines()]
+    assert lines[0][-2:] == ["x 32: d", "x 32: e |"]
+    (ours,) = (line for line in lines if line[0] == "| tokenexit, full depth")
+    assert ours[-2:] == ["1250", "7 |"]
+    assert "[e](cpu-e.md)" in text
 
 
 def test_a_wrong_peer_gets_no_numbers(tmp_path, capsys):
@@ -379,7 +398,7 @@ def test_quick_run(tmp_path, monkeypatch):
     document.write_text("<!-- cpu table -->\n<!-- /cpu table -->\n")
     roofline.main(["--quick", "--results", str(tmp_path)])
     skipped = [name for name in cpu.peers.PEERS if name != "Hugging Face sdpa"]
-    arguments = ["--quick", "--results", str(tmp_path), "--document", str(document)]
+    arguments = ["--quick", "--results", str(tmp_path), "--documents", str(tmp_path)]
     assert cpu.main([*arguments, "--skip", *skipped]) == 0
     written = [json.loads(line) for line in (tmp_path / "cpu.jsonl").open()]
     assert {r["model"] for r in written} == {report.BASE, report.TAGGER}
@@ -387,7 +406,9 @@ def test_quick_run(tmp_path, monkeypatch):
     for r in written:
         assert r["p20_ms"] <= r["median_ms"] <= r["p80_ms"] and len(r["times_ms"]) >= 3
         assert "f1" in r or r["model"] == report.BASE
-    assert "## Roofline" in document.read_text() and (tmp_path / "cpu.png").exists()
+    (page,) = tmp_path.glob("cpu-*.md")
+    assert "## Roofline" in page.read_text() and page.with_suffix(".png").exists()
+    assert f"]({page.name})" in document.read_text()
 
 
 @pytest.mark.slow

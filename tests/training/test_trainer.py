@@ -338,7 +338,7 @@ def test_stage_1_is_at_full_depth_whatever_the_policy(tiny_tokenizer, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_told(tiny_tokenizer, tmp_path):
-    trainer = trainer_for(tiny_tokenizer, tmp_path, epochs=1, count=16)
+    trainer = trainer_for(tiny_tokenizer(), tmp_path, epochs=1, count=16)
     with torch.no_grad():
         trainer.model.embeddings.position.weight[-1] = torch.nan  # that no sentence reads
     with pytest.raises(ValueError, match="weights of embeddings.position.weight that are not fin"):
