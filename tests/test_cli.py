@@ -514,6 +514,28 @@ def test_a_mistyped_model_is_told_by_one_question(folder, capsys, monkeypatch):
     options.check_model_name("tager")
 
 
+def test_dtype(trained, folder, capsys):
+    for dtype, kind in (("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")):
+        code, out, err = call(capsys, "info", trained, "--dtype", dtype)
+        assert code == 0, err
+        out = " ".join(out.split())
+        assert f"weights of layers │ {kind} │" in out
+        if extension_available():
+            assert ("loop │ cpu" in out) == (dtype != "fp16")
+        code, out, err = call(
+            capsys, "evaluate", trained, "-d", folder / "test.conll", "--dtype", dtype,
+            "--timing-runs", 0, "--json",
+        )  # fmt: skip
+        assert code == 0 and json.loads(out)["scores"]["score"] > 0.5, err
+    assert "│ int8 │" in " ".join(call(capsys, "info", trained, "--int8")[1].split())
+    for given, message in (
+        (("--dtype", "fp8"), "--dtype is 'fp8'; expected fp32, bf16, fp16"),
+        (("--dtype", "fp32", "--int8"), "--int8 excludes --dtype fp32"),
+    ):
+        code, _, err = call(capsys, "predict", trained, folder / "test.conll", *given)
+        assert code == 1 and message in err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

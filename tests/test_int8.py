@@ -1,11 +1,14 @@
 """8-bit weights: against the same arithmetic in PyTorch, and what may not change by them."""
 
 import copy
+import json
 
 import pytest
 import torch
 from random_models import random_batch, random_tagger
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForTokenClassification
 
 import tokenexit
 from tokenexit import ExitPolicy
@@ -192,8 +195,60 @@ def test_an_8_bit_model_does_not_drop():
     assert not any(part.training for part in tagger.modules())
 
 
-def test_an_8_bit_model_is_not_saved(tmp_path):
-    tagger = tokenexit.quantize(random_tagger(dtype=torch.float32))
-    with pytest.raises(ValueError, match="8-bit model to save; expected the fp32 one"):
-        tagger.save_pretrained(tmp_path / "tagger")
-    assert not (tmp_path / "tagger").exists()
+@torch.inference_mode()
+def test_saved_and_loaded_it_has_the_same_bits(tmp_path):
+    tagger = random_tagger(dtype=torch.float32, hidden=64)
+    tagger.policy = ExitPolicy(threshold=0.4, window=1)
+    tagger.save_pretrained(tmp_path / "exact")
+    tokenexit.quantize(tagger).save_pretrained(tmp_path / "rounded")
+    assert json.loads((tmp_path / "rounded/config.json").read_text())["int8"] is True
+
+    again = tokenexit.TokenExitForTokenClassification.from_pretrained(tmp_path / "rounded")
+    by_auto = AutoModelForTokenClassification.from_pretrained(tmp_path / "rounded", dtype="float32")
+    expected, rows = tagger.state_dict(), random_batch([5, 17, 1, 9])
+    for other in (again, by_auto, copy.deepcopy(again)):
+        assert not any(part.training for part in other.modules()) and other.loop == tagger.loop
+        assert other.state_dict().keys() == expected.keys()
+        for name, value in other.state_dict().items():
+            assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), name
+        assert torch.equal(other(**rows).logits, tagger(**rows).logits)
+        assert torch.equal(other(**rows).exit_layers, tagger(**rows).exit_layers)
+
+    def size(folder):
+        tensors = load_file(tmp_path / folder / "model.safetensors")
+        of_layers = {n: x for n, x in tensors.items() if n.startswith("encoder.layers")}
+        assert len(of_layers) == (4 * 24 if folder == "rounded" else 4 * 14)
+        return sum(x.nbytes for x in of_layers.values())
+
+    assert size("rounded") < 0.32 * size("exact")  # of wide layers, a fourth
+
+
+def test_loading_8_bits_asks_for_no_other_dtype(tmp_path):
+    load = tokenexit.TokenExitForTokenClassification.from_pretrained
+    tokenexit.quantize(random_tagger(dtype=torch.float32)).save_pretrained(tmp_path)
+    for dtype in (torch.float16, "bfloat16"):
+        with pytest.raises(ValueError, match="for 8-bit weights; expected None"):
+            load(tmp_path, dtype=dtype)
+    assert load(tmp_path, dtype=torch.float32).dtype == torch.float32
+    # As a version reads it that knows of no 8 bits.
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "int8": False}))
+    with pytest.raises(ValueError, match="has 40 unknown weights"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "int8": "yes"}))
+    with pytest.raises(ValueError, match="config.int8 is 'yes'; expected true or false"):
+        load(tmp_path)
+
+
+@torch.inference_mode()
+def test_the_configuration_says_what_the_layers_are(tmp_path):
+    """A model of a configuration that says 8 bits has them; one that was rounded says so."""
+    tagger = random_tagger(dtype=torch.float32)
+    tagger.config.int8 = True  # by mistake
+    tagger.save_pretrained(tmp_path)
+    assert not tokenexit.TokenExitForTokenClassification.from_pretrained(tmp_path).config.int8
+    tokenexit.quantize(tagger)
+    made = tokenexit.TokenExitForTokenClassification(tagger.config)
+    made.load_state_dict(tagger.state_dict())
+    rows = random_batch([5, 9])
+    assert torch.equal(made(**rows).logits, tagger(**rows).logits)

@@ -29,7 +29,7 @@ class Int8Linear(nn.Module):
 
     Args:
         linear: the layer to round, `in_features` a multiple of 4, with or without a bias. Its
-            weights are not kept.
+            weights are not kept. One on the meta device gives one there, to be loaded.
 
     Raises:
         ValueError: `in_features` is no multiple of 4; a weight is not finite.
@@ -43,7 +43,7 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         if self.in_features % 4:
             raise ValueError(f"got {self.in_features} inputs; expected a multiple of 4 for int8")
-        if not weight.isfinite().all():
+        if not weight.is_meta and not weight.isfinite().all():
             raise ValueError("got a weight that is not finite; expected finite ones for int8")
         scale = (weight.abs().amax(1) / largest()).clamp(min=torch.finfo(torch.float32).tiny)
         rounded = (weight / scale[:, None]).round().to(torch.int8)
@@ -71,8 +71,8 @@ def quantize(model: nn.Module) -> nn.Module:
     """Round the products of a tagger's layers to 8 bits, in place: for inference on a CPU.
 
     Embeddings, LayerNorms, attention and exit heads stay in fp32. The model takes a fourth of the
-    memory in its layers and can no longer be trained, converted to another dtype or saved: keep the
-    original for that.
+    memory in its layers, in memory and on disk; saved, it is loaded as it is. It can no longer be
+    trained or converted to another dtype: keep the original for that.
 
     Args:
         model: a tagger, on the CPU, in fp32.
@@ -87,7 +87,7 @@ def quantize(model: nn.Module) -> nn.Module:
     """
     layers = model.encoder.layers
     devices = {(p.device.type, p.dtype) for p in model.parameters()}
-    if devices != {("cpu", torch.float32)}:
+    if devices not in ({("cpu", torch.float32)}, {("meta", torch.float32)}):  # or yet to be loaded
         raise ValueError(f"got a model of {sorted(map(str, devices))}; expected fp32 on the CPU")
     if is_quantized(model):
         raise ValueError("got a model that is 8-bit already; expected one in fp32")
@@ -106,4 +106,5 @@ def quantize(model: nn.Module) -> nn.Module:
             rounded.append((layer, name, Int8Linear(part)))
     for layer, name, part in rounded:  # only once all could be rounded
         setattr(layer, name, part)
+    model.config.int8 = True
     return model.eval()

@@ -7,6 +7,7 @@ from random_models import random_classifier
 import tokenexit
 from tokenexit import ExitPolicy, Tagger
 from tokenexit.int8 import is_quantized
+from tokenexit.ops import extension_available
 
 WORDS = ["john", "smith", "lives", "in", "new", "york", "paris", "the", "red", "xyzzy", "smiths"]
 
@@ -120,6 +121,40 @@ def test_save_and_load(tagger, tmp_path):
     again.model.double()
     many = sentences(5)
     assert again.tag(many) == tagger.tag(many)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_saved_and_loaded_in_another_dtype(dtype, tagger, tmp_path):
+    tagger.save_pretrained(tmp_path / "wide")
+    of = Tagger.from_pretrained(tmp_path / "wide", dtype=dtype)
+    of.save_pretrained(tmp_path / "narrow")
+    again = Tagger.from_pretrained(tmp_path / "narrow")  # as it was saved
+    parts = {name: tmp_path / name / "model.safetensors" for name in ("wide", "narrow")}
+    wide, narrow = (path.stat().st_size for path in parts.values())
+    assert narrow < 1.1 * wide * dtype.itemsize / 8
+    many = sentences(5)
+    for other in (of, again):
+        assert {p.dtype for p in other.model.parameters()} == {dtype}
+        if extension_available():
+            assert (other.model.loop == "cpu") == (dtype != torch.float16)
+    assert again.tag(many) == of.tag(many)
+
+
+def test_saved_and_loaded_in_8_bits(tagger, tmp_path):
+    tagger.save_pretrained(tmp_path / "exact")
+    rounded = Tagger.from_pretrained(tmp_path / "exact", int8=True)
+    rounded.save_pretrained(tmp_path / "rounded")
+    many = sentences(5)
+    for int8 in (False, True):
+        again = Tagger.from_pretrained(tmp_path / "rounded", int8=int8, dtype=torch.float32)
+        assert is_quantized(again.model) and again.tag(many) == rounded.tag(many)
+        with pytest.raises(ValueError, match=r"got dtype torch.bfloat16 for 8-bit weights"):
+            Tagger.from_pretrained(tmp_path / "rounded", int8=int8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"got dtype torch.float16 for 8-bit weights"):
+        Tagger.from_pretrained(tmp_path / "exact", int8=True, dtype=torch.float16)
+    half = Tagger.from_pretrained(tmp_path / "exact", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    assert is_quantized(Tagger.from_pretrained(tmp_path / "half", int8=True).model)
 
 
 def test_loaded_with_8_bit_weights(tmp_path, tiny_tokenizer):

@@ -44,6 +44,10 @@ MinActive = Annotated[
     int | None, typer.Option(help="Active words worth a further layer, in place of the model's.")
 ]
 Int8 = Annotated[bool, typer.Option("--int8", help="8-bit weights: faster on a CPU, less exact.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="fp32, bf16 or fp16, to compute in; not with --int8. Default: as saved."),
+]
 FullDepth = Annotated[bool, typer.Option("--full-depth", help="No early exits.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write the tagger to.")]
 Epochs = Annotated[float | None, typer.Option(help="Default: 3, more for small data.")]
@@ -62,12 +66,19 @@ Settings = Annotated[
 ]
 
 
-def load_tagger(model: str, batch_size: int, int8: bool = False):
+def load_tagger(model: str, batch_size: int, int8: bool = False, dtype: str | None = None):
+    import torch
+
     from tokenexit.models.tagger import Tagger
 
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in (None, *dtypes):
+        raise ValueError(f"--dtype is {dtype!r}; expected {', '.join(dtypes)}")
+    if int8 and dtype is not None:
+        raise ValueError(f"--int8 excludes --dtype {dtype}")
     be_quiet()
     check_model_name(model)
-    return Tagger.from_pretrained(model, int8=int8, batch_size=batch_size)
+    return Tagger.from_pretrained(model, int8, dtypes.get(dtype), batch_size=batch_size)
 
 
 def check_model_name(name: str):

@@ -18,6 +18,7 @@ from tokenexit.cli.options import (
     BatchSize,
     Column,
     Data,
+    Dtype,
     Format,
     FullDepth,
     Int8,
@@ -46,6 +47,7 @@ def evaluate(
     min_active: MinActive = None,
     full_depth: FullDepth = False,
     int8: Int8 = False,
+    dtype: Dtype = None,
     timing_runs: Annotated[
         int, typer.Option(help="Timed runs against full depth, in alternation; 0 for none.", min=0)
     ] = 3,
@@ -64,7 +66,7 @@ def evaluate(
 
     need_stdout()
     check_metric(metric)
-    tagger = load_tagger(model, batch_size, int8)
+    tagger = load_tagger(model, batch_size, int8, dtype)
     policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
     check_heads(tagger.model, model, policy)
     result = run(
@@ -109,6 +111,7 @@ def predict(
     min_active: MinActive = None,
     full_depth: FullDepth = False,
     int8: Int8 = False,
+    dtype: Dtype = None,
     batch_size: BatchSize = 32,
     buffer: Annotated[int, typer.Option(help="Sentences held at a time.", min=1)] = 1024,
 ):
@@ -128,7 +131,7 @@ def predict(
         raise ValueError(f"--output-format is {output_format!r}; expected jsonl or conll")
     with _open(input) as lines, _to(output) as write:
         sentences = stream_sentences(lines, format)
-        tagger = load_tagger(model, batch_size, int8)
+        tagger = load_tagger(model, batch_size, int8, dtype)
         policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
         check_heads(tagger.model, model, policy)
         for number, tagged in enumerate(tagger.stream(sentences, policy, buffer), 1):
@@ -142,6 +145,8 @@ def info(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the two ways of attention, for the tagger.")
     ] = False,
+    int8: Int8 = False,
+    dtype: Dtype = None,
 ):
     """What is installed here; of a tagger, its shape, labels, policy, and what loop runs it.
 
@@ -175,7 +180,7 @@ def info(
         gpu += f", used slowly: {what} is missing"
     table.add_row("GPU", gpu)
     if model is not None:
-        loaded = load_tagger(model, 1).model
+        loaded = load_tagger(model, 1, int8, dtype).model
         config = loaded.config
         table.add_row("tagger", model)
         table.add_row(
@@ -183,7 +188,10 @@ def info(
             f"{config.source_model_type}, {config.num_hidden_layers} layers of "
             f"{config.hidden_size}, at most {config.max_tokens} tokens",
         )
-        table.add_row("parameters", f"{sum(p.numel() for p in loaded.parameters()) / 1e6:.1f} M")
+        weights = [x for n, x in loaded.state_dict().items() if n.endswith((".weight", ".bias"))]
+        table.add_row("parameters", f"{sum(x.numel() for x in weights) / 1e6:.1f} M")
+        kind = str(loaded.encoder.layers[0].query.weight.dtype).removeprefix("torch.")
+        table.add_row("weights of layers", kind)
         table.add_row("labels", shown([*config.id2label.values()], 50))
         table.add_row("policy", str(loaded.policy))
         table.add_row("loop", loaded.loop)
@@ -193,8 +201,8 @@ def info(
                     f"nothing to measure without compiled ops: {ops.extension_error()}"
                 )
             heads = config.num_attention_heads
-            for dtype in (torch.float32, torch.int8, torch.bfloat16):
-                costs.calibrate(config.hidden_size, config.intermediate_size, heads, dtype)
+            for numbers in (torch.float32, torch.int8, torch.bfloat16):
+                costs.calibrate(config.hidden_size, config.intermediate_size, heads, numbers)
     elif measure:
         raise ValueError("--measure wants a tagger, whose layers to time")
     out.print(table)

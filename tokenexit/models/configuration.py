@@ -27,6 +27,7 @@ class TokenExitConfig(PreTrainedConfig):
         exit_policy: fields of the `ExitPolicy`.
         untrained_heads: layers, from 1, whose classifiers were never trained; see
             `TokenExitForTokenClassification.untrained_heads`.
+        int8: whether the layers' products have 8-bit weights, see `tokenexit.quantize`.
 
     The others are those of a BERT configuration.
     """
@@ -55,6 +56,7 @@ class TokenExitConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     exit_policy: dict | None = None
     untrained_heads: list[int] | None = None
+    int8: bool = False
 
     @property
     def max_tokens(self) -> int:

@@ -31,7 +31,7 @@ from tokenexit import compiled, static
 from tokenexit.conditions import TENSORS, passable, unmet
 from tokenexit.encoder import ExitEncoder, Schedule, Trace, last_of
 from tokenexit.files import write_folder_aside
-from tokenexit.int8 import is_quantized
+from tokenexit.int8 import is_quantized, quantize
 from tokenexit.layers import ExitHead, ExitLayer
 from tokenexit.models.configuration import TokenExitConfig, check_sizes, label_maps
 from tokenexit.models.families import FAMILIES
@@ -161,6 +161,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
         self._policy = None, None  # what the configuration said, and the policy of it
         self.policy = self.policy
         self.post_init()
+        if config.int8:
+            quantize(self)
 
     @property
     def policy(self) -> ExitPolicy:
@@ -300,10 +302,12 @@ class TokenExitForTokenClassification(PreTrainedModel):
             name: a folder or a name on the hub.
             tokenizer: used when `name` is not a saved tagger, to mark words; see
                 `tokenexit.convert`. None: the one saved beside it.
-            args, kwargs: of `PreTrainedModel.from_pretrained`: `num_labels`, `dtype`, ...
+            args, kwargs: of `PreTrainedModel.from_pretrained`: `num_labels`, `dtype` (None for
+                that of the checkpoint), ...
 
         Raises:
-            ValueError: an unsupported architecture; a checkpoint that is damaged or incomplete.
+            ValueError: an unsupported architecture; a checkpoint that is damaged or incomplete; a
+                dtype for one with 8-bit weights.
             OSError: no such folder or hub name.
         """
         from tokenexit.models.convert import check_checkpoint, convert, unsupported
@@ -316,6 +320,9 @@ class TokenExitForTokenClassification(PreTrainedModel):
         if config.model_type == TokenExitConfig.model_type:
             # Weights come from safetensors only: no pickle is ever opened.
             kwargs["use_safetensors"] = True
+            if config.int8:
+                check_dtype_of_int8(kwargs.get("dtype"))
+                kwargs["dtype"] = torch.float32
             model, info = _load_whole(super().from_pretrained, name, (), *args, **kwargs)
             model.mark_untrained(model.config.untrained_heads or ())
             model._warn_of_untrained_heads()
@@ -340,8 +347,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         Files are written aside and then renamed, the weights before the configuration: a
         failure leaves no half-written file.
         """
-        if is_quantized(self):
-            raise ValueError("got an 8-bit model to save; expected the fp32 one it was made from")
+        self.config.int8 = is_quantized(self)
         self.config.exit_policy = self.policy.to_dict()
         self.config.untrained_heads = self.untrained_heads()
         if kwargs.get("push_to_hub"):
@@ -655,6 +661,12 @@ class TokenExitForTokenClassification(PreTrainedModel):
         )
 
 
+def check_dtype_of_int8(dtype: torch.dtype | str | None):
+    """Raise ValueError if an 8-bit tagger is to compute in a dtype: what is not bytes is fp32."""
+    if dtype not in (None, "auto", "float32", torch.float32):
+        raise ValueError(f"got dtype {dtype} for 8-bit weights; expected None (all else is fp32)")
+
+
 def saved_kind(folder: str | os.PathLike) -> str | None:
     """The `model_type` of the model that a folder holds; None if it holds none."""
     config = Path(folder) / "config.json"
@@ -815,6 +827,8 @@ def _check_config(config):
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"config.{name} is {value!r}; expected a number from 0 to 1")
+    if not isinstance(config.int8, bool):
+        raise ValueError(f"config.int8 is {config.int8!r}; expected true or false")
     if config.max_tokens < 1:
         raise ValueError(
             f"config.max_position_embeddings is {config.max_position_embeddings}; expected more "

@@ -12,9 +12,13 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenexit.files import write_folder_aside
-from tokenexit.int8 import quantize
+from tokenexit.int8 import is_quantized, quantize
 from tokenexit.models.evaluation import evaluating
-from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
+from tokenexit.models.modeling import (
+    TokenExitForTokenClassification,
+    TokenExitOutput,
+    check_dtype_of_int8,
+)
 from tokenexit.policy import ExitPolicy
 from tokenexit.text.encoding import Window, WordTokenizer, collate, encode, merge
 
@@ -70,16 +74,29 @@ class Tagger:
         return self._tokenizer
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, int8: bool = False, **kwargs) -> Tagger:
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike,
+        int8: bool = False,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ) -> Tagger:
         """A saved tagger with the tokenizer beside it.
 
         Args:
             name: a folder or a name on the hub.
-            int8: round its weights, see `tokenexit.quantize`.
+            int8: round its weights, see `tokenexit.quantize`, if they are not already.
+            dtype: to compute in. None: that which it was saved in.
             kwargs: of the constructor.
+
+        Raises:
+            ValueError: a dtype for 8-bit weights.
         """
-        model = TokenExitForTokenClassification.from_pretrained(name).eval()
         if int8:
+            check_dtype_of_int8(dtype)
+            dtype = torch.float32
+        model = TokenExitForTokenClassification.from_pretrained(name, dtype=dtype).eval()
+        if int8 and not is_quantized(model):
             quantize(model)
         return cls(model, AutoTokenizer.from_pretrained(name), **kwargs)
 
