@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import harness
+import latency
 import peers
 import report
 import texts
@@ -221,6 +222,7 @@ class Bench:
                     self.say(f"{name} is left out: {error}")
                     del loaded[name]
             self.cases(subject, loaded)
+        self.latency(subject)
 
     def cases(self, subject: Subject, loaded: dict[str, Apart]):
         """All cases of a subject, with the peers that are there."""
@@ -234,6 +236,20 @@ class Bench:
                         f1[key] = self.f1(subject, loaded, *key, row.get("size", 32))
                     row["f1"] = f1[key]
             harness.write("cpu", rows, self.results)
+
+    def latency(self, subject: Subject):
+        """What one sentence of CoNLL waits for, at full depth and with exits of tokens."""
+        cases = [case for case in subject.cases if case.text == report.CONLL]
+        sentences = max((case.sentences for case in cases), key=len)
+        exits = {name: e for name, e in subject.exits.items() if "sentence" not in name}
+        facts = {"run": self.run, "model": subject.name, "text": report.CONLL}
+        rows = [
+            {**facts, **row}
+            for row in latency.rows(
+                subject.ours, exits, sentences, subject.folder, subject.failed, self.skip
+            )
+        ]
+        harness.write("latency", rows, self.results)
 
     def case(self, subject: Subject, case: Case, loaded, sizes: dict) -> list[dict]:
         """Rows of one case; `sizes` remembers each peer's best batch size for a text."""
@@ -415,8 +431,11 @@ def decided(**policies: ExitPolicy) -> Exits:
 
 
 def forms(model: TokenExitForTokenClassification) -> dict[str, TokenExitForTokenClassification]:
-    """A tagger and its 8-bit copy."""
-    return {"fp32": model, "int8": tokenexit.quantize(copy.deepcopy(model))}
+    """A tagger and its copies: in bf16, where the processor has it, and in 8 bits."""
+    found = {"fp32": model}
+    if "bf16" in harness.features():
+        found["bf16"] = copy.deepcopy(model).to(torch.bfloat16)
+    return found | {"int8": tokenexit.quantize(copy.deepcopy(model))}
 
 
 def random_bert(
@@ -553,8 +572,8 @@ def _made_up(count: int) -> dict[str, list[list[str]]]:
 def memory(subject: Subject, run: str, skip: Sequence[str]) -> list[dict]:
     """Peak memory of each system on a batch of the most sentences of a case, by themselves."""
     case = max((c for c in subject.cases if c.batch <= 32), key=lambda c: c.batch)
-    model = subject.ours["fp32"]
-    model.save_pretrained(subject.folder / "ours")
+    for dtype, model in subject.ours.items():
+        model.save_pretrained(subject.folder / f"tokenexit {dtype}")
     exits = [
         (name, arguments(texts.batch(case.sentences[: case.batch])))
         for name, arguments in subject.exits.items()
@@ -589,9 +608,7 @@ def memory_of(name: str, exits: str, folder: Path) -> int:
         _forget_peak()
         peer.run(inputs)
     else:
-        model = TokenExitForTokenClassification.from_pretrained(folder / "ours").eval()
-        if name.endswith("int8"):
-            model = tokenexit.quantize(model)
+        model = TokenExitForTokenClassification.from_pretrained(folder / name).eval()
         _forget_peak()
         model(b.input_ids, b.attention_mask, b.word_ids, **arguments[exits])
     status = Path("/proc/self/status").read_text()
@@ -636,14 +653,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     harness.write("cpu", rows, args.results)
         failures = bench.failures
     runs = report.latest(harness.read("cpu", args.results))
-    rooflines = report.latest(harness.read("roofline", args.results))
+    others = [report.latest(harness.read(name, args.results)) for name in ("roofline", "latency")]
     for kind, rows in runs.items():
         name = f"cpu-{report.slug(rows[0])}"
         report.plot(rows, args.results / f"{name}.png")
         harness.page(
             args.documents / f"{name}.md",
             f"Speed on a CPU: {kind}",
-            report.tables(rows, rooflines.get(kind, ())),
+            report.tables(rows, *(other.get(kind, ()) for other in others)),
             args.results / f"{name}.png",
         )
     harness.between(args.documents / "cpu.md", "cpu table", report.overview(runs))

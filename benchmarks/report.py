@@ -14,6 +14,7 @@ from tokenexit.files import write_aside
 BASE, TAGGER = "BERT-base", "MiniLM-L6 tagger"
 CONLL, CHINESE = "CoNLL-2003", "People's Daily"
 ORT, HF, OURS, INT8 = "ONNX Runtime", "Hugging Face sdpa", "tokenexit", "tokenexit int8"
+BF16 = "tokenexit bf16"
 FULL, STRONG, EXTREME = "full depth", "token exit, strong", "token exit, extreme"
 
 
@@ -219,6 +220,56 @@ def goals(rows: Rows, roofline: Sequence[dict] = ()) -> list[Goal]:
     ]
 
 
+def goals_of_today(rows: Rows) -> list[Goal]:
+    """Those for processors that multiply bytes and bf16; [] on others."""
+    if not {"vnni", "bf16"}.issubset(rows.all[0].get("features", "").split()):
+        return []
+
+    def against(exits, ours, dtype, text=CONLL, batch=32, model=BASE):
+        """Over the best peer of a dtype."""
+        row = rows.find(model, text, batch, ours, exits)
+        names = dict.fromkeys(r["system"] for r in rows.timed if "exits" not in r)
+        found = (rows.find(model, text, batch, name) for name in names)
+        ratios = [rows.faster(row, peer) for peer in found if peer and peer["dtype"] == dtype]
+        return min((x for x in ratios if x is not None), default=None)
+
+    def eta(ours):
+        return (rows.find(BASE, CONLL, 32, ours, STRONG) or {}).get("eta")
+
+    def best(values):
+        return max((x for x in values if x is not None), default=None)
+
+    int8, alone, uniform = "over the best int8 peer", (CONLL, 1), ("uniform 128", 8)
+    own = ((OURS, "fp32"), (BF16, "bf16"), (INT8, "int8"))
+    tagger = [against(FULL, ours, dtype, *alone, TAGGER) for ours, dtype in own]
+    return [
+        Goal(f"int8, full depth, {int8}", 1.5, against(FULL, INT8, "int8")),
+        Goal(f"the same, uniform 128 x 8, {int8}", 1.1, against(FULL, INT8, "int8", *uniform)),
+        Goal(f"int8, strong exits, {int8}", 4.0, against(STRONG, INT8, "int8")),
+        Goal(f"int8, extreme exits, {int8}", 6.0, against(EXTREME, INT8, "int8")),
+        Goal(f"bf16, full depth, {int8}", 1.0, against(FULL, BF16, "int8")),
+        Goal(f"bf16, strong exits, {int8}", 2.75, against(STRONG, BF16, "int8")),
+        Goal(
+            f"one sentence, strong exits, our best, {int8}",
+            2.5,
+            best(against(STRONG, ours, "int8", *alone) for ours, _ in own),
+        ),
+        Goal(
+            "fp32, full depth, uniform 128 x 8, over the best fp32 peer",
+            1.1,
+            against(FULL, OURS, "fp32", *uniform),
+        ),
+        Goal("eta, strong exits, fp32", 0.95, eta(OURS)),
+        Goal("eta, strong exits, bf16", 0.9, eta(BF16)),
+        Goal("eta, strong exits, int8", 0.9, eta(INT8)),
+        Goal(
+            "the tagger, one sentence, full depth, over every peer of the dtype",
+            1.1,
+            min((x for x in tagger if x is not None), default=None),
+        ),
+    ]
+
+
 def _lost(rows: Rows) -> float | None:
     full, exits = (rows.find(TAGGER, CONLL, 32, OURS, e) for e in (FULL, "token exit"))
     return None if not full or not exits else 100 * (full["f1"] - exits["f1"])
@@ -232,7 +283,9 @@ def _overhead(roofline: Sequence[dict]) -> float | None:
     return max(percents.values(), default=None)
 
 
-def tables(rows: Sequence[dict], roofline: Sequence[dict] = ()) -> str:
+def tables(
+    rows: Sequence[dict], roofline: Sequence[dict] = (), latency: Sequence[dict] = ()
+) -> str:
     """All of the report, in Markdown."""
     if not rows:
         return "No rows yet: run `make bench`."
@@ -255,7 +308,7 @@ def tables(rows: Sequence[dict], roofline: Sequence[dict] = ()) -> str:
                     g.reached,
                     "" if g.allowed is None else f"{g.allowed:.2f}",
                 ]
-                for g in goals(found, roofline)
+                for g in [*goals(found, roofline), *goals_of_today(found)]
             ],
         ),
     ]
@@ -263,6 +316,8 @@ def tables(rows: Sequence[dict], roofline: Sequence[dict] = ()) -> str:
         parts += [f"## {model}: tokens a second", _speeds(found, model)]
         parts += [f"### {model}: what exits save", _savings(found, model)]
     parts += ["## Where we lose", _losses(found)]
+    if latency:
+        parts += ["## One sentence at a time", _latency(latency)]
     memory = [row for row in rows if "peak_mib" in row]
     if memory:
         parts += ["## Peak memory", _memory(memory)]
@@ -393,6 +448,37 @@ def _losses(found: Rows) -> str:
         if lines
         else ("Nowhere, of what was measured.")
     )
+
+
+def _latency(rows: Sequence[dict]) -> str:
+    """A table for each model: by threads, one caller's time and that of several at once."""
+    threads = list(dict.fromkeys(row["threads"] for row in rows))
+    callers = max(row["callers"] for row in rows)
+    head = [""]
+    for n in threads:
+        head += [f"{n} thread{'s' * (n > 1)}", f"{callers} callers", "a second"]
+    parts = [
+        "Milliseconds that a sentence takes, median / 99th percentile, by the threads of a call; "
+        f"with {callers} callers at once, also how many sentences all get in a second. In "
+        "parentheses, the share of a call that is not the one op of all layers: Python, checks, "
+        "packing, embeddings. "
+        f"{_origin(rows[0]).partition(',')[0]}, {rows[0]['date'][:10]}."
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        lines = {}
+        for row in rows:
+            if row["model"] != model:
+                continue
+            name = ", ".join(filter(None, (row["system"], row.get("exits"))))
+            line = lines.setdefault(name, [name, *[""] * (len(head) - 1)])
+            at = 1 + 3 * threads.index(row["threads"]) + (row["callers"] > 1)
+            line[at] = f"{row['p50_ms']:.2f} / {row['p99_ms']:.2f}"
+            if "around" in row:
+                line[at] += f" ({100 * row['around']:.0f} %)"
+            if "sentences_per_s" in row:
+                line[at + 1] = f"{row['sentences_per_s']:.0f}"
+        parts.append(_markdown([f"{model}, {rows[0]['text']}", *head[1:]], list(lines.values())))
+    return "\n\n".join(parts)
 
 
 def _memory(rows):

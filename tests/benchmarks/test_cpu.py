@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import apart
 import cpu
 import harness
+import latency
 import pytest
 import report
 import roofline
@@ -18,6 +19,7 @@ from random_models import random_classifier, random_tagger
 
 from tokenexit.encoder import Schedule
 from tokenexit.flops import active_tokens
+from tokenexit.ops import extension_available
 
 
 def ragged(lengths):
@@ -298,6 +300,78 @@ def test_tables_say_what_was_best_and_where_we_lose():
     assert "No rows" in report.tables([])
 
 
+def test_goals_of_processors_that_multiply_bytes_and_bf16():
+    measured = [
+        row("OpenVINO int8", [50.0, 100.0, 50.0], dtype="int8"),
+        row(report.INT8, [30.0, 60.0, 30.0], dtype="int8", exits=report.FULL),
+        row(report.BF16, [40.0, 80.0, 40.0], dtype="bf16", exits=report.FULL),
+        row(report.BF16, [25.0, 50.0, 25.0], dtype="bf16", exits=report.STRONG, eta=0.8),
+    ]
+    measured += rows()
+    assert report.goals_of_today(report.Rows(measured)) == []  # of a processor with AVX2 alone
+    for r in measured:
+        r["features"] = "avx2 vnni bf16"
+    goals = {goal.text: goal.measured for goal in report.goals_of_today(report.Rows(measured))}
+    peer = "over the best int8 peer"  # OpenVINO's 50 ms, not ONNX Runtime's 60
+    assert goals[f"int8, full depth, {peer}"] == pytest.approx(50 / 30)
+    assert goals[f"bf16, full depth, {peer}"] == 1.25
+    assert goals[f"bf16, strong exits, {peer}"] == 2
+    assert goals["eta, strong exits, bf16"] == 0.8
+    assert goals[f"int8, strong exits, {peer}"] is None
+    assert f"| bf16, full depth, {peer} | >= 1 | 1.25 | yes |" in report.tables(measured)
+
+
+def test_what_a_sentence_waits_for():
+    wait = {"model": "m", "text": "t", "run": 2, "device": "d", "features": "amx", "calls": 9}
+    wait |= {"date": "2026-01-02", "commit": "c", "system": report.OURS, "exits": report.FULL}
+    waits = [
+        {**wait, "threads": 1, "callers": 1, "p50_ms": 3.0, "p99_ms": 5.0, "around": 0.25},
+        {**wait, "threads": 2, "callers": 4, "p50_ms": 8.0, "p99_ms": 9.5, "sentences_per_s": 99},
+    ]
+    text = report.tables(rows(), latency=waits)
+    assert "| m, t | 1 thread | 4 callers | a second | 2 threads | 4 callers | a second |" in text
+    assert "| tokenexit, full depth | 3.00 / 5.00 (25 %) |  |  |  | 8.00 / 9.50 | 99 |" in text
+
+
+def test_callers_wait_for_each_other_and_errors_are_theirs():
+    done = []
+    waited, seconds = latency.together([lambda i=i: done.append(i) for i in range(10)], callers=4)
+    assert len(waited) == 10 and seconds > 0 and sorted(set(done)) == [*range(10)]
+    with pytest.raises(ZeroDivisionError):
+        latency.together([lambda: None, lambda: 1 / 0], callers=2)
+    assert latency.summary([*range(1, 101), 1000]) == {"calls": 101, "p50_ms": 51, "p99_ms": 100}
+
+
+def test_systems_take_turns_and_first_calls_do_not_count(monkeypatch):
+    monkeypatch.setattr(latency, "STRETCH", 2)
+    order = []
+    timed = {
+        name: [lambda i=i, name=name: order.append(f"{name}{i}") or len(order) for i in range(3)]
+        for name in "ab"
+    }
+    times = latency.alone(timed)
+    assert order == "a0 a0 a1 b0 b0 b1 a2 a2 b2 b2".split()
+    assert times == {"a": [2, 3, 8], "b": [5, 6, 10]}
+
+
+def test_the_share_around_the_layers():
+    model = random_tagger("bert", torch.float32)
+    b = ragged([9])
+    with torch.inference_mode():
+        call = latency._call(model, texts.Batch(b.input_ids % 60, b.attention_mask, b.word_ids), {})
+        found = latency.share_around([call, call])
+        assert latency.share_around([lambda: None]) == {}  # nothing of ours ran
+    if extension_available():
+        assert 0 < found["around"] < 1 and found["around_ms"] > 0
+        with latency.watched("exit_loop") as spent, torch.inference_mode():
+            call()
+        assert len(spent) == 1
+    inner = torch.ops.tokenexit
+    with latency.watched("no_such_op") as spent:
+        assert not hasattr(inner, "no_such_op")
+    assert spent == []
+
+
 def test_between(tmp_path):
     document = tmp_path / "page.md"
     document.write_text("a\n<!-- t -->\nold\n<!-- /t -->\nb\n")
@@ -402,13 +476,19 @@ def test_quick_run(tmp_path, monkeypatch):
     assert cpu.main([*arguments, "--skip", *skipped]) == 0
     written = [json.loads(line) for line in (tmp_path / "cpu.jsonl").open()]
     assert {r["model"] for r in written} == {report.BASE, report.TAGGER}
-    assert {r["system"] for r in written} == {report.HF, "tokenexit", "tokenexit int8"}
+    ours = {"tokenexit", "tokenexit int8"}
+    ours |= {"tokenexit bf16"} if "bf16" in harness.features() else set()
+    assert {r["system"] for r in written} == {report.HF, *ours}
     for r in written:
         assert r["p20_ms"] <= r["median_ms"] <= r["p80_ms"] and len(r["times_ms"]) >= 3
         assert "f1" in r or r["model"] == report.BASE
     (page,) = tmp_path.glob("cpu-*.md")
     assert "## Roofline" in page.read_text() and page.with_suffix(".png").exists()
     assert f"]({page.name})" in document.read_text()
+    waits = [json.loads(line) for line in (tmp_path / "latency.jsonl").open()]
+    assert {r["system"] for r in waits} == ours
+    assert {(r["threads"], r["callers"]) for r in waits} == {(1, 1), (2, 1), (1, 4), (2, 4)}
+    assert "## One sentence at a time" in page.read_text()
 
 
 @pytest.mark.slow
