@@ -489,10 +489,11 @@ def _memory(rows):
 def _roofline(rows: Sequence[dict]) -> str:
     first = rows[0]
     peak, peak8, bandwidth = (first[x] for x in ("peak_gflops", "peak_gops8", "bandwidth_gbs"))
+    bf16 = f", of bf16 {first['peak_gflops16']:.0f} GFLOP/s" if "peak_gflops16" in first else ""
     text = (
         f"Floor of a phase: `max(operations / {peak:.0f} GFLOP/s, weight bytes / "
         f"{bandwidth:.1f} GB/s)`, both measured in the run, summed over layers, with the kind of "
-        f"attention that is faster so; products of 8-bit weights have {peak8:.0f} GOP/s. "
+        f"attention that is faster so; products of 8-bit weights have {peak8:.0f} GOP/s{bf16}. "
         "Milliseconds of floor / measured (the first as a share of the second). A layer is one op: "
         "its attention block is q to norm, its feed-forward part up and down. Exit heads (those "
         "below the last, by themselves) and decisions (a call in which each layer asks in vain, "

@@ -4,8 +4,9 @@
 
 The floor of a phase is `max(operations / peak, weight bytes / bandwidth)` in each layer, with peaks
 and bandwidth measured here. With 8-bit weights, products have the peak of bytes and a fourth of the
-bytes; all else is fp32. The engine is watched through hooks on its modules. A layer is one op,
-whose feed-forward part is what the same op saves when its inner width is next to nothing.
+bytes; all else is fp32, or bf16 where attention is. The engine is watched through hooks on its
+modules. A layer is one op, whose feed-forward part is what the same op saves when its inner width
+is next to nothing.
 
 What exits cost where nobody leaves is the loop that users meet, asked in vain and not asked.
 """
@@ -33,7 +34,9 @@ import tokenexit
 from tokenexit.costs import costs
 from tokenexit.flops import active_tokens
 from tokenexit.int8 import Int8Linear, largest
+from tokenexit.ops import instruction_set
 from tokenexit.ops.exit_layer import DEVICES, exit_layer
+from tokenexit.ops.linear import linear
 from tokenexit.policy import ExitPolicy
 
 ATTENTION, FEED_FORWARD = ("q", "kv", "attention", "output", "norm"), ("up", "down")
@@ -45,11 +48,12 @@ IN_VAIN = ExitPolicy(threshold=torch.finfo(torch.float32).tiny)  # decides, and 
 NOTHING = {"gflop": 0.0, "weight_mb": 0.0, "floor_ms": 0.0}
 
 
-def peak_gflops(quick: bool = False) -> float:
-    """fp32 operations a second of a large matrix product, the best of some."""
+def peak_gflops(quick: bool = False, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a large matrix product, the best of some by torch and by ours."""
     rows, d, f = (64, 64, 64) if quick else (1024, 768, 3072)
-    x, w = torch.randn(rows, d), torch.randn(f, d)
-    best = min(harness.time_ms(lambda: F.linear(x, w)) for _ in range(20))
+    x, w = torch.randn(rows, d, dtype=dtype), torch.randn(f, d, dtype=dtype)
+    products = (F.linear, lambda x, w: linear(x, w, None))
+    best = min(harness.time_ms(lambda: p(x, w)) for _ in range(20) for p in products)  # noqa: B023
     return 2 * rows * d * f / best / 1e6
 
 
@@ -194,6 +198,7 @@ def feed_forward_share(inputs: list[tuple], rounds: int) -> float:
         d, f = layer.down.weight.shape
         how = costs(d, f, layer.num_heads, layer.query.weight.dtype)
         inner = {"up": nn.Linear(d, THIN), "down": nn.Linear(THIN, d)}
+        inner = {name: part.to(h.dtype) for name, part in inner.items()}
         if layer.is_int8:
             inner = {name: Int8Linear(part) for name, part in inner.items()}
         thin = copy.copy(layer)
@@ -240,6 +245,7 @@ def bookkeeping(model, call, rounds: int) -> list[dict]:
     pairs = list(zip(times["asked"], times["not asked"], strict=True))
     below = list(model.exit_heads)[:-1]
     h = torch.randn(int((full.exit_layers > 0).sum()), model.config.hidden_size)
+    h = h.to(full.logits.dtype)
     heads = harness.alternate(
         {"heads": lambda: harness.time_ms(lambda: [head(h) for head in below])}, rounds
     )["heads"]
@@ -306,15 +312,17 @@ def main(arguments: Sequence[str] | None = None):
     theirs, _, cases, _ = cpu.random_bert(args.quick)
     model = tokenexit.convert(theirs)
     gflops, gbs = peak_gflops(args.quick), bandwidth_gbs(args.quick)
+    gflops16 = peak_gflops(args.quick, torch.bfloat16)
+    rest = gflops16 if instruction_set() == "amx" else gflops  # of attention
     machines = {
-        "fp32": (model, Machine(gflops, gflops, gbs)),
-        "int8": (
-            tokenexit.quantize(copy.deepcopy(model)),
-            Machine(peak_gops8(args.quick), gflops, gbs, weight_bytes=1),
-        ),
+        "fp32": Machine(gflops, gflops, gbs),
+        "bf16": Machine(gflops16, rest, gbs, weight_bytes=2),
+        "int8": Machine(peak_gops8(args.quick), rest, gbs, weight_bytes=1),
     }
+    ours = cpu.forms(model)
     common = {"model": report.BASE, "peak_gflops": round(gflops, 1)}
-    common |= {"peak_gops8": round(machines["int8"][1].products, 1)}
+    common |= {"peak_gops8": round(machines["int8"].products, 1)}
+    common |= {"peak_gflops16": round(gflops16, 1)}
     common |= {"bandwidth_gbs": round(gbs, 1), **harness.origin()}
     wanted = (
         cases
@@ -334,9 +342,9 @@ def main(arguments: Sequence[str] | None = None):
             if exits.startswith("sentence"):
                 continue
             whole = {**call, "word_ids": b.word_ids, **chosen(b)}
-            for dtype, (tagger, machine) in machines.items():
+            for dtype, tagger in ours.items():
                 facts = {"run": common["date"], **case.facts(), "exits": exits, "dtype": dtype}
-                found = phases(tagger, whole, machine)
+                found = phases(tagger, whole, machines[dtype])
                 if exits == report.FULL:
                     found += bookkeeping(tagger, whole, ROUNDS if args.quick else ASKED_ROUNDS)
                 for row in found:
