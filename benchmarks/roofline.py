@@ -4,9 +4,9 @@
 
 The floor of a phase is `max(operations / peak, weight bytes / bandwidth)` in each layer, with peaks
 and bandwidth measured here. With 8-bit weights, products have the peak of bytes and a fourth of the
-bytes; all else is fp32, or bf16 where attention is. The engine is watched through hooks on its
-modules. A layer is one op, whose feed-forward part is what the same op saves when its inner width
-is next to nothing.
+bytes; all else is fp32, or bf16 where attention is. A layer is one op, which is called with what
+each layer gets in a pass; its feed-forward part is what it saves when its inner width is next to
+nothing. Exit heads and embeddings are watched through hooks on their modules.
 
 What exits cost where nobody leaves is the loop that users meet, asked in vain and not asked.
 """
@@ -155,11 +155,10 @@ class Watch:
 
     def __init__(self, model):
         self.model = model
-        self.times = {"layers": 0.0, "head": 0.0, "embeddings": 0.0}
+        self.times = {"head": 0.0, "embeddings": 0.0}
 
     def __enter__(self):
         parts = [("embeddings", self.model.embeddings)]
-        parts += [("layers", layer) for layer in self.model.encoder.layers]
         parts += [("head", head) for head in self.model.exit_heads]
         self.hooks = []
         for name, module in parts:
@@ -191,8 +190,8 @@ def layer_inputs(model, call) -> list[tuple]:
     return inputs
 
 
-def feed_forward_share(inputs: list[tuple], rounds: int) -> float:
-    """Share of the layers' time that goes when their inner width becomes `THIN`."""
+def layer_times(inputs: list[tuple], rounds: int) -> tuple[float, float]:
+    """Milliseconds of the layers, and the share that goes when their inner width becomes `THIN`."""
     systems = {"whole": [], "thin": []}
     for layer, h, active in inputs:
         d, f = layer.down.weight.shape
@@ -215,7 +214,8 @@ def feed_forward_share(inputs: list[tuple], rounds: int) -> float:
 
     times = harness.alternate({name: clock(calls) for name, calls in systems.items()}, rounds)
     pairs = zip(times["thin"], times["whole"], strict=True)
-    return 1 - statistics.median(thin / whole for thin, whole in pairs)
+    share = 1 - statistics.median(thin / whole for thin, whole in pairs)
+    return statistics.median(times["whole"]), share
 
 
 def bookkeeping(model, call, rounds: int) -> list[dict]:
@@ -277,15 +277,14 @@ def phases(model, call, machine: Machine, rounds: int = ROUNDS) -> list[dict]:
     )
     passes = []
     for _ in range(rounds):
-        with Watch(model) as watch:  # runs layer by layer; what a user waits for is one op
+        with Watch(model) as watch:
             model(**call)
         passes.append(watch.times)
     taken = {name: statistics.median(p[name] for p in passes) for name in passes[0]}
-    head, embeddings, layers = (taken[name] for name in ("head", "embeddings", "layers"))
-
-    groups = {"layers": (ATTENTION + FEED_FORWARD, layers)}
+    head, embeddings = taken["head"], taken["embeddings"]
+    groups = {}
     if DEVICES:
-        share = feed_forward_share(layer_inputs(model, call), rounds)
+        layers, share = layer_times(layer_inputs(model, call), rounds)
         groups = {
             "attention block": (ATTENTION, layers * (1 - share)),
             "feed-forward": (FEED_FORWARD, layers * share),

@@ -17,6 +17,7 @@ import transformers
 from fixtures import tiny_tokenizer
 from random_models import random_classifier, random_tagger
 
+import tokenexit
 from tokenexit.encoder import Schedule
 from tokenexit.flops import active_tokens
 from tokenexit.ops import extension_available
@@ -198,8 +199,6 @@ def test_a_wrong_peer_gets_no_numbers(tmp_path, capsys):
 
 
 def test_to_hugging_face_undoes_convert():
-    import tokenexit
-
     theirs = random_classifier()
     back = cpu.peers.to_hugging_face(tokenexit.convert(theirs), theirs.config)
     for name, value in theirs.state_dict().items():
@@ -400,6 +399,30 @@ def test_floors():
     assert bytes_["up"]["floor_ms"] == pytest.approx(slow["up"]["floor_ms"] / 2)
     assert bytes_["head"] == slow["head"]
     assert roofline.operations([0, 0], [4, 6], config, roofline.Machine(1, 1, 1)) == {}
+
+
+@pytest.mark.skipif(not extension_available(), reason="the layer is no op")
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_a_layer_s_time_is_that_of_the_op(kind, monkeypatch):
+    """Not of its modules, which are hooked and so called one by one."""
+    model = random_tagger("bert", torch.bfloat16 if kind == "bf16" else torch.float32)
+    model = tokenexit.quantize(model) if kind == "int8" else model
+    b, made = ragged([5, 9]), []
+    op = roofline.exit_layer
+    monkeypatch.setattr(roofline, "exit_layer", lambda *a: made.append(1) or op(*a))
+
+    def alternate(systems, rounds):
+        assert all(clock() > 0 for clock in systems.values())
+        return {"whole": [10.0, 30.0, 20.0], "thin": [4.0, 12.0, 8.0]}
+
+    monkeypatch.setattr(harness, "alternate", alternate)
+    call = {"input_ids": b.input_ids % 60, "attention_mask": b.attention_mask}
+    with torch.inference_mode():
+        found = roofline.phases(model, call, roofline.Machine(1, 1, 1), rounds=1)
+    times = {row["phase"]: row["measured_ms"] for row in found}
+    assert times["attention block"] == pytest.approx(8)
+    assert times["feed-forward"] == pytest.approx(12)
+    assert times["head"] > 0 and len(made) == 2 * 4
 
 
 class StandIn:
