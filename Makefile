@@ -33,7 +33,7 @@ test-matrix: $(VENV)/.installed
 	for core in $(CORES); do echo "OPENBLAS_CORETYPE=$$core" && OPENBLAS_CORETYPE=$$core \
 		$(BIN)/python -m pytest -q -n 2 tests/kernels -k in_the_interpreter || exit; done
 	for set in $(SETS); do echo "TOKENEXIT_CPU=$$set" && TOKENEXIT_CPU=$$set \
-		$(BIN)/python -m pytest -q -n 2 -m "not slow" tests/ops tests/test_compiled.py tests/test_int8.py \
+		$(BIN)/python -m pytest -q -n 2 -m "not slow" tests/ops tests/loops/test_cpu.py tests/test_int8.py \
 		|| exit; done
 
 lint: $(VENV)/.installed
@@ -72,7 +72,7 @@ wheel: $(VENV)/.installed
 TORCH ?= 2.10.0
 OTHER := build/torch-$(TORCH)
 IN_OTHER := $(OTHER)/venv/bin/python -m pip install -q -c $(OTHER)/constraints.txt
-OP_TESTS ?= tests/ops tests/test_compiled.py tests/test_int8.py
+OP_TESTS ?= tests/ops tests/loops/test_cpu.py tests/test_int8.py
 test-torch: wheel
 	$(PYTHON) -m venv $(OTHER)/venv
 	grep -v ^triton constraints.txt > $(OTHER)/constraints.txt  # each torch has its own

@@ -28,10 +28,12 @@ import torch
 import transformers
 
 import tokenexit
-from tokenexit import ExitPolicy, static
-from tokenexit.encoder import Schedule
+from tokenexit import ExitPolicy
 from tokenexit.flops import active_tokens
+from tokenexit.loops import gpu as gpu_loop
+from tokenexit.loops import graphs
 from tokenexit.ops.pack_tokens import pack
+from tokenexit.schedule import Schedule
 
 HF, OURS, PAPER, LAYERS = "Hugging Face sdpa", "tokenexit graph", "the paper's way", "layers, graph"
 EXIT_RATES, LEAVES_AFTER = (0.0, 0.5, 0.75, 0.9, 0.95), 2
@@ -95,7 +97,7 @@ def judges(model: Model, batch: texts.Batch, layers: torch.Tensor | None) -> dic
     padded = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
     def paper():
-        with mock.patch.object(static, "applies", lambda *_: False):
+        with mock.patch.object(gpu_loop, "applies", lambda *_: False):
             return model.ours(**padded, word_ids=batch.word_ids, exit_layers=layers).logits
 
     return {HF: lambda: model.theirs(**padded).logits, PAPER: paper}
@@ -140,8 +142,8 @@ def layers_alone(ours, batch: texts.Batch, layers) -> Callable[[], torch.Tensor]
     given = None if layers is None else packed.pack(layers)[packed.first_token]
     parts = ours.encoder.layers, ours.encoder.heads, h, packed, schedule, None, given
     if not h.is_cuda:
-        return lambda: packed.unpack(static.exit_loop(*parts)[0])
-    graph, (logits, _) = static.record(lambda: static.exit_loop(*parts))
+        return lambda: packed.unpack(gpu_loop.exit_loop(*parts)[0])
+    graph, (logits, _) = graphs.record(lambda: gpu_loop.exit_loop(*parts))
 
     def replay():
         graph.replay()

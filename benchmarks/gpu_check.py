@@ -79,7 +79,8 @@ if torch.cuda.is_available():
 """
 HAS_OP = """
 import sys
-from tokenexit import ops, static
+from tokenexit import ops
+from tokenexit.loops import gpu  # and all that it needs
 devices = sorted(ops.compiled_devices("compact_active"))
 print("compact_active is compiled for", *devices, "", ops.extension_error() or "")
 sys.exit(not {device!r} in devices)
@@ -225,7 +226,7 @@ class Check:
         command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
         command += ["--tb", "short", "-W", "ignore", "--durations", "15"]
         command += ["--junitxml", self.logs / "tests.xml", f"-n{self.options.workers}"]
-        folders = ["tests/test_static.py", "tests/ops/test_compact_active.py"]
+        folders = ["tests/loops/test_gpu.py", "tests/ops/test_compact_active.py"]
         if self.options.device == "cuda":  # elsewhere they would all be interpreted
             folders.append("tests/kernels")
         # The other tests need datasets and seqeval to be collected at all.

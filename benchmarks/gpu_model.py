@@ -4,7 +4,7 @@
 
 A launch takes `gap + max(operations, bytes) + programs that leave at once`. Operations come in
 tiles, dealt to the multiprocessors, and no tile is faster than its chain of loads. BERT-base, fp16;
-the layers are those of `tokenexit.static`.
+the layers are those of `tokenexit.loops.gpu`.
 """
 
 import argparse

@@ -28,7 +28,9 @@ import torch
 import torch.nn.functional as F
 
 import tokenexit
-from tokenexit import ExitPolicy, static
+from tokenexit import ExitPolicy
+from tokenexit.loops import gpu as gpu_loop
+from tokenexit.loops import graphs
 from tokenexit.ops.pack_tokens import pack
 
 STARTED = time.perf_counter()
@@ -101,7 +103,7 @@ def capture(run):
     """run in a CUDA graph; itself without a GPU."""
     if CHOSEN.device == "cpu":
         return run
-    graph, result = static.record(run)
+    graph, result = graphs.record(run)
 
     def replay():
         graph.replay()
@@ -328,12 +330,12 @@ class Bench:
             gpu.PAPER: gpu.judges(model, batch, layers)[gpu.PAPER],
         }[name]
         if CHOSEN.device != "cpu" and name != gpu.PAPER:
-            static.FALLBACKS.clear()
+            gpu_loop.FALLBACKS.clear()
             other = RuntimeError("the static loop was not taken")
             with mock.patch.object(type(model.ours), "_run", side_effect=other):
                 run()
-            if static.FALLBACKS:
-                raise RuntimeError(f"a slower path served: {dict(static.FALLBACKS)}")
+            if gpu_loop.FALLBACKS:
+                raise RuntimeError(f"a slower path served: {dict(gpu_loop.FALLBACKS)}")
         return run
 
 
@@ -351,7 +353,7 @@ def bench():
 
 def smoke():
     """A tiny tagger, directly and in a graph, against the reference on the same device."""
-    missing = static.lacks() if CHOSEN.device != "cpu" else None
+    missing = gpu_loop.lacks() if CHOSEN.device != "cpu" else None
     if missing:
         BAD.append("the CUDA op")
         say(f"MISSING: {missing}; the static loop is not taken", keep=True)
@@ -367,7 +369,7 @@ def tiny_tagger(dtype):
     batch = random_batch([5, 17, 1, 9, 2, 33])
     batch = {name: value.to(CHOSEN.device) for name, value in batch.items()}
     results, text, policy = {}, str(dtype)[6:], ExitPolicy(threshold=0.4, window=1)
-    static.FALLBACKS.clear()
+    gpu_loop.FALLBACKS.clear()
     for name, backend, graph in (
         ("reference", "reference", False), ("direct", "auto", False), ("graph", "auto", True)
     ):  # fmt: skip
@@ -392,9 +394,9 @@ def tiny_tagger(dtype):
         say(f"tiny {text} {name}: {told}", keep=True)
         write(system=f"tiny {name}", dtype=text, same_exits=share, apart=apart, check=verdict)
         BAD.extend([] if good else [f"tiny {text} {name}"])
-    if static.FALLBACKS:
+    if gpu_loop.FALLBACKS:
         BAD.append(f"tiny {text}")
-        say(f"tiny {text}: a slower path served: {dict(static.FALLBACKS)}", keep=True)
+        say(f"tiny {text}: a slower path served: {dict(gpu_loop.FALLBACKS)}", keep=True)
 
 
 def speed():

@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from torch.nn.utils.stateless import _reparametrize_module
 
-from tokenexit import static
+from tokenexit.loops import gpu, graphs
 
 
 class Graph:
@@ -39,17 +39,17 @@ class Stream:
 
 
 def pretend(monkeypatch) -> Recordings:
-    """Have `static.Graphs` record on a CPU; set the result's module."""
+    """Have `Graphs` record on a CPU; set the result's module."""
     made, stream = Recordings(), Stream()
 
     def record(run, pool=None):
         made.append(Graph(run, made.module))
         return made[-1], made[-1].results
 
-    monkeypatch.setattr(static, "record", record)
+    monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(static, "FALLBACKS", Counter())
+    monkeypatch.setattr(gpu, "FALLBACKS", Counter())
     return made

@@ -19,8 +19,9 @@ from test_trainer import data
 from transformers import AutoConfig
 
 import tokenexit
-from tokenexit import ExitPolicy, Tagger, cli, costs, static
+from tokenexit import ExitPolicy, Tagger, cli, costs
 from tokenexit.cli import options, use
+from tokenexit.loops import gpu
 from tokenexit.models.tagger import Tagged
 from tokenexit.ops import extension_available, instruction_sets
 from tokenexit.text.data import stream_sentences
@@ -468,10 +469,10 @@ def test_info_measures_when_asked(trained, capsys, tmp_path, monkeypatch):
 def test_info_tells_what_keeps_a_gpu_slow(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    monkeypatch.setattr(static, "_DEVICES", frozenset())
+    monkeypatch.setattr(gpu, "_DEVICES", frozenset())
     out = " ".join(call(capsys, "info")[1].split())
     assert "H100, used slowly: the CUDA op compact_active (" in out
-    monkeypatch.setattr(static, "_DEVICES", {"cuda"})
+    monkeypatch.setattr(gpu, "_DEVICES", {"cuda"})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     assert "slowly" not in call(capsys, "info")[1]
 

@@ -8,8 +8,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 
 import tokenexit
-from tokenexit import ExitPolicy, compiled, conditions
+from tokenexit import ExitPolicy, conditions
 from tokenexit.layers import reads
+from tokenexit.loops import cpu
 from tokenexit.ops import extension_available
 
 PRODUCTS = ("query", "key_value", "attention_output", "up", "down")
@@ -22,14 +23,14 @@ POLICIES = [CALL["policy"], ExitPolicy(threshold=0.7, copy="pre_norm", neighbors
 @pytest.fixture
 def fast(monkeypatch):
     """Counts the calls of the fast loop."""
-    made, loop = [], compiled.exit_loop
+    made, loop = [], cpu.exit_loop
 
     def counted(*a):
         result = loop(*a)
         made.append(1)
         return result
 
-    monkeypatch.setattr(compiled, "exit_loop", counted)
+    monkeypatch.setattr(cpu, "exit_loop", counted)
     return made
 
 

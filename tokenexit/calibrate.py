@@ -11,11 +11,11 @@ import torch
 from datasets import Dataset
 
 from tokenexit import flops
-from tokenexit.encoder import Schedule, simulate_exits
 from tokenexit.evaluate import check_annotated, evaluate
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import uncertainty
+from tokenexit.schedule import Schedule, simulate_exits
 from tokenexit.text.encoding import Window, merge
 from tokenexit.text.scoring import score
 

@@ -18,7 +18,7 @@ from tokenexit.ops.exit_layer import DEVICES, exit_layer
 from tokenexit.ops.linear import linear
 from tokenexit.packing import Active
 
-# Parts of a layer, those with weights in the order of `exit_layer`'s.
+# Parts of a layer, those with weights in the order of `exit_layer`'s; and the names of these.
 _PARTS = {
     "query": nn.Linear,
     "key_value": nn.Linear,
@@ -29,6 +29,12 @@ _PARTS = {
     "output_norm": nn.LayerNorm,
     "dropout": nn.Dropout,
 }
+_WEIGHTS = [
+    f"{part}.{name}"
+    for part, kind in _PARTS.items()
+    if kind is not nn.Dropout
+    for name in ("weight", "bias")
+]
 
 
 @passable
@@ -100,19 +106,18 @@ class ExitLayer(nn.Module):
         """
         found = self.reads(h)
         if not isinstance(found, str):
-            dtype, inner = found.weights[0].dtype, found.weights[9].numel()
             try:
                 return exit_layer(
                     h,
                     active,
                     found.weights,
                     found.scales,
-                    costs(h.shape[1], inner, self.num_heads, dtype),
-                    self.num_heads,
-                    (h.shape[1] // self.num_heads) ** -0.5,
-                    self.output_norm.eps,
-                    pre_norm,
-                    bias,
+                    costs=costs_of(found, self),
+                    num_heads=self.num_heads,
+                    scale=(h.shape[1] // self.num_heads) ** -0.5,
+                    eps=self.output_norm.eps,
+                    pre_norm=pre_norm,
+                    bias=bias,
                 )
             except (RuntimeError, ValueError):
                 refused(found)
@@ -234,10 +239,17 @@ def reads(
     classifiers = [h._parameters.get(name) for h in heads for name in ("weight", "bias")]
 
     def layout():
-        inner = [bias.numel() for bias in weights[9::14]]
+        of_up = slice(_WEIGHTS.index("up.bias"), None, len(_WEIGHTS))
+        inner = [bias.numel() for bias in weights[of_up]]
         return _layout(like, inner, [bias.numel() for bias in classifiers[1::2]], int8)
 
     return Reads(modules, kinds, weights, scales, classifiers, like.device, layout)
+
+
+def costs_of(found: Reads, layer: ExitLayer) -> list[float]:
+    """`tokenexit.costs` of layers of which the first, `layer`, is read as found."""
+    matrix, inner = (found.weights[_WEIGHTS.index(name)] for name in ("query.weight", "up.bias"))
+    return costs(matrix.shape[1], inner.numel(), layer.num_heads, matrix.dtype)
 
 
 def _head_kind(head):

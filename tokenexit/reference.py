@@ -240,7 +240,7 @@ def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None)
         layers, heads: L layers (`tokenexit.layers.ExitLayer`; only its weights are used, no
             dropout) and L functions `[n, d] -> [n, C]`.
         packed: `tokenexit.packing.Packed`, the offsets and words of the batch.
-        schedule: `tokenexit.encoder.Schedule`, the policy of each sentence.
+        schedule: `tokenexit.schedule.Schedule`, the policy of each sentence.
         bias: `[H, 2R+1]` or None, relative-position bias of the scores.
         exit_layer: `[W]` or None; where given, words leave there, and the schedule is not asked.
 

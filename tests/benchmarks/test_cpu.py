@@ -18,9 +18,9 @@ from fixtures import tiny_tokenizer
 from random_models import random_classifier, random_tagger
 
 import tokenexit
-from tokenexit.encoder import Schedule
 from tokenexit.flops import active_tokens
 from tokenexit.ops import extension_available
+from tokenexit.schedule import Schedule
 
 
 def ragged(lengths):

@@ -11,7 +11,7 @@ import texts
 import torch
 from gpu_model import B200, GPUS, H100, layer, loop, profile, total_us
 
-from tokenexit.encoder import last_of
+from tokenexit.loops.eager import last_of
 
 SHAPE = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
 
@@ -206,7 +206,7 @@ def test_layers_alone_are_the_models(model, monkeypatch):
         trace = model.ours.encoder(h, packed, schedule, bias, exit_layer)
         return last_of(trace, len(h))
 
-    monkeypatch.setattr(gpu.static, "exit_loop", loop)
+    monkeypatch.setattr(gpu.gpu_loop, "exit_loop", loop)
     with torch.inference_mode():
         got = gpu.layers_alone(model.ours, batch, exits)()
         out = model.ours(batch.input_ids, batch.attention_mask, batch.word_ids, exit_layers=exits)

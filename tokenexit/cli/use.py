@@ -159,7 +159,8 @@ def info(
     import torch
     import transformers
 
-    from tokenexit import costs, ops, static
+    from tokenexit import costs, ops
+    from tokenexit.loops import gpu as gpu_loop
     from tokenexit.text.scoring import shown
 
     need_stdout()
@@ -176,7 +177,7 @@ def info(
         have = ", ".join(ops.instruction_sets())
         table.add_row("instruction set", f"{ops.instruction_set()}, of {have}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    if gpu != "none" and (what := static.lacks()):
+    if gpu != "none" and (what := gpu_loop.lacks()):
         gpu += f", used slowly: {what} is missing"
     table.add_row("GPU", gpu)
     if model is not None:

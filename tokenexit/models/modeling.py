@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -27,17 +27,20 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from tokenexit import compiled, static
 from tokenexit.conditions import TENSORS, passable, unmet
-from tokenexit.encoder import ExitEncoder, Schedule, Trace, last_of
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized, quantize
 from tokenexit.layers import ExitHead, ExitLayer
+from tokenexit.loops import cpu, gpu
+from tokenexit.loops.eager import ExitEncoder, Trace, last_of
+from tokenexit.loops.graphs import Graphs
 from tokenexit.models.configuration import TokenExitConfig, check_sizes, label_maps
 from tokenexit.models.families import FAMILIES
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import STARTS_WORD, Packed, word_ids_from_kinds
 from tokenexit.policy import ExitPolicy
+from tokenexit.reference import exit_forward
+from tokenexit.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +157,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         kinds = torch.full((config.vocab_size,), STARTS_WORD, dtype=torch.uint8)
         self.register_buffer("token_kinds", kinds)
         self._backend = "auto"
-        self._graphs = static.Graphs()
+        self._graphs = Graphs()
         self.cuda_graphs = True
         self._new_heads: dict[int, torch.Tensor] = {}  # what was never trained, by layer
         self._warned = False
@@ -255,8 +258,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
             schedule = self._schedule(None, 1, h)
             if h.is_cuda:
                 layers = [*self.encoder.layers], [*self.encoder.heads]
-                return "gpu" if static.applies(*layers, h, *self._around()) else "eager"
-            found = compiled.reads(self.encoder, h, schedule)
+                return "gpu" if gpu.applies(*layers, h, *self._around()) else "eager"
+            found = cpu.reads(self.encoder, h, schedule)
             failed = found if isinstance(found, str) else unmet(TENSORS, found)
         return "cpu" if failed is None else f"eager: a fast loop needs {failed}"
 
@@ -494,7 +497,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         if (
             self._backend == "reference"
             or "inputs_embeds" in rows
-            or not static.applies([*encoder.layers], [*encoder.heads], like, *self._around())
+            or not gpu.applies([*encoder.layers], [*encoder.heads], like, *self._around())
             or longest > self.config.max_tokens
             or any(v is not None and v.device != like.device for v in rows.values())
         ):
@@ -510,7 +513,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         *results, sound = found
         if sound:
             return tuple(results)
-        static.fell_back(
+        gpu.fell_back(
             "unsound", "the GPU loop met a NaN or a value out of range: the slower one looks for it"
         )
         return None
@@ -536,13 +539,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
         word_ids = rows["word_ids"]
         if word_ids is None:
             word_ids = word_ids_from_kinds(self.token_kinds[inside["input_ids"]], mask)
-        packed, place = static.pack(mask, word_ids.long())
-        schedule = replace(  # with the empty sentence
-            schedule,
-            window=F.pad(schedule.window, (0, 1)),
-            min_active=F.pad(schedule.min_active, (0, 1)),
-            threshold=F.pad(schedule.threshold, (0, 1)),
-        )
+        packed, place = gpu.pack(mask, word_ids.long())
+        schedule = schedule.padded(packed.num_sentences)  # with the empty one
         exit_layers = rows["exit_layers"]
         if exit_layers is not None:
             chosen = packed.pack(exit_layers)[packed.first_token].long()
@@ -551,10 +549,10 @@ class TokenExitForTokenClassification(PreTrainedModel):
             sound = sound & ((chosen == exit_layers) | ~words).all()
         h = self._embed(packed.pack(inside["input_ids"]), inside, packed)
         modules = self.encoder.layers, self.encoder.heads
-        logits, layers = static.exit_loop(
+        logits, layers = gpu.exit_loop(
             *modules, h, packed, schedule, self._bias(h.device), exit_layers
         )
-        sound = sound & static.is_sound(self.encoder.heads, logits)
+        sound = sound & gpu.is_sound(self.encoder.heads, logits)
         return logits[place].where(mask[..., None], 0), layers[place].where(mask, 0), sound
 
     def _run(
@@ -575,9 +573,10 @@ class TokenExitForTokenClassification(PreTrainedModel):
                     "the reference backend has no dropout; got a model in training mode with "
                     "dropout, expected model.eval() or dropout 0"
                 )
-            return self.encoder(h, packed, schedule, bias, exit_layers, "reference"), None
+            modules = self.encoder.layers, self.encoder.heads
+            return exit_forward(h, *modules, packed, schedule, bias, exit_layers), None
         call = self.encoder, h, packed, schedule, bias, exit_layers
-        left_with = "" if every_layer else compiled.run(*call)
+        left_with = "" if every_layer else cpu.run(*call)
         if not isinstance(left_with, str) and not left_with[0].isnan().any():
             return [], left_with  # of NaN, the trace tells
         return self.encoder(*call[1:]), None

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from tokenexit.encoder import Schedule, simulate_exits
 from tokenexit.models.tagger import Tagger
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import uncertainty
+from tokenexit.schedule import Schedule, simulate_exits
 from tokenexit.text.encoding import Window
 
 

@@ -8,9 +8,10 @@ from random_models import FAMILIES, random_batch, random_tagger
 from torch import nn
 
 import tokenexit
-from tokenexit import ExitPolicy, compiled
-from tokenexit.encoder import Schedule
+from tokenexit import ExitPolicy
+from tokenexit.loops import cpu
 from tokenexit.ops.pack_tokens import pack
+from tokenexit.schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -27,8 +28,8 @@ LENGTHS = (19, 1, 3, 40, 7, 2, 25)
 @pytest.fixture
 def calls(monkeypatch):
     """Counts the calls of the loop."""
-    made, loop = [], compiled.exit_loop
-    monkeypatch.setattr(compiled, "exit_loop", lambda *a: made.append(1) or loop(*a))
+    made, loop = [], cpu.exit_loop
+    monkeypatch.setattr(cpu, "exit_loop", lambda *a: made.append(1) or loop(*a))
     return made
 
 
@@ -40,14 +41,14 @@ def arguments():
 
 
 def loop(encoder, h, packed, schedule):
-    found = compiled.reads(encoder, h, schedule)
+    found = cpu.reads(encoder, h, schedule)
     assert not isinstance(found, str), found
-    return compiled.exit_loop(encoder.layers, found, h, packed, schedule)
+    return cpu.exit_loop(encoder.layers, found, h, packed, schedule)
 
 
 def layer_by_layer(model, **call):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "reads", lambda *_: "")
+        patch.setattr(cpu, "reads", lambda *_: "")
         return model(**call)
 
 

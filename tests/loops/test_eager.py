@@ -8,9 +8,9 @@ from random_models import FAMILIES, random_batch, random_tagger
 from test_reference import POLICIES
 
 from tokenexit import ExitPolicy
-from tokenexit.encoder import Schedule, simulate_exits
 from tokenexit.ops import extension_available, extension_error
 from tokenexit.reference import uncertainty
+from tokenexit.schedule import Schedule
 
 LENGTHS = [5, 17, 1, 9, 2, 33]
 
@@ -160,19 +160,6 @@ def test_a_policy_for_each_sentence():
         torch.testing.assert_close(together.logits[row], alone.logits[row])
 
 
-def test_mixed_policies_must_share_their_kind():
-    policies = [ExitPolicy(), ExitPolicy(copy="pre_norm")]
-    with pytest.raises(ValueError, match="must share criterion, copy and neighbors"):
-        Schedule.of(policies, 4, 2, torch.zeros(1))
-    with pytest.raises(ValueError, match="got 2 policies for 3 sentences"):
-        Schedule.of(policies, 4, 3, torch.zeros(1))
-
-
-def test_a_layer_decides_if_it_does_for_any_sentence():
-    policies = [ExitPolicy(threshold=(0.0, 0.2, 0.0, 0.0)), ExitPolicy.never(), ExitPolicy.never()]
-    assert Schedule.of(policies, 4, 3, torch.zeros(1)).decides == (False, True, False, True)
-
-
 @torch.no_grad()
 def test_inference_leaves_its_input_and_earlier_logits_alone():
     tagger = random_tagger()
@@ -191,24 +178,6 @@ def test_inference_leaves_its_input_and_earlier_logits_alone():
     for (active, logits), (wanted_active, wanted) in zip(trace, kept, strict=True):
         assert torch.equal(active, wanted_active)
         assert torch.equal(logits, wanted)
-
-
-@pytest.mark.parametrize(
-    "neighbors, expected", [("frozen", [1, 2, 2, 1]), ("recompute", [1, 3, 2, 1])]
-)
-def test_simulated_exits(neighbors, expected):
-    """The first word leaves at once; what it would say later is asked only by "recompute"."""
-    u = torch.tensor([[0.1, 0.1, 0.9, 0.1], [0.9, 0.1, 0.1, 0.9], [0.9, 0.9, 0.9, 0.9]])
-    policy = ExitPolicy(threshold=0.2, window=1, neighbors=neighbors)
-    left = simulate_exits(u, torch.tensor([0, 3, 4]), Schedule.of(policy, 3, 2, u))
-    assert left.tolist() == expected
-
-
-def test_simulated_exits_of_too_few():
-    u = torch.tensor([[0.1, 0.9, 0.9, 0.1], [0.9, 0.9, 0.9, 0.9]])
-    for least, expected in ((2, [1, 2, 2, 1]), (3, [1, 1, 1, 1])):
-        schedule = Schedule.of(ExitPolicy(threshold=0.2, window=0, min_active=least), 2, 2, u)
-        assert simulate_exits(u, torch.tensor([0, 3, 4]), schedule).tolist() == expected
 
 
 @pytest.mark.skipif(not extension_available(), reason=str(extension_error()))

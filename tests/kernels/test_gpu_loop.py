@@ -11,9 +11,10 @@ from assertions import assert_as_exact
 from random_models import FAMILIES, random_batch, random_tagger
 from test_reference import POLICIES
 
-from tokenexit import ExitPolicy, compiled, static
-from tokenexit.encoder import Schedule
+from tokenexit import ExitPolicy
+from tokenexit.loops import cpu, gpu, graphs
 from tokenexit.ops.pack_tokens import pack
+from tokenexit.schedule import Schedule
 
 LENGTHS = [5, 17, 1, 9, 2, 33]
 MINE = [p for p in POLICIES if (p.copy, p.neighbors) == ("post_norm", "frozen")]
@@ -22,10 +23,10 @@ MINE = [p for p in POLICIES if (p.copy, p.neighbors) == ("post_norm", "frozen")]
 @pytest.fixture
 def taken(device, monkeypatch):
     """The calls of the loop, which the interpreter runs on a CPU."""
-    calls, loop = [], static.exit_loop
-    monkeypatch.setattr(compiled, "reads", lambda *a: "")
-    monkeypatch.setattr(static, "_DEVICES", {device})
-    monkeypatch.setattr(static, "exit_loop", lambda *a: calls.append(a) or loop(*a))
+    calls, loop = [], gpu.exit_loop
+    monkeypatch.setattr(cpu, "reads", lambda *a: "")
+    monkeypatch.setattr(gpu, "_DEVICES", {device})
+    monkeypatch.setattr(gpu, "exit_loop", lambda *a: calls.append(a) or loop(*a))
     return calls
 
 
@@ -187,8 +188,8 @@ def test_buffers_that_are_larger_than_the_batch(family, device):
         like = torch.empty(0, device=device)
         schedule = Schedule.of(ExitPolicy(threshold=0.4, window=1), 4, len(lengths), like)
         if inputs is None:
-            inputs = static.buffers((8, 32), rows, schedule)
-        static.fill(*inputs, rows, schedule)
+            inputs = graphs.buffers((8, 32), rows, schedule)
+        graphs.fill(*inputs, rows, schedule)
         roomy, exact = tagger._tag_static(*inputs), tagger._tag_static(rows, schedule)
         b, n = batch["input_ids"].shape
         assert len(exact[1].unique()) > 2 and exact[2] and roomy[2]
@@ -202,7 +203,7 @@ def test_buffers_that_are_larger_than_the_batch(family, device):
 def graphed(device, taken, monkeypatch):
     """Makes a tagger whose calls are recorded: for real on a GPU, as `recording` pretends else."""
     made = recording.pretend(monkeypatch) if device == "cpu" else None
-    monkeypatch.setattr(static, "FALLBACKS", Counter())
+    monkeypatch.setattr(gpu, "FALLBACKS", Counter())
 
     def graphed(dtype=torch.float32, **shape):
         tagger = random_tagger(dtype=dtype, **({"layers": 2} | shape)).to(device)
@@ -230,7 +231,7 @@ def check_graphs(tagger, batch, times=2, **kwargs):
     for got in ours:
         assert torch.equal(got.exit_layers, truth.exit_layers)
         torch.testing.assert_close(got.logits, truth.logits, atol=1e-4, rtol=1e-4)
-    assert not static.FALLBACKS and tagger._graphs._graphs
+    assert not gpu.FALLBACKS and tagger._graphs._graphs
     return truth
 
 
@@ -292,8 +293,8 @@ def test_nan_in_a_graph_is_told_and_mended(device, graphed):
     tagger.encoder.layers[1].up.weight[0, 0] = torch.nan
     with pytest.warns(UserWarning, match="met a NaN"), pytest.raises(ValueError, match="layer 2"):
         tagger(**batch, policy=ExitPolicy.never())
-    assert static.FALLBACKS == {"unsound": 1}
-    static.FALLBACKS.clear()
+    assert gpu.FALLBACKS == {"unsound": 1}
+    gpu.FALLBACKS.clear()
     tagger.encoder.layers[1].up.weight.copy_(kept)
     again = check_graphs(tagger, batch, times=1, policy=POLICY)
     assert torch.equal(again.logits, before.logits)
@@ -350,7 +351,7 @@ def test_two_threads_and_two_streams_in_graphs(device, graphed):
     torch.cuda.synchronize()
     for at, got in results:
         torch.testing.assert_close(got, wanted[at], atol=1e-5, rtol=1e-5)
-    assert not static.FALLBACKS
+    assert not gpu.FALLBACKS
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -367,7 +368,7 @@ def test_out_of_memory_is_told_and_done_with(device, graphed):
             tagger(**large, policy=POLICY)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    static.FALLBACKS.clear()
+    gpu.FALLBACKS.clear()
     assert torch.equal(check_graphs(tagger, small, policy=POLICY).logits, before.logits)
 
 
@@ -381,7 +382,7 @@ def test_the_loop_compiled(device, graphed):
     h = tagger.embeddings(ids, packed.positions, torch.zeros_like(ids))
     arguments = tagger.encoder.layers, tagger.encoder.heads, h, packed
     arguments += (Schedule.of(POLICY, 2, 3, h),)
-    wanted = static.exit_loop(*arguments)
-    got = torch.compile(static.exit_loop, fullgraph=True)(*arguments)
+    wanted = gpu.exit_loop(*arguments)
+    got = torch.compile(gpu.exit_loop, fullgraph=True)(*arguments)
     assert torch.equal(got[1], wanted[1])
     torch.testing.assert_close(got[0], wanted[0], atol=1e-4, rtol=1e-4)

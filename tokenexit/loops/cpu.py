@@ -1,5 +1,5 @@
 """The exit loop of inference on the CPU, all layers in one op: for small batches Python's share of
-`tokenexit.encoder` would be as long as theirs."""
+`tokenexit.loops.eager` would be as long as theirs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from tokenexit.conditions import Reads, refused, unmet
-from tokenexit.costs import costs
-from tokenexit.encoder import ExitEncoder, Schedule
-from tokenexit.layers import compiled_reads
+from tokenexit.layers import compiled_reads, costs_of
+from tokenexit.loops.eager import ExitEncoder
 from tokenexit.ops import check_bias, check_vector, compiled_devices, register_fake
 from tokenexit.packing import Packed
+from tokenexit.schedule import Schedule
 
 _DEVICES = compiled_devices("exit_loop")
 
@@ -63,9 +63,9 @@ def exit_loop(
     packed: Packed,
     schedule: Schedule,
     bias: torch.Tensor | None = None,
-    exit_layer: torch.Tensor | None = None,
+    exits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `encoder.last_of` makes of the trace of `ExitEncoder` for these arguments, to the bit.
+    """What `eager.last_of` makes of the trace of `ExitEncoder` for these arguments, to the bit.
 
     Step by step what `tokenexit.ops.exit_layer`, `linear`, `exit_decision` and `compact_active` do,
     by the same code.
@@ -73,7 +73,7 @@ def exit_loop(
     Args:
         layers: L `ExitLayer`.
         found: what `reads` gave for them and their heads.
-        h, packed, schedule, bias, exit_layer: see `reference.exit_forward`.
+        h, packed, schedule, bias, exits: see `ExitEncoder`.
 
     Returns:
         Logits `[T, C]` and layers `[T]` int64 that tokens left with. If any layer's logits have a
@@ -91,8 +91,8 @@ def exit_loop(
         raise ValueError(f"got h {tuple(h.shape)}, {first.num_heads} heads; expected [T, d], H | d")
     for name in ("positions", "word_of_token", "word_at"):
         check_vector(name, getattr(packed, name), len(h), h.device)
-    if exit_layer is not None:
-        check_vector("exit_layer", exit_layer, len(packed.first_token), h.device)
+    if exits is not None:
+        check_vector("exits", exits, len(packed.first_token), h.device)
     if bias is not None:
         check_bias(bias, packed.positions, h.new_empty(len(h), first.num_heads, 0))
         bias = bias.float()
@@ -106,7 +106,7 @@ def exit_loop(
         found.weights,
         found.scales,
         found.classifiers,
-        costs(h.shape[1], found.weights[9].numel(), first.num_heads, found.weights[0].dtype),
+        costs_of(found, first),
         first.num_heads,
         (h.shape[1] // first.num_heads) ** -0.5,
         [layer._modules["output_norm"].eps for layer in layers],
@@ -115,7 +115,7 @@ def exit_loop(
         schedule.threshold,
         schedule.max_prob,
         bias,
-        exit_layer,
+        exits,
     )
 
 

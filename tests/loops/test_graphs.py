@@ -1,0 +1,229 @@
+"""Graphs of padded batches: told apart by all that they hang on, and shared by what they do not."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from recording import Stream, pretend
+
+from tokenexit import ExitPolicy
+from tokenexit.loops import gpu, graphs
+from tokenexit.schedule import Schedule
+
+
+def test_buckets():
+    assert [graphs.bucket(n) for n in (1, 16, 17, 100, 129)] == [16, 16, 32, 112, 160]
+    for size in range(1, 3000):
+        assert size <= graphs.bucket(size) <= max(16, 1.25 * size + 16)
+        assert graphs.bucket(graphs.bucket(size)) == graphs.bucket(size)
+
+
+def test_buffers_made_in_inference_mode_are_filled_in_any():
+    for number, mode in enumerate([torch.inference_mode, torch.no_grad, torch.inference_mode]):
+        with mode():
+            rows = {"attention_mask": torch.ones(2, 3, dtype=torch.bool), "word_ids": None}
+            rows["input_ids"] = torch.full((2, 3), number)
+            schedule = Schedule.of(ExitPolicy(threshold=0.1 * number), 4, 2, torch.zeros(0))
+            if number == 0:
+                inputs = graphs.buffers((8, 16), rows, schedule)
+            graphs.fill(*inputs, rows, schedule)
+            assert inputs[0]["attention_mask"].sum() == 6 and inputs[0]["word_ids"] is None
+            assert torch.equal(inputs[0]["input_ids"][:2, :3], rows["input_ids"])
+            assert torch.equal(inputs[1].threshold[:, :2], schedule.threshold)
+
+
+class Sums(torch.nn.Module):
+    """All that graphs are told apart by goes into its result; its sums are exact in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("shift", torch.tensor(3.0))
+        self.inner = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False)])
+        torch.nn.init.ones_(self.inner[0].weight)
+
+    def forward(self, rows, schedule):
+        value = self.weight * rows["input_ids"] + self.shift + self.inner[0].weight
+        for name, part in self.named_children():
+            value = value + sum(p.sum() for p in part.parameters()) * (1 + len(name))
+        if rows["word_ids"] is not None:
+            value = value + rows["word_ids"] / 16
+        value = value + sum(schedule.decides) / 4 + schedule.max_prob / 8
+        value = value + (graphs.float32_precision() == "ieee") / 32
+        value = value + schedule.threshold[0, :, None] + schedule.window[:, None]
+        value = value.where(rows["attention_mask"], 0)
+        return value, value.sum()
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The recordings so far."""
+    return pretend(monkeypatch)
+
+
+def rows_of(sentences=3, tokens=5, **more):
+    ids = torch.arange(sentences * tokens).view(sentences, tokens)
+    return {"input_ids": ids, "attention_mask": ids % 4 > 0, "word_ids": None, **more}
+
+
+def schedule_of(policy=None, sentences=3):
+    return Schedule.of(policy or ExitPolicy(threshold=0.25), 4, sentences, torch.zeros(0))
+
+
+def other_parameter(module):
+    module.weight = torch.nn.Parameter(torch.tensor(5.0))
+
+
+def other_data(module):
+    module.inner[0].weight.data = torch.tensor([[7.0]])
+
+
+def other_buffer(module):
+    module.shift = torch.tensor(1.0)
+
+
+def more_modules(module):
+    module.new = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.ones_(module.new.weight)
+
+
+CHANGES = [other_parameter, other_data, other_buffer, more_modules]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_other_weights_get_another_graph(change, recorded):
+    recorded.module = module = Sums()
+    recorder = graphs.Graphs()
+    for step in ("as made", "replayed", change, "replayed"):
+        if callable(step):
+            step(module)
+        got = recorder(module, rows_of(), schedule_of(), module)
+        assert all(map(torch.equal, got, module(rows_of(), schedule_of()))), step
+    assert len(recorded) == 2
+    module.weight.fill_(9)  # in place, which the graph reads
+    got = recorder(module, rows_of(), schedule_of(), module)
+    assert all(map(torch.equal, got, module(rows_of(), schedule_of())))
+    assert len(recorded) == 2 and not gpu.FALLBACKS
+
+
+BASE = ExitPolicy(threshold=0.25)
+INPUTS = {
+    "decides": (rows_of(), schedule_of(ExitPolicy(threshold=(0.25, 0, 0.25, 0.25)))),
+    "max_prob": (rows_of(), schedule_of(ExitPolicy(threshold=0.25, criterion="max_prob"))),
+    "row": (rows_of(word_ids=torch.ones(3, 5).long()), schedule_of()),
+    "dtype": (rows_of(input_ids=torch.ones(3, 5).int()), schedule_of()),
+    "bucket": (rows_of(9, 5), schedule_of(sentences=9)),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@torch.no_grad()
+def test_other_options_get_another_graph(name, recorded):
+    recorded.module = module = Sums()
+    recorder = graphs.Graphs()
+    for rows, schedule in (both := [(rows_of(), schedule_of()), INPUTS[name]]) * 2:
+        got = recorder(module, rows, schedule, module)
+        assert all(map(torch.equal, got, module(rows, schedule)))
+    assert len(recorded) == len(both)
+
+
+@torch.no_grad()
+def test_one_graph_serves_values_sizes_and_thresholds(recorded):
+    recorded.module = module = Sums()
+    recorder = graphs.Graphs()
+    for sentences, tokens, threshold in [(3, 5, 0.25), (8, 16, 0.5), (1, 1, 0.75), (3, 5, 0.25)]:
+        policies = [ExitPolicy(threshold=threshold, window=i) for i in range(sentences)]
+        rows, schedule = rows_of(sentences, tokens), schedule_of(policies, sentences)
+        got = recorder(module, rows, schedule, module)
+        assert all(map(torch.equal, got, module(rows, schedule)))
+    assert len(recorded) == 1
+
+
+@torch.no_grad()
+def test_precision_gets_another_graph(recorded):
+    recorded.module = module = Sums()
+    recorder, before = graphs.Graphs(), torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            got = recorder(module, rows_of(), schedule_of(), module)
+            assert all(map(torch.equal, got, module(rows_of(), schedule_of())))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(recorded) == 2
+
+
+@torch.no_grad()
+def test_where_recording_fails_all_is_run_directly_and_told_once(recorded, monkeypatch):
+    def fails(run, pool=None):
+        recorded.append(run)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "record", fails)
+    module, recorder = Sums(), graphs.Graphs()
+    with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted") as told:
+        for sentences in (3, 3, 9):
+            rows, schedule = rows_of(sentences), schedule_of(sentences=sentences)
+            got = recorder(module, rows, schedule, module)
+            assert all(map(torch.equal, got, module(rows, schedule)))
+    assert len(recorded) == 2  # not tried again for the same key
+    assert len(told) == 1 and gpu.FALLBACKS == {"not recorded": 2}
+
+
+@torch.no_grad()
+def test_calls_on_another_stream_wait_for_those_before(recorded, monkeypatch):
+    recorded.module = module = Sums()
+    recorder, a, b = graphs.Graphs(), Stream(), Stream()
+    for stream in (a, a, b, b, a):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda stream=stream: stream)
+        recorder(module, rows_of(), schedule_of(), module)
+    assert b.waited == [a] and a.waited == [b]
+
+
+@torch.no_grad()
+def test_where_memory_is_short_all_graphs_are_forgotten(recorded, monkeypatch):
+    recorded.module = module = Sums()
+    recorder, record = graphs.Graphs(), graphs.record
+
+    def fails(run, pool=None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for sentences, way in ((3, record), (9, fails), (9, record), (3, record)):
+        monkeypatch.setattr(graphs, "record", way)
+        rows, schedule = rows_of(sentences), schedule_of(sentences=sentences)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = recorder(module, rows, schedule, module)
+        assert all(map(torch.equal, got, module(rows, schedule)))
+    assert len(recorded) == 2 and gpu.FALLBACKS == {"not recorded": 1}
+
+
+def test_a_failed_recording_leaves_the_stream_as_it_was(monkeypatch):
+    """torch.cuda.graph does not, where its end raises."""
+
+    before = Stream()
+    streams = [before]
+
+    @contextlib.contextmanager
+    def stream(new):
+        old, streams[0] = streams[0], new
+        yield
+        streams[0] = old
+
+    @contextlib.contextmanager
+    def graph(_, pool, capture_error_mode):
+        streams[0] = Stream()
+        yield
+        raise RuntimeError("the capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda new: streams.__setitem__(0, new))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        graphs.record(lambda: None)
+    assert streams == [before]

@@ -1,0 +1,257 @@
+"""The exit loop with static shapes: no wait for the host, so that a CUDA graph can hold it.
+
+What `tokenexit.loops.eager` does with lists of as many tokens as are active is done here in buffers
+for all tokens, whose first rows count; the count stays on the device. A layer is seven launches:
+
+    query_key_value   queries of active tokens, keys and values of all in sentences not finished
+                      (the seen ones), and what LayerNorm makes of `up`
+    exit_attention
+    linear            output, with the residual
+    linear            LayerNorm, up, GELU
+    linear            down, with the residual
+    exit_step_        LayerNorm, store, head, decision, what tokens leave with
+    compact_active    the new lists of active and of seen tokens
+
+A relative-position bias adds one, a gather of the queries' positions. Before the first layer lie a
+copy of the states and eight fills. `tokenexit.loops.graphs` records the loop with all that a model
+does before and after it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenexit.conditions import CALLS, TENSORS, unmet
+from tokenexit.int8 import Int8Linear
+from tokenexit.layers import reads
+from tokenexit.ops import compiled_devices, extension_error, float32_precision
+from tokenexit.ops.compact_active import compact_active
+from tokenexit.packing import Packed
+from tokenexit.schedule import Schedule
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_LABELS = 256  # that exit_step_ takes
+_DEVICES = compiled_devices("compact_active") & {"cuda"}
+# How often a GPU was served by a slower path, by reason.
+FALLBACKS = Counter()
+
+
+def fell_back(reason: str, message: str) -> None:
+    """Count a call for `FALLBACKS`, and warn of the first one with that reason."""
+    FALLBACKS[reason] += 1
+    if FALLBACKS[reason] == 1:
+        warnings.warn(message, stacklevel=3)
+
+
+def lacks(device: str = "cuda") -> str | None:
+    """What the loop wants and is not installed, in words; None if all is there."""
+    if device not in _DEVICES:
+        why = extension_error() or "the compiled ops were built without CUDA"
+        return f"the CUDA op compact_active ({why})"
+    if importlib.util.find_spec("triton") is None:
+        return "triton (pip install triton)"
+    return None
+
+
+def applies(
+    layers: Sequence[nn.Module],
+    heads: Sequence[nn.Module],
+    h: torch.Tensor,
+    others: Sequence[nn.Module] = (),
+    kinds: Sequence[type] = (),
+) -> bool:
+    """Whether the loop can do what the eager one would for states like h.
+
+    That is inference on a GPU that has Triton and the compiled `compact_active`, in fp16, bf16
+    or fp32 throughout, with exact GELU and at most 256 labels, of modules that may be passed over
+    (`tokenexit.conditions`); so may `others`, see `layers.reads`. Schedules have to be post_norm,
+    without recompute. Where Triton or the op is all that is missing, there is a warning.
+    """
+    device = h.device.type
+    fits = (
+        device in {"cuda", *_DEVICES}
+        and h.dtype in DTYPES
+        and not torch.is_grad_enabled()
+        and unmet((*CALLS, *TENSORS), reads(layers, heads, h, others, kinds)) is None
+        and all(type(part) is not Int8Linear for part in layers[0].parts())
+        and all(layer.activation is F.gelu for layer in layers)
+        and not any(layer.training or layer.drops() for layer in layers)
+        and heads[0].weight.shape[0] <= MOST_LABELS
+    )
+    if fits and (what := lacks(device)):
+        fell_back("not installed", f"slow on this GPU: {what} is missing; see `tokenexit info`")
+        return False
+    return fits
+
+
+def pack(real: torch.Tensor, word_ids: torch.Tensor) -> tuple[Packed, torch.Tensor]:
+    """The layout of a padded batch, with room for all its cells and a last, empty sentence.
+
+    Args:
+        real: `[B, N]` bool, true at real tokens; word_ids: `[B, N]` int64.
+
+    Returns:
+        The layout, see `reference.pack_static` for what it has in excess; and `[B, N]` int64, the
+        packed index of each real token.
+    """
+    from tokenexit.kernels.pack_static import pack_static
+
+    *layout, place = pack_static(real, word_ids)
+    return Packed.of((len(real) + 1, real.shape[1]), *layout), place
+
+
+def exit_loop(
+    layers: Sequence[nn.Module],
+    heads: Sequence[nn.Module],
+    h: torch.Tensor,
+    packed: Packed,
+    schedule: Schedule,
+    bias: torch.Tensor | None = None,
+    exits: torch.Tensor | None = None,
+    precision: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `eager.last_of` makes of the trace of `eager.ExitEncoder` for these arguments.
+
+    Args:
+        layers, heads, h, packed, schedule, bias, exits: see there. Tokens beyond
+            `packed.cu_tokens[B]` are in no sentence, and nothing is computed of them.
+        precision: of fp32 products, "ieee" or "tf32"; None: what PyTorch is set to. Heads and
+            decisions are "ieee".
+
+    Returns:
+        Logits `[T, C]` and layers `[T]` int64 that tokens left with; 0 for those in no sentence.
+    """
+    from tokenexit.kernels.attention import exit_attention
+    from tokenexit.kernels.decision import exit_step_
+    from tokenexit.kernels.linear import linear, query_key_value, scratch
+
+    precision = precision or float32_precision()
+    numbers = torch.arange(1, len(layers), device=h.device)
+    h, active, cu_active = h.clone(), torch.arange(h.shape[0], device=h.device), packed.cu_tokens
+    seen, cu_seen = active, cu_active
+    left, layer_of_token = torch.zeros_like(active), torch.zeros_like(active)
+    logits = h.new_zeros(h.shape[0], heads[0].out_features)
+    uncertainty = torch.zeros_like(active, dtype=torch.float32)
+    arrived = torch.zeros_like(schedule.window, dtype=torch.int32)
+    split, places = scratch(h), cu_active.new_zeros(len(cu_active) // 8 + 3)
+    bias = None if bias is None else bias.contiguous()
+    positions = None if bias is None else packed.positions
+    if exits is not None:
+        left_by = torch.where(exits <= numbers[:, None], exits, 0)
+
+    for number, (layer, head) in enumerate(zip(layers, heads, strict=True), 1):
+        count, heads_of = cu_active[-1:], (layer.num_heads, -1)
+        query, key_value, out = layer.query, layer.key_value, layer.attention_output
+        norm, up, down = layer.attention_norm, layer.up, layer.down
+        q, kv, folded = query_key_value(
+            h,
+            query_weight=query.weight,
+            query_bias=query.bias,
+            key_value_weight=key_value.weight,
+            key_value_bias=key_value.bias,
+            active=active,
+            cu_active=cu_active,
+            seen=seen,
+            cu_seen=cu_seen,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            up_weight=up.weight,
+            up_bias=up.bias,
+            precision=precision,
+        )
+        k, v = kv.unflatten(-1, (2, *heads_of)).unbind(1)
+        context, _ = exit_attention(
+            q.unflatten(-1, heads_of),
+            k,
+            v,
+            cu_q=cu_active,
+            cu_k=cu_seen,
+            scale=(h.shape[1] // layer.num_heads) ** -0.5,
+            bias=bias,
+            positions=positions,
+            max_length=packed.shape[1],
+            precision=precision,
+        )
+        product = partial(linear, count=count, split=split, eps=norm.eps, precision=precision)
+        product = partial(product, norm_weight=norm.weight, norm_bias=norm.bias)
+        x, stats = product(
+            context.flatten(1),
+            out.weight,
+            out.bias,
+            residual=h,
+            residual_gather=active,
+            want_stats=True,
+            norm_on="out",
+        )
+        inner = product(
+            x, up.weight, norm_on="x", norm_stats=stats, folded=folded, activation="gelu"
+        )
+        x, stats = product(
+            inner,
+            down.weight,
+            down.bias,
+            residual=x,
+            want_stats=True,
+            norm_on="residual",
+            norm_stats=stats,
+        )
+
+        norm, last = layer.output_norm, number == len(layers)
+        asks = exits is None and not last and schedule.decides[number - 1]
+        exit_step_(
+            x,
+            norm_stats=stats,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=norm.eps,
+            head_weight=head.weight,
+            head_bias=head.bias,
+            active=active,
+            cu_active=cu_active,
+            word_at=packed.word_at,
+            h=h,
+            logits=logits,
+            token_layer=layer_of_token,
+            uncertainty=uncertainty,
+            exit_layer=left,
+            cu_words=packed.cu_words,
+            window=schedule.window,
+            threshold=schedule.threshold[number - 1],
+            min_active=schedule.min_active,
+            arrived=arrived,
+            layer=number,
+            max_length=packed.shape[1],
+            max_prob=schedule.max_prob,
+            decide=asks,
+        )
+        if exits is not None and not last:
+            left, asks = left_by[number - 1], True
+        if asks:
+            active, cu_active, seen, cu_seen = compact_active(
+                active,
+                cu_active,
+                packed.word_of_token,
+                exit_layer=left,
+                cu_tokens=packed.cu_tokens,
+                scratch=places,
+            )
+            positions = None if bias is None else packed.positions[active]
+    return logits, layer_of_token
+
+
+def is_sound(heads: Sequence[nn.Module], logits: torch.Tensor) -> torch.Tensor:
+    """Whether surely no layer's logits had a NaN, `[]` bool; `logits` are those tokens left with.
+
+    A state that is NaN stays so, and its token leaves with NaN. Only a head whose own weights are
+    not finite makes NaN of a sound state, which a later head may hide.
+    """
+    sizes = torch.stack(torch._foreach_norm([w for head in heads for w in head.parameters()]))
+    return sizes.isfinite().all() & ~logits.isnan().any()

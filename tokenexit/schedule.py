@@ -1,0 +1,130 @@
+"""The policies of a batch as tensors, and the exits that they would lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from tokenexit.ops.exit_decision import exit_decision
+from tokenexit.policy import ExitPolicy
+
+_TENSORS = ("window", "min_active", "threshold")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The policy of each sentence of a batch, as tensors.
+
+    Attributes:
+        window: `[B]` int64, words on each side.
+        min_active: `[B]` int64, words below which a sentence is finished.
+        threshold: `[L, B]`, in the dtype of uncertainties; the last row is inf.
+        max_prob, pre_norm, recompute: the policy's criterion, copy and neighbors.
+        decides: of each layer, whether any word may leave there; none does below a threshold of 0.
+    """
+
+    window: torch.Tensor
+    min_active: torch.Tensor
+    threshold: torch.Tensor
+    max_prob: bool
+    pre_norm: bool
+    recompute: bool
+    decides: tuple[bool, ...]
+
+    @classmethod
+    def of(
+        cls,
+        policies: ExitPolicy | Sequence[ExitPolicy],
+        num_layers: int,
+        num_sentences: int,
+        like: torch.Tensor,
+    ) -> Schedule:
+        """The schedule of one policy for all, or of one for each sentence.
+
+        Raises:
+            TypeError: what is no policy.
+            ValueError: not one policy a sentence; policies that differ in criterion, copy or
+                neighbors; a list of thresholds that is not one per layer.
+        """
+        shared = not isinstance(policies, Sequence)
+        policies = [policies] if shared else policies
+        if not all(isinstance(policy, ExitPolicy) for policy in policies):
+            raise TypeError(f"got policies {policies!r}; expected an ExitPolicy for each sentence")
+        if len(policies) != num_sentences and not shared:
+            raise ValueError(f"got {len(policies)} policies for {num_sentences} sentences")
+        kinds = {(p.criterion, p.copy, p.neighbors) for p in policies}
+        if len(kinds) != 1:
+            raise ValueError(
+                "policies of one batch must share criterion, copy and neighbors; "
+                f"got {sorted(kinds)}"
+            )
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        thresholds = {p: p.thresholds(num_layers) for p in set(policies)}
+        columns = [thresholds[p] for p in policies]
+        criterion, copy, neighbors = kinds.pop()
+        # One copy for all, which the host does not wait for: a GPU's copies of other memory wait.
+        flat = [x for p, column in zip(policies, columns, strict=True)
+                for x in (p.reach, p.min_active, *column)]  # fmt: skip
+        values = torch.tensor(flat, dtype=torch.float64, device="cpu", pin_memory=like.is_cuda)
+        values = values.view(len(policies), -1).to(like.device, non_blocking=True).T
+
+        def each(values, dtype=torch.int64):
+            values = values.to(dtype)
+            return values.expand(*values.shape[:-1], num_sentences).contiguous()
+
+        return cls(
+            window=each(values[0]),
+            min_active=each(values[1]),
+            threshold=each(values[2:], dtype),
+            max_prob=criterion == "max_prob",
+            pre_norm=copy == "pre_norm",
+            recompute=neighbors == "recompute",
+            decides=tuple(any(row) for row in zip(*columns, strict=True)),
+        )
+
+    def padded(self, num_sentences: int) -> Schedule:
+        """This one, with sentences without words behind its own."""
+        more = num_sentences - self.window.shape[0]
+        return self._with(F.pad(x, (0, more)) for x in self.tensors) if more else self
+
+    def like(self, num_sentences: int) -> Schedule:
+        """One of this kind with room for so many sentences, all zeros."""
+        return self._with(x.new_zeros(*x.shape[:-1], num_sentences) for x in self.tensors)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is there for each sentence, `[..., B]`."""
+        return [getattr(self, name) for name in _TENSORS]
+
+    def _with(self, tensors):
+        return replace(self, **dict(zip(_TENSORS, tensors, strict=True)))
+
+
+def simulate_exits(
+    uncertainty: torch.Tensor, cu_words: torch.Tensor, schedule: Schedule
+) -> torch.Tensor:
+    """Exits `[W]` that uncertainties `[L, W]` of a full-depth pass would lead to.
+
+    The approximation: later layers' uncertainties are taken as if nobody had left before.
+    """
+    known = uncertainty[0]
+    left = torch.zeros_like(known, dtype=torch.int64)
+    # The rule itself, of rows that are not asked: uncertainties are there.
+    nobody = known.new_empty(0, 1), left.new_empty(0)
+    for number, fresh in enumerate(uncertainty, 1):
+        known = fresh if schedule.recompute else torch.where(left == 0, fresh, known)
+        _, left = exit_decision(
+            *nobody,
+            known,
+            left,
+            cu_words,
+            schedule.window,
+            schedule.threshold[number - 1],
+            number,
+            schedule.max_prob,
+            schedule.min_active,
+        )
+    return left
