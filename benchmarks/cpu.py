@@ -510,10 +510,7 @@ def tagger(folder: Path, quick: bool) -> Subject:
         assets = demo_assets.fetch()
         trained, policies = trained_tagger(cache_folder() / "bench-tagger", assets)
         tokenizer, model = trained.tokenizer, trained.model
-        config = transformers.AutoConfig.from_pretrained(
-            assets.encoder, id2label=model.config.id2label, label2id=model.config.label2id
-        )
-        theirs = peers.to_hugging_face(model, config)
+        theirs = tokenexit.to_hugging_face(model)
         exits = decided(**policies)
         test = read_sentences(assets.conll / "test.txt").shuffle(0).take(TEST_SENTENCES).to_dict()
         sizes = ((1, 32), (8, 32), (32, 64), (128, 128))

@@ -21,9 +21,6 @@ import torch
 import transformers
 from transformers import BertForTokenClassification, PreTrainedTokenizerBase
 
-from tokenexit import TokenExitForTokenClassification
-from tokenexit.models.families import FAMILIES
-
 OPSET = 17
 
 
@@ -42,24 +39,6 @@ class Peer:
 
     prepare: Callable[[texts.Batch], object]
     run: Callable[[object], object]
-
-
-def to_hugging_face(model: TokenExitForTokenClassification, config) -> BertForTokenClassification:
-    """The BERT that full depth of a tagger is.
-
-    Args:
-        config: of the BERT it came from, with the tagger's labels.
-    """
-    theirs = BertForTokenClassification(config).eval()
-    state, ours = theirs.state_dict(), model.state_dict()
-    for name, parts in FAMILIES["bert"].names(config).items():
-        for kind in ("weight", "bias"):
-            if f"{name}.{kind}" in ours:
-                for part, value in zip(
-                    parts, ours[f"{name}.{kind}"].chunk(len(parts)), strict=True
-                ):
-                    state[f"{part}.{kind}"].copy_(value)
-    return theirs
 
 
 def export(

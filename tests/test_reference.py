@@ -8,7 +8,7 @@ from loop import loop_forward
 from random_models import FAMILIES, random_batch, random_tagger
 
 from tokenexit import ExitPolicy, reference
-from tokenexit.models.modeling import _relative_buckets
+from tokenexit.models.embeddings import relative_buckets
 from tokenexit.ops.pack_tokens import pack
 
 POLICIES = [
@@ -36,7 +36,7 @@ def test_exit_forward_is_the_contract(family, policy):
         got = tagger(**batch, policy=policy)
         bias = None
         if tagger.relative_bias is not None:
-            bias = tagger.relative_bias(_relative_buckets("cpu")).T
+            bias = tagger.relative_bias(relative_buckets("cpu")).T
         for row, n in enumerate(batch["attention_mask"].sum(1).tolist()):
             words = pack(torch.ones(1, n), batch["word_ids"][row : row + 1, :n]).word_of_token
             ids = batch["input_ids"][row, :n]

@@ -3,7 +3,7 @@
 from tokenexit import reference
 from tokenexit.int8 import quantize
 from tokenexit.models.configuration import TokenExitConfig
-from tokenexit.models.convert import convert
+from tokenexit.models.convert import convert, to_hugging_face
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagged, Tagger
 from tokenexit.policy import ExitPolicy
@@ -18,4 +18,5 @@ __all__ = [
     "convert",
     "quantize",
     "reference",
+    "to_hugging_face",
 ]

@@ -198,13 +198,6 @@ def test_a_wrong_peer_gets_no_numbers(tmp_path, capsys):
     assert "RED" in capsys.readouterr().out
 
 
-def test_to_hugging_face_undoes_convert():
-    theirs = random_classifier()
-    back = cpu.peers.to_hugging_face(tokenexit.convert(theirs), theirs.config)
-    for name, value in theirs.state_dict().items():
-        assert torch.equal(back.state_dict()[name], value), name
-
-
 def row(system, times, **facts):
     exact = {"dtype": "fp32", "setting": "packed" if "exits" in facts else "sorted, batches of 4"}
     where = {"run": 1, "model": report.BASE, "text": report.CONLL, "batch": 32, "tokens": 100}

@@ -7,8 +7,8 @@ from random_models import ALL_FAMILIES, FAMILIES, random_batch, random_classifie
 
 import tokenexit
 from tokenexit import ExitPolicy
-from tokenexit.models.convert import token_kinds
 from tokenexit.models.families import FAMILIES as FAMILY_TABLE
+from tokenexit.text.vocabulary import token_kinds
 
 LENGTHS = [5, 17, 1, 9, 2, 150]
 
@@ -369,6 +369,53 @@ def test_refuses_what_it_would_drop(tmp_path):
     theirs.bert.encoder.layer[0].attention.self.value = torch.nn.Linear(32, 16)
     with pytest.raises(ValueError, match=r"of shape .*; by the configuration it would have"):
         tokenexit.convert(theirs)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@torch.no_grad()
+def test_back_to_hugging_face(family, tmp_path):
+    """What `convert` took comes back: settings, labels, weights, dtype and mode."""
+    names = {0: "O", 1: "B", 2: "I"}
+    label2id = {name: i for i, name in names.items()}
+    theirs = random_classifier(family, labels=None, id2label=names, label2id=label2id)
+    ours = tokenexit.convert(theirs)
+    ours.policy = ExitPolicy(threshold=0.5)
+    back = tokenexit.to_hugging_face(ours)
+    assert type(back) is type(theirs) and not back.training and back.dtype == torch.float32
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+    batch = random_batch([9, 5])
+    batch.pop("word_ids")
+    assert torch.equal(back(**batch).logits, theirs(**batch).logits)
+    assert back.config.id2label == names
+    back.save_pretrained(tmp_path)
+    again = tokenexit.TokenExitForTokenClassification.from_pretrained(tmp_path)
+    assert again.config.to_diff_dict() == tokenexit.convert(theirs).config.to_diff_dict()
+    half = tokenexit.to_hugging_face(ours.to(torch.bfloat16).train())
+    assert half.training and half.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_back_to_hugging_face_with_other_settings():
+    """ERNIE's task, which is in its token types by now; narrow embeddings; another GELU."""
+    for family, changes in (
+        ("ernie", {"use_task_id": True}),
+        ("electra", {"embedding_size": 16, "hidden_act": "gelu_new"}),
+        ("distilbert", {"activation": "relu", "sinusoidal_pos_embds": True}),
+        ("roberta", {"pad_token_id": 2, "type_vocab_size": 1}),
+    ):
+        theirs = random_classifier(family, **changes)
+        ids = torch.tensor([[5, 6, 7, 59], [8, 9, 1, 0]])
+        got = tokenexit.to_hugging_face(tokenexit.convert(theirs))(ids, torch.ones_like(ids))
+        expected = theirs(ids, torch.ones_like(ids))
+        torch.testing.assert_close(got.logits, expected.logits)
+
+
+def test_back_to_hugging_face_from_what_is_none():
+    with pytest.raises(TypeError, match="got a Linear; expected a TokenExitForTokenClassific"):
+        tokenexit.to_hugging_face(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="got an 8-bit model; expected the fp32 one"):
+        tokenexit.to_hugging_face(tokenexit.quantize(tokenexit.convert(random_classifier())))
 
 
 def test_takes_a_subclass_that_changes_nothing():

@@ -69,7 +69,7 @@ def train(
     from transformers import AutoTokenizer
 
     be_quiet()
-    from tokenexit.models.modeling import load_config
+    from tokenexit.models.checkpoint import load_config
     from tokenexit.text.data import label_names
     from tokenexit.training.start import load_to_train
 
@@ -158,7 +158,7 @@ def _planned(
 ):  # fmt: skip
     """What trains a model as the options say; these are checked now, before any work."""
     from tokenexit.files import disk_errors
-    from tokenexit.models.modeling import check_output_folder
+    from tokenexit.models.checkpoint import check_output_folder
     from tokenexit.text.scoring import check_metric
     from tokenexit.training.trainer import (
         ExitTrainer,
@@ -263,7 +263,7 @@ def calibrate(
     from tokenexit.calibrate import calibrate as run
     from tokenexit.calibrate import plot, policy_grid
     from tokenexit.files import write_folder_aside
-    from tokenexit.models.modeling import check_tagger_folder
+    from tokenexit.models.checkpoint import check_tagger_folder
     from tokenexit.text.scoring import check_metric
 
     check_metric(metric)

@@ -26,8 +26,8 @@ class Family:
         outer: parameters outside the layers.
         layer: parameters of layer i, with `{i}` for its number from 0.
         layer_prefix: what their layer names start with.
-        config: our configuration's fields: a value, or a function of their configuration, where
-            names or meanings differ.
+        config: our configuration's fields where names or meanings differ: the name of theirs, or a
+            value that is no text.
         prepare: changes their weights, given by name, where values differ, and takes out those
             that ours needs no more; or None.
     """
@@ -96,7 +96,7 @@ def _roberta() -> Family:
         prefix="roberta.",
         outer=_BERT_EMBEDDINGS,
         layer=_BERT_LAYER,
-        config={"position_padding_id": lambda config: config.pad_token_id},
+        config={"position_padding_id": "pad_token_id"},
     )
 
 
@@ -123,11 +123,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             layer_prefix="transformer.layer.{i}.",
             config={
                 "type_vocab_size": 0,
-                "intermediate_size": lambda config: config.hidden_dim,
-                "hidden_act": lambda config: config.activation,
-                "hidden_dropout_prob": lambda config: config.dropout,
-                "attention_probs_dropout_prob": lambda config: config.attention_dropout,
-                "classifier_dropout": lambda config: config.dropout,
+                "intermediate_size": "hidden_dim",
+                "hidden_act": "activation",
+                "hidden_dropout_prob": "dropout",
+                "attention_probs_dropout_prob": "attention_dropout",
+                "classifier_dropout": "dropout",
                 "layer_norm_eps": 1e-12,
             },
         ),
@@ -152,7 +152,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             config={
                 "type_vocab_size": 0,
                 "position_padding_id": 1,
-                "relative_attention_buckets": lambda config: config.relative_attention_num_buckets,
+                "relative_attention_buckets": "relative_attention_num_buckets",
             },
         ),
         "roberta": _roberta(),

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,33 +23,33 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from tokenexit.conditions import TENSORS, passable, unmet
+from tokenexit.conditions import TENSORS, unmet
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized, quantize
 from tokenexit.layers import ExitHead, ExitLayer
 from tokenexit.loops import cpu, gpu
 from tokenexit.loops.eager import ExitEncoder, Trace, last_of
 from tokenexit.loops.graphs import Graphs
+from tokenexit.models.checkpoint import (
+    HUB_ARGUMENTS,
+    check_dtype_of_int8,
+    load_config,
+    load_whole,
+)
 from tokenexit.models.configuration import TokenExitConfig, check_sizes, label_maps
-from tokenexit.models.families import FAMILIES
+from tokenexit.models.embeddings import ExitEmbeddings, relative_buckets
+from tokenexit.models.loss import exit_loss, final_loss
+from tokenexit.models.translation import check_checkpoint, config_of, copy_weights, family_of
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import STARTS_WORD, Packed, word_ids_from_kinds
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import exit_forward
 from tokenexit.schedule import Schedule
+from tokenexit.text.vocabulary import marks_of, token_kinds
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference")
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
 # Arguments of Hugging Face's models that ask for what only a computation of all tokens has.
 _OTHERS = frozenset(
     (
@@ -68,7 +64,6 @@ _OTHERS = frozenset(
     )
 )
 _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
-RELATIVE_REACH = 128  # relative positions beyond it share a bucket (T5's max_distance)
 
 
 @dataclass
@@ -86,32 +81,6 @@ class TokenExitOutput(TokenClassifierOutput):
 
     exit_layers: torch.Tensor | None = None
     layer_logits: torch.Tensor | None = None
-
-
-@passable
-class ExitEmbeddings(nn.Module):
-    """Word, position and, where the family has them, token-type embeddings of packed tokens."""
-
-    def __init__(self, config: TokenExitConfig):
-        super().__init__()
-        width = config.embedding_size or config.hidden_size
-        self.word = nn.Embedding(config.vocab_size, width)
-        self.position = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type = self.projection = None
-        if config.type_vocab_size:
-            self.token_type = nn.Embedding(config.type_vocab_size, width)
-        if width != config.hidden_size:
-            self.projection = nn.Linear(width, config.hidden_size)
-        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, input_ids, positions, token_type_ids, words=None):
-        """`[T]` of each to `[T, d]`; words: `[T, d]` in place of the word embeddings."""
-        h = (self.word(input_ids) if words is None else words) + self.position(positions)
-        if self.token_type is not None:
-            h = h + self.token_type(token_type_ids)
-        h = self.dropout(self.norm(h))
-        return h if self.projection is None else self.projection(h)
 
 
 class TokenExitForTokenClassification(PreTrainedModel):
@@ -313,10 +282,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 dtype for one with 8-bit weights.
             OSError: no such folder or hub name.
         """
-        from tokenexit.models.convert import check_checkpoint, convert, unsupported
-        from tokenexit.text.vocabulary import marks_of
-
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         config = kwargs.get("config", name)
         if not isinstance(config, PreTrainedConfig):
             config = load_config(config, **hub)
@@ -326,23 +292,36 @@ class TokenExitForTokenClassification(PreTrainedModel):
             if config.int8:
                 check_dtype_of_int8(kwargs.get("dtype"))
                 kwargs["dtype"] = torch.float32
-            model, info = _load_whole(super().from_pretrained, name, (), *args, **kwargs)
+            model, info = load_whole(super().from_pretrained, name, (), False, *args, **kwargs)
             model.mark_untrained(model.config.untrained_heads or ())
             model._warn_of_untrained_heads()
-        elif config.model_type in FAMILIES:
+        else:
+            family_of(config)
             check_sizes(config)
             new = ("classifier.weight", "classifier.bias")  # of an encoder without a classifier
-            load = AutoModelForTokenClassification.from_pretrained
-            model, info = _load_whole(load, name, new, *args, **kwargs)
+            loader = AutoModelForTokenClassification.from_pretrained
+            theirs, info = load_whole(loader, name, new, True, *args, **kwargs)
             check_checkpoint(name, config, info)
-            model = convert(model, tokenizer)
+            model = cls.from_hugging_face(theirs, tokenizer)
             if set(new) & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}:
                 model.mark_untrained(range(1, model.config.num_hidden_layers + 1))
             if tokenizer is None:
                 model.token_kinds.copy_(marks_of(name, model.config.vocab_size, **hub))
-        else:
-            raise unsupported(config.model_type)
         return (model, info) if kwargs.get("output_loading_info") else model
+
+    @classmethod
+    def from_hugging_face(
+        cls, theirs: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> TokenExitForTokenClassification:
+        """See `tokenexit.convert`."""
+        config = config_of(theirs)
+        with torch.device("cpu"):  # whatever the user's default is
+            model = cls(config).to(theirs.dtype)
+        model.mark_untrained(range(1, config.num_hidden_layers))
+        copy_weights(theirs, model.state_dict())
+        if tokenizer is not None:
+            model.token_kinds.copy_(token_kinds(tokenizer, config.vocab_size))
+        return model.to(theirs.device).train(theirs.training)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Save weights (safetensors), configuration and policy; see `PreTrainedModel`.
@@ -449,9 +428,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 )
             loss = exit_loss(trace, wanted, len(self.encoder.layers), num_items_in_batch, floor)
         elif labels is not None:
-            wanted = labels.flatten().long()
-            loss = F.cross_entropy(_precise(logits).flatten(0, 1), wanted, reduction="sum")
-            loss = loss / _count(wanted, num_items_in_batch)
+            loss = final_loss(logits, labels.long(), num_items_in_batch)
         layer_logits = None
         if output_layer_logits:
             shape = (len(self.encoder.layers), packed.shape[0] * packed.shape[1], logits.shape[-1])
@@ -603,7 +580,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         """`[H, 2R+1]`, added to the scores by relative position, where the family has it."""
         if self.relative_bias is None:
             return None
-        return self.relative_bias(_relative_buckets(device)).T
+        return self.relative_bias(relative_buckets(device)).T
 
     def _schedule(self, policy, num_sentences, like) -> Schedule:
         policy = self.policy if policy is None else policy
@@ -658,122 +635,6 @@ class TokenExitForTokenClassification(PreTrainedModel):
             f"{int(bad.sum())} of {len(bad)} tokens have NaN logits at layer {layer}, first in "
             f"sentence {sentence}; expected finite logits; {cause}"
         )
-
-
-def check_dtype_of_int8(dtype: torch.dtype | str | None):
-    """Raise ValueError if an 8-bit tagger is to compute in a dtype: what is not bytes is fp32."""
-    if dtype not in (None, "auto", "float32", torch.float32):
-        raise ValueError(f"got dtype {dtype} for 8-bit weights; expected None (all else is fp32)")
-
-
-def saved_kind(folder: str | os.PathLike) -> str | None:
-    """The `model_type` of the model that a folder holds; None if it holds none."""
-    config = Path(folder) / "config.json"
-    if not config.is_file():
-        return None
-    try:
-        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
-    except (ValueError, KeyError, TypeError):
-        return "unknown"
-
-
-def check_tagger_folder(name: str | os.PathLike):
-    """Raise ValueError unless `name` is a folder that holds a saved tagger, and may be written to.
-
-    To be asked before a part of a tagger is written: beside another model, or alone, no one could
-    load it.
-    """
-    if not Path(name).is_dir():
-        raise ValueError(
-            f"{name} is no folder; expected that of a tagger (one on the hub has to be saved to a "
-            f"folder first: Tagger.from_pretrained({str(name)!r}).save_pretrained(FOLDER))"
-        )
-    kind = saved_kind(name)
-    if kind != TokenExitConfig.model_type:
-        what = "no model" if kind is None else f"a model of type {kind!r}"
-        raise ValueError(
-            f"{name} holds {what}; expected a tagger that `tokenexit train` wrote (or "
-            "tokenexit.convert and save_pretrained, and training)"
-        )
-
-
-def check_output_folder(folder: str | os.PathLike):
-    """Raise ValueError if a tagger saved to `folder` would overwrite what is none."""
-    kind = saved_kind(folder)
-    if kind not in (None, TokenExitConfig.model_type):
-        raise ValueError(
-            f"{folder} holds a model of type {kind!r}; expected a new folder, or one of a tagger"
-        )
-
-
-def load_config(name: str | os.PathLike, **kwargs) -> PreTrainedConfig:
-    """The configuration at a folder or hub name; errors as in `from_pretrained`."""
-    return _load(AutoConfig.from_pretrained, name, **kwargs)
-
-
-def _load(loader, name, *args, **kwargs):
-    """Call a Hugging Face loader; a damaged file becomes one clear ValueError."""
-    try:
-        return loader(name, *args, **kwargs)
-    except (SafetensorError, UnpicklingError, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f"the checkpoint {name} is damaged: {error}") from error
-    except OSError as error:
-        if isinstance(error.__cause__, HFValidationError):  # a path
-            raise FileNotFoundError(f"{name} is neither a folder nor a name on the hub") from None
-        raise
-
-
-def _load_whole(loader, name, may_be_new, *args, **kwargs):
-    """A model and its loading info; ValueError if weights lack, are left over or do not fit."""
-    lenient = kwargs.get("ignore_mismatched_sizes", False)
-    kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
-    model, info = _load(loader, name, *args, **kwargs)
-    if info["mismatched_keys"] and not lenient:
-        weight, got, expected = sorted(info["mismatched_keys"])[0]
-        raise ValueError(
-            f"the checkpoint {name} has {weight} of shape {tuple(got)}; its configuration expects "
-            f"{tuple(expected)}"
-        )
-    missing = sorted(set(info["missing_keys"]) - set(may_be_new))
-    if missing:
-        raise ValueError(f"the checkpoint {name} lacks {len(missing)} weights: {missing[:3]}")
-    if isinstance(model, TokenExitForTokenClassification) and info["unexpected_keys"]:
-        extra = sorted(info["unexpected_keys"])
-        raise ValueError(f"the checkpoint {name} has {len(extra)} unknown weights: {extra[:3]}")
-    return model, info
-
-
-def exit_loss(
-    trace: Trace,
-    labels: torch.Tensor,
-    num_layers: int,
-    num_items: torch.Tensor | int | None = None,
-    floor: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Training loss over all heads: `sum_l l * CE_l / sum_l l`.
-
-    A token counts in the layers up to its exit; `CE_l` is the sum over those tokens divided by
-    `num_items`, so that each token weighs the same whatever leaves beside it. Without exits this
-    is the joint loss of stage 1; with exits, that of self-sampling.
-
-    Args:
-        trace: of the encoder, for T tokens.
-        labels: `[T]` int, -100 where there is none.
-        num_layers: L.
-        num_items: None for the number of labels.
-        floor: `[T, L]` or None. Flooding: the loss of a token at a layer is its distance to the
-            one given here, `|CE - floor|`.
-
-    Source: Li et al. 2021 (arXiv 2105.13878), section 3.4; Ishida et al. 2020 for flooding.
-    """
-    total = 0.0
-    for number, (active, logits) in enumerate(trace, 1):
-        losses = F.cross_entropy(_precise(logits), labels[active], reduction="none")
-        if floor is not None:
-            known = labels[active] != -100
-            losses = torch.where(known, (losses - floor[active, number - 1]).abs(), 0)
-        total = total + number * losses.sum()
-    return total / (num_layers * (num_layers + 1) / 2) / _count(labels, num_items)
 
 
 def _check_others(others):
@@ -836,31 +697,12 @@ def _check_config(config):
     config.id2label, config.label2id = label_maps(config.id2label, config.label2id)
 
 
-def _precise(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _count(labels, num_items):
-    return (labels != -100).sum().clamp(min=1) if num_items is None else max(num_items, 1)
-
-
 def _check_range(name, values, low, high):
     if values.numel():
         smallest, largest = (int(x) for x in values.aminmax())
         if smallest < low or largest > high:
             got = smallest if smallest < low else largest
             raise ValueError(f"{name} has {got}; expected values from {low} to {high}")
-
-
-def _relative_buckets(device, num_buckets=32):
-    """Bucket of each relative position -R..R of key to query, as T5 and MPNet number them."""
-    distance = -torch.arange(-RELATIVE_REACH, RELATIVE_REACH + 1, device=device)
-    half = num_buckets // 2
-    exact = half // 2
-    far = distance.abs()
-    log_scaled = torch.log(far.clamp(min=1).float() / exact) / math.log(RELATIVE_REACH / exact)
-    large = (exact + (log_scaled * (half - exact)).long()).clamp(max=half - 1)
-    return (distance < 0).long() * half + torch.where(far < exact, far, large)
 
 
 AutoConfig.register(TokenExitConfig.model_type, TokenExitConfig)

@@ -13,12 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized, quantize
+from tokenexit.models.checkpoint import check_dtype_of_int8
 from tokenexit.models.evaluation import evaluating
-from tokenexit.models.modeling import (
-    TokenExitForTokenClassification,
-    TokenExitOutput,
-    check_dtype_of_int8,
-)
+from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
 from tokenexit.policy import ExitPolicy
 from tokenexit.text.encoding import Window, WordTokenizer, collate, encode, merge
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tokenexit.layers import ExitHead
-from tokenexit.models.modeling import TokenExitForTokenClassification, load_config
+from tokenexit.models.checkpoint import load_config
+from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.text.scoring import shown
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,50 @@
+"""States before the first layer, and what relative positions add to scores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from tokenexit.conditions import passable
+from tokenexit.models.configuration import TokenExitConfig
+
+RELATIVE_REACH = 128  # relative positions beyond it share a bucket (T5's max_distance)
+
+
+@passable
+class ExitEmbeddings(nn.Module):
+    """Word, position and, where the family has them, token-type embeddings of packed tokens."""
+
+    def __init__(self, config: TokenExitConfig):
+        super().__init__()
+        width = config.embedding_size or config.hidden_size
+        self.word = nn.Embedding(config.vocab_size, width)
+        self.position = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type = self.projection = None
+        if config.type_vocab_size:
+            self.token_type = nn.Embedding(config.type_vocab_size, width)
+        if width != config.hidden_size:
+            self.projection = nn.Linear(width, config.hidden_size)
+        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, positions, token_type_ids, words=None):
+        """`[T]` of each to `[T, d]`; words: `[T, d]` in place of the word embeddings."""
+        h = (self.word(input_ids) if words is None else words) + self.position(positions)
+        if self.token_type is not None:
+            h = h + self.token_type(token_type_ids)
+        h = self.dropout(self.norm(h))
+        return h if self.projection is None else self.projection(h)
+
+
+def relative_buckets(device, num_buckets=32):
+    """Bucket of each relative position -R..R of key to query, as T5 and MPNet number them."""
+    distance = -torch.arange(-RELATIVE_REACH, RELATIVE_REACH + 1, device=device)
+    half = num_buckets // 2
+    exact = half // 2
+    far = distance.abs()
+    log_scaled = torch.log(far.clamp(min=1).float() / exact) / math.log(RELATIVE_REACH / exact)
+    large = (exact + (log_scaled * (half - exact)).long()).clamp(max=half - 1)
+    return (distance < 0).long() * half + torch.where(far < exact, far, large)

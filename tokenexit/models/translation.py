@@ -1,0 +1,189 @@
+"""Configurations and weights of Hugging Face's token classifiers as ours, and back."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+
+from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.models.families import FAMILIES, Family
+
+logger = logging.getLogger(__name__)
+
+
+def config_of(model: PreTrainedModel) -> TokenExitConfig:
+    """Our configuration of a Hugging Face token classifier.
+
+    Raises:
+        TypeError: not a Hugging Face model.
+        ValueError: an unsupported family; a model for another task, or with code of others.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"got a {type(model).__name__}; expected a Hugging Face PreTrainedModel (one with "
+            "adapters around it has to be merged before)"
+        )
+    theirs = model.config
+    family = family_of(theirs)
+    if getattr(theirs, "is_decoder", False):
+        raise ValueError("got a decoder (config.is_decoder); expected an encoder")
+    _refuse_other_code(model)
+    expected = token_classifier(theirs)
+    if not isinstance(model, getattr(transformers, expected)):
+        raise ValueError(
+            f"got a {type(model).__name__} without a head for tokens; expected a token "
+            f"classifier, {expected} (AutoModelForTokenClassification.from_pretrained loads any "
+            "encoder as one)"
+        )
+    # Fields that only ours has keep their defaults; the family says where theirs differ.
+    shared = {
+        f.name: getattr(theirs, f.name) for f in fields(TokenExitConfig) if hasattr(theirs, f.name)
+    }
+    for name, value in family.config.items():
+        shared[name] = getattr(theirs, value) if isinstance(value, str) else value
+    if shared.get("classifier_dropout") is None:
+        shared["classifier_dropout"] = shared["hidden_dropout_prob"]
+    for name in ("model_type", "architectures", "transformers_version"):
+        shared.pop(name, None)
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(theirs, name, False):
+            shared.pop(name, None)
+            logger.warning("%s is not kept: not all tokens have them in all layers", name)
+    return TokenExitConfig(**shared, source_model_type=theirs.model_type)
+
+
+def copy_weights(model: PreTrainedModel, ours: Mapping[str, torch.Tensor]):
+    """Copy the weights of a Hugging Face token classifier into those of ours, by name.
+
+    Raises:
+        ValueError: weights that lack, are left over, do not fit, or are on the meta device.
+    """
+    weights, family = model.state_dict(), family_of(model.config)
+    if any(value.is_meta for value in weights.values()):
+        raise ValueError("got a model on the meta device; expected one with its weights")
+    if family.prepare is not None:
+        family.prepare(weights, model.config)
+    expected = token_classifier(model.config)
+    for name, parts in family.names(model.config).items():
+        for kind in ("weight", "bias"):
+            if f"{name}.{kind}" in ours:
+                taken = [(f"{part}.{kind}", weights.pop(f"{part}.{kind}", None)) for part in parts]
+                _copy(ours[f"{name}.{kind}"], taken, expected)
+    if weights:
+        raise ValueError(
+            f"got a {type(model).__name__} with {len(weights)} weights that no {expected} has, "
+            f"{sorted(weights)[:3]}; expected one without, as they would be dropped"
+        )
+
+
+def their_config(config: TokenExitConfig) -> PreTrainedConfig:
+    """The configuration of the token classifier of Hugging Face that a tagger's full depth is."""
+    family = FAMILIES[config.source_model_type]
+    shared = {name: value for name, value in config.to_dict().items() if name not in _ONLY_OURS}
+    named = {name: value for name, value in family.config.items() if isinstance(value, str)}
+    shared |= {theirs: getattr(config, ours) for ours, theirs in reversed(named.items())}
+    for name in family.config:
+        shared.pop(name, None)
+    if shared.get("embedding_size", 0) is None:
+        del shared["embedding_size"]
+    return transformers.AutoConfig.for_model(config.source_model_type, **shared)
+
+
+_ONLY_OURS = frozenset(
+    (
+        *("model_type", "architectures", "transformers_version", "exit_policy", "dtype"),
+        *("source_model_type", "position_padding_id", "relative_attention_buckets", "int8"),
+        "untrained_heads",
+    )
+)
+
+
+def copy_weights_back(ours: Mapping[str, torch.Tensor], model: PreTrainedModel):
+    """Copy the weights of ours, by name, into a Hugging Face token classifier."""
+    theirs = model.state_dict()
+    for name, parts in family_of(model.config).names(model.config).items():
+        for kind in ("weight", "bias"):
+            if (value := ours.get(f"{name}.{kind}")) is not None:
+                for part, rows in zip(parts, value.chunk(len(parts)), strict=True):
+                    theirs[f"{part}.{kind}"].copy_(rows)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a Hugging Face configuration.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"got a {config.model_type!r} model; supported architectures are {sorted(FAMILIES)}"
+        )
+    return FAMILIES[config.model_type]
+
+
+def token_classifier(config: PreTrainedConfig) -> str:
+    """The name of Hugging Face's token classifier of this family."""
+    return MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES[config.model_type]
+
+
+def check_checkpoint(name: str | os.PathLike, config: PreTrainedConfig, info: dict):
+    """Raise ValueError where a checkpoint's head is for another task, or something is left over.
+
+    Args:
+        name: of the checkpoint, for the message.
+        config: its configuration.
+        info: what loading it as a token classifier told. A new classifier may stand on any encoder.
+    """
+    expected = token_classifier(config)
+    if "classifier.weight" in info["missing_keys"] or info["mismatched_keys"]:
+        return
+    made_by = (config.architectures or [expected])[0]
+    extra = sorted(key for key in info["unexpected_keys"] if not key.startswith("cls."))
+    if made_by != expected:
+        raise ValueError(
+            f"the checkpoint {name} is of a {made_by}; expected an encoder or a {expected}, as its "
+            "classifier is for another task"
+        )
+    if extra:
+        raise ValueError(
+            f"the checkpoint {name} has {len(extra)} weights that no {expected} has, {extra[:3]}; "
+            "expected one without, as they would be dropped"
+        )
+
+
+def _refuse_other_code(model: nn.Module):
+    """Raise ValueError if a part runs code of others than transformers and torch: it is dropped."""
+    for name, part in model.named_modules():
+        code = type(part).forward.__module__.partition(".")[0]
+        # accelerate's hooks, which move weights about, replace the forward of an instance.
+        replaced = "forward" in vars(part) and not hasattr(part, "_hf_hook")
+        if replaced or code not in ("transformers", "torch"):
+            raise ValueError(
+                f"got a {type(model).__name__} whose {name or 'own'} forward is none of "
+                f"Hugging Face's (a {type(part).__module__}.{type(part).__name__}); expected a "
+                "plain token classifier, as what that forward does (a CRF, an adapter that is not "
+                "merged) would be dropped"
+            )
+
+
+def _copy(ours: torch.Tensor, theirs: list[tuple[str, torch.Tensor | None]], expected: str):
+    """Copy weights of theirs, given with their names, one below the other, into one of ours."""
+    lacking = [name for name, value in theirs if value is None]
+    if lacking:
+        raise ValueError(f"got a model without {lacking[0]}, which a {expected} has")
+    value = torch.cat([value.cpu() for _, value in theirs])
+    if value.shape != ours.shape:
+        name = theirs[0][0]
+        raise ValueError(
+            f"got {name} of shape {tuple(theirs[0][1].shape)}; by the configuration it would have "
+            f"{(ours.shape[0] // len(theirs), *ours.shape[1:])}"
+        )
+    ours.copy_(value)
