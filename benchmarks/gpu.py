@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import harness
 import texts
@@ -97,8 +96,11 @@ def judges(model: Model, batch: texts.Batch, layers: torch.Tensor | None) -> dic
     padded = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
     def paper():
-        with mock.patch.object(gpu_loop, "applies", lambda *_: False):
+        model.ours.backend = "eager"
+        try:
             return model.ours(**padded, word_ids=batch.word_ids, exit_layers=layers).logits
+        finally:
+            model.ours.backend = "auto"
 
     return {HF: lambda: model.theirs(**padded).logits, PAPER: paper}
 

@@ -76,6 +76,9 @@ def _contiguous(reads):
         return False
 
 
+# In words, and whether it holds of a subject.
+Condition = tuple[str, Callable[[object], bool]]
+
 # Lists are made whole and compared whole: each call asks some 150 modules and 200 tensors.
 CALLS = (
     ("modules of the classes they were made of", lambda r: [*map(type, r.modules)] == r.kinds),
@@ -93,7 +96,7 @@ TENSORS = (
 )
 
 
-def unmet(conditions: Iterable[tuple[str, Callable]], subject) -> str | None:
+def unmet(conditions: Iterable[Condition], subject) -> str | None:
     """The first condition that does not hold of the subject; None if all do."""
     for name, holds in conditions:
         if not holds(subject):

@@ -153,7 +153,12 @@ class ExitLayer(nn.Module):
 
     def reads(self, h: torch.Tensor) -> Reads | str:
         """What `tokenexit.ops.exit_layer` takes of the layer for states h, or why it can't run."""
-        return compiled_reads([self], [], h)
+        if failed := unmet(STATES, h):
+            return failed
+        found = reads([self], [], h)
+        # Where the op is only traced, it can't refuse.
+        asked = (*CALLS, *TENSORS) if torch.compiler.is_compiling() else CALLS
+        return unmet(asked, found) or unmet(LAYERS, (h, [self])) or found
 
     def parts(self) -> list[nn.Module]:
         """Products and LayerNorms, in the order of computation."""
@@ -275,47 +280,25 @@ def _layout(like, inner, labels, int8):
     return shapes, dtypes + [like.dtype] * (len(shapes) - len(dtypes))
 
 
-# What else the code that is compiled for CPUs needs, of states and of layers.
-_STATES = (
+# What else the code that is compiled for CPUs needs, of states, and of these and layers.
+STATES = [
     ("the compiled ops, and states on a CPU", lambda h: h.device.type in DEVICES),
     ("states in fp32 or bf16", lambda h: h.dtype in (torch.float32, torch.bfloat16)),
     ("no gradients", lambda h: not torch.is_grad_enabled()),
-)
-_LAYERS = (
-    ("the exact GELU", lambda layers: all([layer.activation is F.gelu for layer in layers])),
-    ("no dropout to be done", lambda layers: not any([layer.drops() for layer in layers])),
-    ("one eps in a layer", lambda layers: all([layer.has_one_eps() for layer in layers])),
-    ("as many heads in each layer", lambda layers: len({x.num_heads for x in layers}) == 1),
-)
-_LAYERS_IN_BF16 = (
-    *_LAYERS,
+]
+
+
+def _even(layer):
+    return layer.down.in_features % 2 == layer.down.out_features // layer.num_heads % 2 == 0
+
+
+LAYERS = [
+    ("the exact GELU", lambda both: all([layer.activation is F.gelu for layer in both[1]])),
+    ("no dropout to be done", lambda both: not any([layer.drops() for layer in both[1]])),
+    ("one eps in a layer", lambda both: all([layer.has_one_eps() for layer in both[1]])),
+    ("as many heads in each layer", lambda both: len({x.num_heads for x in both[1]}) == 1),
     (
         "even widths of heads and of inner layers in bf16",  # it moves words of two
-        lambda layers: (
-            not any(
-                [x.down.in_features % 2 or x.down.out_features // x.num_heads % 2 for x in layers]
-            )
-        ),
+        lambda both: both[0].dtype != torch.bfloat16 or all(map(_even, both[1])),
     ),
-)
-
-
-def compiled_reads(
-    layers: Sequence[nn.Module],
-    heads: Sequence[nn.Module],
-    h: torch.Tensor,
-    others: Sequence[nn.Module] = (),
-    kinds: Sequence[type] = (),
-) -> Reads | str:
-    """`reads`, if what is compiled for CPUs may run; else the first condition that is not met.
-
-    Of tensors, it looks at the rest itself: at an error of its, see `conditions.refused`.
-    """
-    failed = unmet(_STATES, h)
-    if failed is None:
-        found = reads(layers, heads, h, others, kinds)
-        # Where the op is only traced, it can't refuse.
-        asked = (*CALLS, *TENSORS) if torch.compiler.is_compiling() else CALLS
-        of_layers = _LAYERS_IN_BF16 if h.dtype == torch.bfloat16 else _LAYERS
-        failed = unmet(asked, found) or unmet(of_layers, layers)
-    return failed or found
+]

@@ -41,8 +41,8 @@ class Packed:
     sentence_of_token: torch.Tensor
 
     @classmethod
-    def of(cls, shape, by_token, offsets, first_token) -> Packed:
-        """Of what `ops.pack_tokens.pack_tokens` gives."""
+    def of(cls, shape, by_token, offsets, first_token, **more) -> Packed:
+        """Of what `ops.pack_tokens.pack_tokens` gives, and what else a kind of layout has."""
         slots, positions, sentence_of_token, word_of_token, word_at = by_token.unbind()
         cu_tokens, cu_words = offsets.unbind()
         return cls(
@@ -55,6 +55,7 @@ class Packed:
             word_of_token=word_of_token,
             word_at=word_at,
             sentence_of_token=sentence_of_token,
+            **more,
         )
 
     @property

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import recording
@@ -12,7 +13,9 @@ from random_models import FAMILIES, random_batch, random_tagger
 from test_reference import POLICIES
 
 from tokenexit import ExitPolicy
-from tokenexit.loops import cpu, gpu, graphs
+from tokenexit.loops import LOOPS, Call, gpu, graphs
+from tokenexit.models import pipeline
+from tokenexit.models.rows import Rows
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.schedule import Schedule
 
@@ -24,10 +27,15 @@ MINE = [p for p in POLICIES if (p.copy, p.neighbors) == ("post_norm", "frozen")]
 def taken(device, monkeypatch):
     """The calls of the loop, which the interpreter runs on a CPU."""
     calls, loop = [], gpu.exit_loop
-    monkeypatch.setattr(cpu, "reads", lambda *a: "")
     monkeypatch.setattr(gpu, "_DEVICES", {device})
     monkeypatch.setattr(gpu, "exit_loop", lambda *a: calls.append(a) or loop(*a))
     return calls
+
+
+def tag(tagger, rows, schedule):
+    """Padded logits, layers and whether all was sound, as a graph of the model has them."""
+    call = Call(tagger.encoder, torch.empty(1, 32), schedule)
+    return pipeline.tag(tagger, Rows(**rows), call, LOOPS["gpu"])[:3]
 
 
 def both(tagger, batch, **kwargs):
@@ -190,7 +198,7 @@ def test_buffers_that_are_larger_than_the_batch(family, device):
         if inputs is None:
             inputs = graphs.buffers((8, 32), rows, schedule)
         graphs.fill(*inputs, rows, schedule)
-        roomy, exact = tagger._tag_static(*inputs), tagger._tag_static(rows, schedule)
+        roomy, exact = tag(tagger, *inputs), tag(tagger, rows, schedule)
         b, n = batch["input_ids"].shape
         assert len(exact[1].unique()) > 2 and exact[2] and roomy[2]
         assert torch.equal(roomy[1][:b, :n], exact[1])
@@ -340,14 +348,14 @@ def test_two_threads_and_two_streams_in_graphs(device, graphed):
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(calls, range(2)))
     # Of one thread, none of which is waited for by the host.
-    graphs, streams, results = tagger._graphs, [torch.cuda.Stream() for _ in range(2)], []
+    recorder, streams, results = tagger._graphs, [torch.cuda.Stream() for _ in range(2)], []
     rows = dict.fromkeys(("token_type_ids", "position_ids", "exit_layers"))
     for i in range(40):
         with torch.cuda.stream(streams[i % 2]):
             batch = batches[i % 3]
             given = rows | batch | {"attention_mask": batch["attention_mask"] != 0}
             schedule = Schedule.of(POLICY, 2, len(batch["input_ids"]), wanted[0])
-            results.append((i % 3, graphs(tagger._tag_static, given, schedule, tagger)[0]))
+            results.append((i % 3, recorder(partial(tag, tagger), given, schedule, tagger)[0]))
     torch.cuda.synchronize()
     for at, got in results:
         torch.testing.assert_close(got, wanted[at], atol=1e-5, rtol=1e-5)

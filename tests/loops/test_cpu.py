@@ -9,7 +9,8 @@ from torch import nn
 
 import tokenexit
 from tokenexit import ExitPolicy
-from tokenexit.loops import cpu
+from tokenexit.conditions import unmet
+from tokenexit.loops import CONDITIONS, Call, cpu
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.schedule import Schedule
 
@@ -41,15 +42,17 @@ def arguments():
 
 
 def loop(encoder, h, packed, schedule):
-    found = cpu.reads(encoder, h, schedule)
-    assert not isinstance(found, str), found
-    return cpu.exit_loop(encoder.layers, found, h, packed, schedule)
+    call = Call(encoder, h, schedule)
+    assert unmet(CONDITIONS["cpu"], call) is None
+    return cpu.exit_loop(call.layers, call.reads, h, packed, schedule)
 
 
 def layer_by_layer(model, **call):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "reads", lambda *_: "")
+    model.backend = "eager"
+    try:
         return model(**call)
+    finally:
+        model.backend = "auto"
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8", "bf16"])

@@ -11,8 +11,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tokenexit import ExitPolicy
-from tokenexit.loops import gpu
+from tokenexit import ExitPolicy, loops
+from tokenexit.conditions import TENSORS, unmet
+from tokenexit.loops import CONDITIONS, LOOPS, Call, gpu
+from tokenexit.loops.eager import ExitEncoder
+from tokenexit.models.pipeline import tag
+from tokenexit.models.rows import Rows
 from tokenexit.ops import extension_available, extension_error
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.schedule import Schedule
@@ -119,32 +123,45 @@ def test_torch_export_takes_it():
     assert not any(wait in name for name in names for wait in WAITS)
 
 
+def call_of(layers, heads, h):
+    return Call(ExitEncoder(layers, heads), h[:1], Schedule.of(ExitPolicy(), 4, 1, torch.zeros(0)))
+
+
 @torch.no_grad()
 def test_when_it_applies(monkeypatch):
     layers, heads, h, *_ = arguments()
-    assert not gpu.applies(layers, heads, h)  # on a CPU
+
+    def failed(layers=layers, heads=heads, h=h):
+        return unmet(CONDITIONS["gpu"], call_of(layers, heads, h))
+
+    assert failed() == "states on a GPU"
     monkeypatch.setattr(gpu, "_DEVICES", {"cpu"})
-    assert gpu.applies(layers, heads, h)
-    assert not gpu.applies(layers, heads, h.double())
+    assert failed() is None
+    assert failed(h=h.double()) == "states in fp16, bf16 or fp32"
     with torch.enable_grad():
-        assert not gpu.applies(layers, heads, h)
+        assert failed() == "no gradients"
     bare = [*heads[:3], torch.nn.Linear(32, 5, bias=False)]
-    assert not gpu.applies(layers, bare, h)
+    assert failed(heads=bare) == "a weight and a bias in each part"
     turned = [*heads[:3], torch.nn.Linear(32, 5)]
     turned[3].weight = torch.nn.Parameter(torch.randn(32, 5).T)
-    assert not gpu.applies(layers, turned, h)
+    assert failed(heads=turned) == "contiguous weights"
+    many = [torch.nn.Linear(32, 257) for _ in range(4)]
+    assert failed(heads=many) == "at most 256 labels"
     for module in (layers[3], heads[0]):
         hook = module.register_forward_hook(lambda *_: None)
-        assert not gpu.applies(layers, heads, h)
+        assert failed() == "no hooks"
         hook.remove()
-    assert gpu.applies(layers, heads, h)
+    assert failed() is None
     for name in ("query", "output_norm"):  # as adapters do it: the same weights, another forward
         part = getattr(layers[2], name)
         setattr(layers[2], name, type("Adapted", (type(part),), {})(*part.weight.shape))
-        assert not gpu.applies(layers, heads, h)
+        assert failed() == "modules of the classes they were made of"
         setattr(layers[2], name, part)
     layers[1].activation = torch.tanh
-    assert not gpu.applies(layers, heads, h)
+    assert failed() == "the exact GELU"
+    layers[1].activation = torch.nn.functional.gelu
+    layers[1].dropout.train().p = 0.1
+    assert failed() == "no dropout to be done"
 
 
 FIELDS = ("word_ids", "token_type_ids", "position_ids", "exit_layers")
@@ -161,9 +178,10 @@ def test_the_whole_model_waits_for_nothing(family, given):
     rows = dict.fromkeys(names) | {"attention_mask": batch["attention_mask"] != 0}
     rows |= {name: batch["input_ids"] for name in ("input_ids", *given)}
     schedule = Schedule.of(ExitPolicy(threshold=0.3), 4, 3, torch.zeros(0))
+    call, loop = Call(tagger.encoder, torch.zeros(1, 32), schedule), LOOPS["gpu"]
 
     def run(input_ids):
-        return tagger._tag_static(rows | {"input_ids": input_ids}, schedule)
+        return tag(tagger, Rows(**rows | {"input_ids": input_ids}), call, loop)[:3]
 
     tracing = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
     calls = [n.target for n in tracing(rows["input_ids"]).graph.nodes if n.op == "call_function"]
@@ -184,11 +202,13 @@ def test_a_gpu_without_what_it_wants_is_told_once(missing, monkeypatch):
         monkeypatch.setattr(gpu, "_DEVICES", {"cuda"})
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu, "FALLBACKS", Counter())
-    monkeypatch.setattr(gpu, "TENSORS", ())  # weights of a GPU there are none here
+    # Weights of a GPU there are none here.
+    met = [x for x in CONDITIONS["gpu"] if x[0] not in dict(TENSORS)]
+    monkeypatch.setattr(loops, "CONDITIONS", CONDITIONS | {"gpu": met})
     with FakeTensorMode():
-        h = torch.empty(1, 32, device="cuda")
+        call = call_of(layers, heads, torch.empty(1, 32, device="cuda"))
     with pytest.warns(UserWarning, match=f"slow on this GPU: {missing} .*is missing") as told:
-        assert not any(gpu.applies(layers, heads, h) for _ in range(3))
+        assert {loops.choose("auto", call).name for _ in range(3)} == {"eager"}
     assert len(told) == 1 and gpu.FALLBACKS == {"not installed": 3}
 
 

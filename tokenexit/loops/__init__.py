@@ -1,1 +1,182 @@
-"""The loops over layers: one contract, `tokenexit.reference.exit_forward`, done in several ways."""
+"""One door to the loops over layers: which of them runs a call, by one table of conditions.
+
+All do what `tokenexit.reference.exit_forward` says; they differ in how, and in nothing else:
+
+    reference   that function itself, all tokens in all layers
+    eager       layer by layer in PyTorch, active tokens only: autograd, a trace of each layer
+    cpu         all layers in one compiled op
+    gpu         a few launches a layer, without a wait for the host; see `tokenexit.loops.graphs`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+
+from tokenexit.conditions import CALLS, TENSORS, Condition, Reads, unmet
+from tokenexit.layers import LAYERS, STATES, ExitLayer, reads
+from tokenexit.loops import cpu, eager, gpu
+from tokenexit.loops.eager import ExitEncoder, Outcome
+from tokenexit.ops.pack_tokens import pack
+from tokenexit.packing import Packed
+from tokenexit.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is to be run: all that conditions are asked of.
+
+    Attributes:
+        encoder: the layers with their heads.
+        like: `[1, d]`, of the device and dtype that states will have.
+        schedule: the policy of each sentence.
+        around: gives the modules around the encoder and their classes, which a recorded loop does
+            not call anew.
+        wants_trace: whether the logits of each layer are asked for, as in training.
+        is_recordable: whether all that is given is ids, on the device of `like`.
+    """
+
+    encoder: ExitEncoder
+    like: torch.Tensor
+    schedule: Schedule
+    around: Callable[[], Reads] = lambda: Reads([], [])
+    wants_trace: bool = False
+    is_recordable: Callable[[], bool] = lambda: True
+
+    @cached_property
+    def layers(self) -> list[torch.nn.Module]:
+        return [*self.encoder.layers]
+
+    @cached_property
+    def heads(self) -> list[torch.nn.Module]:
+        return [*self.encoder.heads]
+
+    @cached_property
+    def reads(self) -> Reads:
+        """What a fast loop reads of the encoder without calling it."""
+        return reads(self.layers, self.heads, self.like, [self.encoder], [ExitEncoder])
+
+    @cached_property
+    def outer(self) -> Reads:
+        """What a recorded loop does not call anew beside the encoder."""
+        return self.around()
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A way to run the layers.
+
+    Attributes:
+        name: what `backend` calls it.
+        pack: lays out a padded batch: its mask `[B, N]` bool and its word ids `[B, N]` int64.
+        run: of a call, states `[T, d]`, their layout, the schedule, a bias of relative positions
+            and given exits `[W]` (each or None): what tokens leave with. Raises `eager.Unmet` where
+            it finds out late that it can't.
+        waits: whether the host waits for the device in it, and may as well look at values before.
+    """
+
+    name: str
+    pack: Callable[[torch.Tensor, torch.Tensor], Packed]
+    run: Callable[..., Outcome]
+    waits: bool = True
+
+
+LOOPS: Mapping[str, Loop] = MappingProxyType(
+    {
+        "gpu": Loop("gpu", gpu.pack, gpu.run, waits=False),
+        "cpu": Loop("cpu", pack, cpu.run),
+        "eager": Loop("eager", pack, eager.run),
+        "reference": Loop("reference", pack, eager.run_reference),
+    }
+)
+BACKENDS = ("auto", *sorted(LOOPS))
+
+
+def _of(part: Callable[[Call], object], conditions: Iterable[Condition]) -> list[Condition]:
+    """Conditions on a part of a call, as such on the call."""
+    return [(name, lambda call, holds=holds: holds(part(call))) for name, holds in conditions]
+
+
+_FAST: list[Condition] = [
+    ("no logits of each layer", lambda call: not call.wants_trace),
+    ("copy 'post_norm'", lambda call: not call.schedule.pre_norm),
+    ("neighbors 'frozen'", lambda call: not call.schedule.recompute),
+]
+# The op of the CPU sees to tensors itself, but where it is only traced; see `conditions.refused`.
+_TRACED: list[Condition] = [
+    (name, lambda call, holds=holds: not torch.compiler.is_compiling() or holds(call.reads))
+    for name, holds in TENSORS
+]
+# What each loop needs, beside right arguments: the first that is not met is told. Cheap ones first.
+CONDITIONS: Mapping[str, list[Condition]] = MappingProxyType(
+    {
+        "gpu": [
+            *_of(lambda call: call.like, gpu.STATES),
+            *_FAST,
+            ("all inputs on the GPU, as token ids", lambda call: call.is_recordable()),
+            *_of(lambda call: call.reads, CALLS),
+            *_of(lambda call: call.outer, CALLS),
+            *_of(lambda call: call.reads, TENSORS),
+            *_of(lambda call: call.layers, gpu.LAYERS),
+            *_of(lambda call: call.heads, gpu.HEADS),
+            (gpu.INSTALLED, lambda call: gpu.lacks(call.like.device.type) is None),
+        ],
+        "cpu": [
+            *_FAST,
+            *_of(lambda call: call.like, STATES),
+            *_of(lambda call: call.reads, CALLS),
+            *_TRACED,
+            *_of(lambda call: (call.like, call.layers), LAYERS),
+            *_of(lambda call: call.heads, cpu.HEADS),
+        ],
+        "eager": [],
+        "reference": [
+            (
+                "no dropout in layers",
+                lambda call: not any(isinstance(x, ExitLayer) and x.drops() for x in call.layers),
+            ),
+        ],
+    }
+)
+
+
+def pick(backend: str, call: Call) -> tuple[str | None, str | None]:
+    """The name of the loop for a call, and what a faster one, or the one asked for, lacks.
+
+    Args:
+        backend: one of `BACKENDS`; "auto": the fastest that can.
+    """
+    if backend != "auto":
+        failed = unmet(CONDITIONS[backend], call)
+        return backend if failed is None else None, failed
+    fast = "gpu" if call.like.device.type in gpu.devices() else "cpu"
+    failed = unmet(CONDITIONS[fast], call)
+    return (fast if failed is None else "eager"), failed
+
+
+def choose(backend: str, call: Call) -> Loop:
+    """The loop that runs a call; see `pick`.
+
+    Raises:
+        ValueError: the one asked for can't.
+    """
+    name, failed = pick(backend, call)
+    if name is None:
+        raise cannot(backend, failed)
+    if failed == gpu.INSTALLED:
+        what = gpu.lacks(call.like.device.type)
+        message = f"slow on this GPU: {what} is missing; see `tokenexit info`"
+        gpu.fell_back("not installed", message)
+    return LOOPS[name]
+
+
+def cannot(backend: str, failed: str) -> ValueError:
+    """The error for a loop that was asked for and can't run a call."""
+    return ValueError(
+        f"backend is {backend!r}, whose loop needs {failed}; expected a call and a model with "
+        "that, or the backend 'auto'"
+    )

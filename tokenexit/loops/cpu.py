@@ -8,52 +8,33 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from tokenexit.conditions import Reads, refused, unmet
-from tokenexit.layers import compiled_reads, costs_of
-from tokenexit.loops.eager import ExitEncoder
+from tokenexit.conditions import Reads, refused
+from tokenexit.layers import costs_of
+from tokenexit.loops.eager import Outcome, Unmet
 from tokenexit.ops import check_bias, check_vector, compiled_devices, register_fake
 from tokenexit.packing import Packed
 from tokenexit.schedule import Schedule
 
 _DEVICES = compiled_devices("exit_loop")
 
-# What the loop needs besides `layers.compiled_reads`.
-_POLICIES = (
-    ("copy 'post_norm'", lambda schedule: not schedule.pre_norm),
-    ("neighbors 'frozen'", lambda schedule: not schedule.recompute),
-)
-_HEADS = (
+# What the loop needs of heads, see `tokenexit.loops`.
+HEADS = [
     (
         "no dropout before a classifier",
         lambda heads: not any([head.training and getattr(head, "dropout", 0) for head in heads]),
     ),
-)
+]
 
 
-def run(
-    encoder: ExitEncoder, h: torch.Tensor, packed: Packed, schedule: Schedule, *rest
-) -> tuple[torch.Tensor, torch.Tensor] | str:
-    """`exit_loop` of the encoder's layers; or the first condition for it that is not met."""
-    found = reads(encoder, h, schedule)
-    if isinstance(found, str):
-        return found
+def run(call, h, packed, schedule, bias, exits) -> Outcome:
+    """See `tokenexit.loops.Loop`."""
+    if (h.dtype, h.device) != (call.like.dtype, call.like.device):
+        raise Unmet("states of the dtype and on the device of the embeddings' weights")
     try:
-        return exit_loop(encoder.layers, found, h, packed, schedule, *rest)
+        results = exit_loop(call.layers, call.reads, h, packed, schedule, bias, exits)
     except (RuntimeError, ValueError):
-        return refused(found)
-
-
-def reads(encoder: ExitEncoder, h: torch.Tensor, schedule: Schedule) -> Reads | str:
-    """What `exit_loop` reads of the encoder; or the first condition for it that is not met.
-
-    Where all are met, it does what a call of the encoder would do. See `tokenexit.conditions`.
-    """
-    layers, heads = [*encoder.layers], [*encoder.heads]
-    failed = unmet(_POLICIES, schedule)
-    found = failed or compiled_reads(layers, heads, h, [encoder], [ExitEncoder])
-    if isinstance(found, str):
-        return found
-    return unmet(_HEADS, heads) or found
+        raise Unmet(refused(call.reads)) from None
+    return Outcome(*results, no_nan=~results[0].isnan().any())
 
 
 def exit_loop(
@@ -72,7 +53,7 @@ def exit_loop(
 
     Args:
         layers: L `ExitLayer`.
-        found: what `reads` gave for them and their heads.
+        found: what `layers.reads` gave for them and their heads.
         h, packed, schedule, bias, exits: see `ExitEncoder`.
 
     Returns:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from tokenexit import reference
 from tokenexit.conditions import passable
 from tokenexit.ops.compact_active import compact_active
 from tokenexit.ops.exit_decision import exit_decision
@@ -97,6 +100,46 @@ class ExitEncoder(nn.Module):
         return trace
 
 
+class Unmet(Exception):
+    """A condition that a loop found out late not to be met, in words."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What tokens leave a loop with.
+
+    Attributes:
+        logits: `[T, C]`.
+        layers: `[T]` int64, from 1; 0 of tokens that are in no sentence.
+        trace: what was computed in each layer; None of a loop that does not keep it.
+        no_nan: `[]` bool, whether surely no layer's logits had a NaN; None: the trace tells.
+    """
+
+    logits: torch.Tensor
+    layers: torch.Tensor
+    trace: Trace | None = None
+    no_nan: torch.Tensor | None = None
+
+    def is_sound(self) -> torch.Tensor:
+        """`no_nan`, by the trace where the loop did not say."""
+        if self.no_nan is not None:
+            return self.no_nan
+        return ~torch.stack([logits.isnan().any() for _, logits in self.trace]).any()
+
+
+def run(call, h, packed, schedule, bias, exits) -> Outcome:
+    """See `tokenexit.loops.Loop`."""
+    trace = call.encoder(h, packed, schedule, bias, exits)
+    return Outcome(*last_of(trace, len(h)), trace)
+
+
+def run_reference(call, h, packed, schedule, bias, exits) -> Outcome:
+    """See `tokenexit.loops.Loop`."""
+    layers, heads = call.encoder.layers, call.encoder.heads
+    trace = reference.exit_forward(h, layers, heads, packed, schedule, bias, exits)
+    return Outcome(*last_of(trace, len(h)), trace)
+
+
 def last_of(trace: Trace, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What each token left with: logits `[T, C]` and layer `[T]`, int64."""
     active, logits = trace[0]
@@ -106,6 +149,33 @@ def last_of(trace: Trace, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         result[active] = logits
         layers[active] = number
     return result, layers
+
+
+def padded_logits(trace: Trace, packed: Packed, num_layers: int) -> torch.Tensor:
+    """Each layer's logits `[L, B, N, C]`; NaN for tokens that were not computed in it."""
+    _, some = trace[0]
+    shape = num_layers, packed.shape[0] * packed.shape[1], some.shape[-1]
+    result = some.new_full(shape, math.nan)
+    for layer, (active, values) in enumerate(trace):
+        result[layer, packed.slots[active]] = values
+    return result.unflatten(1, packed.shape)
+
+
+def explain_nan(trace: Trace, packed: Packed, model: nn.Module) -> ValueError:
+    """The error for a trace that has a NaN: where it is first, and which weights have one."""
+    number, active, values = next(
+        (number, active, values)
+        for number, (active, values) in enumerate(trace, 1)
+        if values.isnan().any()
+    )
+    bad = values.isnan().any(-1)
+    sentence = int(packed.sentence_of_token[active[bad][0]])
+    weights = [name for name, p in model.named_parameters() if p.isnan().any()]
+    cause = f"NaN in the weights {weights[:3]}" if weights else "no weight is NaN (an overflow?)"
+    return ValueError(
+        f"{int(bad.sum())} of {len(bad)} tokens have NaN logits at layer {number}, first in "
+        f"sentence {sentence}; expected finite logits; {cause}"
+    )
 
 
 def _store(values: torch.Tensor, active: Active, rows: torch.Tensor) -> torch.Tensor:

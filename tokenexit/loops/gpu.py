@@ -23,15 +23,15 @@ import importlib.util
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenexit.conditions import CALLS, TENSORS, unmet
 from tokenexit.int8 import Int8Linear
-from tokenexit.layers import reads
+from tokenexit.loops.eager import Outcome
 from tokenexit.ops import compiled_devices, extension_error, float32_precision
 from tokenexit.ops.compact_active import compact_active
 from tokenexit.packing import Packed
@@ -51,6 +51,11 @@ def fell_back(reason: str, message: str) -> None:
         warnings.warn(message, stacklevel=3)
 
 
+def devices() -> set[str]:
+    """The types of device that the loop is for."""
+    return {"cuda", *_DEVICES}
+
+
 def lacks(device: str = "cuda") -> str | None:
     """What the loop wants and is not installed, in words; None if all is there."""
     if device not in _DEVICES:
@@ -61,51 +66,66 @@ def lacks(device: str = "cuda") -> str | None:
     return None
 
 
-def applies(
-    layers: Sequence[nn.Module],
-    heads: Sequence[nn.Module],
-    h: torch.Tensor,
-    others: Sequence[nn.Module] = (),
-    kinds: Sequence[type] = (),
-) -> bool:
-    """Whether the loop can do what the eager one would for states like h.
+# What the loop needs of states, layers and heads, see `tokenexit.loops`.
+STATES = [
+    ("states on a GPU", lambda h: h.device.type in devices()),
+    ("states in fp16, bf16 or fp32", lambda h: h.dtype in DTYPES),
+    ("no gradients", lambda h: not torch.is_grad_enabled()),
+]
+LAYERS = [
+    (
+        "weights that are not of 8 bits",
+        lambda layers: all(type(part) is not Int8Linear for part in layers[0].parts()),
+    ),
+    ("the exact GELU", lambda layers: all([layer.activation is F.gelu for layer in layers])),
+    (
+        "no dropout to be done",
+        lambda layers: not any([layer.training or layer.drops() for layer in layers]),
+    ),
+]
+HEADS = [(f"at most {MOST_LABELS} labels", lambda heads: len(heads[0].weight) <= MOST_LABELS)]
+INSTALLED = "triton and the CUDA op compact_active"
 
-    That is inference on a GPU that has Triton and the compiled `compact_active`, in fp16, bf16
-    or fp32 throughout, with exact GELU and at most 256 labels, of modules that may be passed over
-    (`tokenexit.conditions`); so may `others`, see `layers.reads`. Schedules have to be post_norm,
-    without recompute. Where Triton or the op is all that is missing, there is a warning.
+
+@dataclass(frozen=True)
+class Roomy(Packed):
+    """A layout with room for all cells of the padded batch and a last, empty sentence.
+
+    See `reference.pack_static` for what it has in excess.
+
+    Attributes:
+        place: `[B, N]` int64, the packed index of each real token.
+        real: `[B, N]` bool.
     """
-    device = h.device.type
-    fits = (
-        device in {"cuda", *_DEVICES}
-        and h.dtype in DTYPES
-        and not torch.is_grad_enabled()
-        and unmet((*CALLS, *TENSORS), reads(layers, heads, h, others, kinds)) is None
-        and all(type(part) is not Int8Linear for part in layers[0].parts())
-        and all(layer.activation is F.gelu for layer in layers)
-        and not any(layer.training or layer.drops() for layer in layers)
-        and heads[0].weight.shape[0] <= MOST_LABELS
-    )
-    if fits and (what := lacks(device)):
-        fell_back("not installed", f"slow on this GPU: {what} is missing; see `tokenexit info`")
-        return False
-    return fits
+
+    place: torch.Tensor = None
+    real: torch.Tensor = None
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """`[T, ...] -> [B, N, ...]`, zero at padding."""
+        real = self.real.view(*self.real.shape, *[1] * (values.dim() - 1))
+        return values[self.place].where(real, 0)
 
 
-def pack(real: torch.Tensor, word_ids: torch.Tensor) -> tuple[Packed, torch.Tensor]:
-    """The layout of a padded batch, with room for all its cells and a last, empty sentence.
+def pack(real: torch.Tensor, word_ids: torch.Tensor) -> Roomy:
+    """The layout of a padded batch, without a wait for the host.
 
     Args:
         real: `[B, N]` bool, true at real tokens; word_ids: `[B, N]` int64.
-
-    Returns:
-        The layout, see `reference.pack_static` for what it has in excess; and `[B, N]` int64, the
-        packed index of each real token.
     """
     from tokenexit.kernels.pack_static import pack_static
 
-    *layout, place = pack_static(real, word_ids)
-    return Packed.of((len(real) + 1, real.shape[1]), *layout), place
+    by_token, offsets, first_token, place = pack_static(real, word_ids)
+    shape = len(real) + 1, real.shape[1]
+    return Roomy.of(shape, by_token, offsets, first_token, place=place, real=real)
+
+
+def run(call, h, packed, schedule, bias, exits) -> Outcome:
+    """See `tokenexit.loops.Loop`."""
+    layers, heads = call.encoder.layers, call.encoder.heads
+    schedule = schedule.padded(packed.num_sentences)
+    logits, left_at = exit_loop(layers, heads, h, packed, schedule, bias, exits)
+    return Outcome(logits, left_at, no_nan=is_sound(heads, logits))
 
 
 def exit_loop(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,25 @@ def check_sizes(config: PreTrainedConfig):
             f"the configuration is of a model with {layers} layers and {parameters:.1e} "
             f"parameters, by {sizes}; expected at most {MOST_LAYERS} and {MOST_PARAMETERS:.0e}"
         )
+
+
+def check_config(config: TokenExitConfig):
+    """Raise ValueError for settings of which there is no model; labels are made whole."""
+    check_sizes(config)
+    if not isinstance(config.hidden_act, str) or config.hidden_act not in ACT2FN:
+        raise ValueError(f"config.hidden_act is {config.hidden_act!r}; expected one of {[*ACT2FN]}")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"config.{name} is {value!r}; expected a number from 0 to 1")
+    if not isinstance(config.int8, bool):
+        raise ValueError(f"config.int8 is {config.int8!r}; expected true or false")
+    if config.max_tokens < 1:
+        raise ValueError(
+            f"config.max_position_embeddings is {config.max_position_embeddings}; expected more "
+            f"than position_padding_id, {config.position_padding_id}, takes up"
+        )
+    config.id2label, config.label2id = label_maps(config.id2label, config.label2id)
 
 
 def _size(config, name, least):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tokenexit.conditions import passable
 from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.packing import Packed
 
 RELATIVE_REACH = 128  # relative positions beyond it share a bucket (T5's max_distance)
 
@@ -37,6 +39,29 @@ class ExitEmbeddings(nn.Module):
             h = h + self.token_type(token_type_ids)
         h = self.dropout(self.norm(h))
         return h if self.projection is None else self.projection(h)
+
+
+def positions_of(
+    config: TokenExitConfig,
+    packed: Packed,
+    ids: torch.Tensor,
+    given: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Positions `[T]` of packed ids: as given `[B, N]`, or as the family numbers real tokens.
+
+    All may be looked up, even those of sentences that are too long.
+    """
+    last = config.max_position_embeddings - 1
+    if given is not None:
+        return packed.pack(given)
+    if (padding := config.position_padding_id) is None:
+        long = packed.shape[1] > last + 1
+        return packed.positions.clamp(max=last) if long else packed.positions
+    counted = ids != padding
+    before = F.pad(counted.cumsum(0), (1, 0))[packed.cu_tokens[:-1]]
+    within = counted.cumsum(0) - before[packed.sentence_of_token]
+    # What `pack_static` has in excess may come to lie behind the last position.
+    return torch.where(counted, padding + within, padding).clamp(max=last)
 
 
 def relative_buckets(device, num_buckets=32):

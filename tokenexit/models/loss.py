@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenexit.loops.eager import Trace
+from tokenexit.models.rows import out_of_range
 
 
 def exit_loss(
@@ -48,6 +49,19 @@ def final_loss(
     wanted = labels.flatten()
     loss = F.cross_entropy(_precise(logits).flatten(0, -2), wanted, reduction="sum")
     return loss / _count(wanted, num_items)
+
+
+def check_labels(labels: torch.Tensor, real: torch.Tensor, num_labels: int):
+    """Hold labels `[B, N]` against the tokens that are `real [B, N]` and the labels there are.
+
+    Raises:
+        ValueError: a label at padding, or beyond the last.
+    """
+    used = labels != -100
+    if (used & (~real | (labels < 0) | (labels >= num_labels))).any():
+        if (used & ~real).any():
+            raise ValueError("labels has a label at padding; expected -100 there")
+        raise out_of_range("labels", labels[used], 0, num_labels - 1)
 
 
 def _precise(logits):

@@ -1,0 +1,141 @@
+"""From padded rows to padded results: the one way that every call of a model goes.
+
+rows = Rows.of(...)  ->  loop = choose(...)  ->  tag(rows, loop)  ->  loss
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from tokenexit.conditions import Reads
+from tokenexit.loops import LOOPS, Call, Loop, cannot, choose
+from tokenexit.loops.eager import Trace, Unmet, explain_nan
+from tokenexit.loops.gpu import fell_back
+from tokenexit.models.embeddings import ExitEmbeddings, positions_of, relative_buckets
+from tokenexit.models.rows import Rows, limits_of
+from tokenexit.packing import Packed
+from tokenexit.schedule import Schedule
+
+
+class Found(NamedTuple):
+    """What a call found, padded: `[B, N, C]`, `[B, N]`, and `[]` bool, whether all was sound.
+
+    The layout and the trace are there but of a loop that keeps no trace.
+    """
+
+    logits: torch.Tensor
+    exit_layers: torch.Tensor
+    sound: torch.Tensor
+    packed: Packed | None = None
+    trace: Trace | None = None
+
+
+def call_of(model, schedule: Schedule, wants_trace: bool, rows: Rows | None = None) -> Call:
+    """What conditions are asked of, see `tokenexit.loops`; without rows, of any on its device."""
+    like = model.embeddings.norm.weight.new_empty(1, model.config.hidden_size)
+
+    def is_recordable():
+        given = () if rows is None else rows.tensors.values()
+        within = all(value is None or value.device == like.device for value in given)
+        return within and (rows is None or rows.inputs_embeds is None)
+
+    return Call(
+        encoder=model.encoder,
+        like=like,
+        schedule=schedule,
+        around=lambda: _around(model),
+        wants_trace=wants_trace,
+        is_recordable=is_recordable,
+    )
+
+
+def _around(model) -> Reads:
+    """What a recorded loop does not call anew, besides layers and heads."""
+    kinds = {model.embeddings: ExitEmbeddings}
+    classes = {"norm": nn.LayerNorm, "dropout": nn.Dropout, "projection": nn.Linear}
+    for name, part in model.embeddings.named_children():
+        kinds[part] = classes.get(name, nn.Embedding)
+    if model.relative_bias is not None:
+        kinds[model.relative_bias] = nn.Embedding
+    return Reads([*kinds], [*kinds.values()])
+
+
+def run(model, rows: Rows, call: Call) -> Found:
+    """What the chosen loop makes of the rows.
+
+    Raises:
+        ValueError: rows that are not sound; NaN in logits, but in training.
+    """
+    loop = choose(model.backend, call)
+    try:
+        found = tag(model, rows, call, loop) if loop.waits else _recorded(model, rows, call, loop)
+    except Unmet as failed:
+        if model.backend != "auto":
+            raise cannot(model.backend, str(failed)) from None
+        loop = LOOPS["eager"]
+        found = tag(model, rows, call, loop)
+    if model.training or found.sound:
+        return found
+    if not loop.waits:
+        fell_back(
+            "unsound",
+            "the GPU loop met a NaN or a value out of range: the slower one looks for it",
+        )
+        if error := _explain(model, rows):
+            raise error
+    if found.trace is None:
+        found = tag(model, rows, call, LOOPS["eager"])
+        if found.sound:
+            return found
+    raise explain_nan(found.trace, found.packed, model)
+
+
+def _recorded(model, rows, call, loop) -> Found:
+    """`tag` by a loop that waits for nothing, in a CUDA graph where there are to be any."""
+
+    def tag_padded(rows, schedule):
+        return tag(model, Rows(**rows), replace(call, schedule=schedule), loop)[:3]
+
+    with torch.autocast(call.like.device.type, enabled=False):  # all is in the weights' dtype
+        if model.cuda_graphs:
+            return Found(*model._graphs(tag_padded, rows.tensors, call.schedule, model))
+        return Found(*tag_padded(rows.tensors, call.schedule))
+
+
+def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
+    """From padded rows to padded results: the one way there is, in which loops differ."""
+    config = model.config
+    inside, sound = rows.clamped(limits_of(config), config.max_tokens)
+    packed = loop.pack(rows.attention_mask, inside.words(model.token_kinds))
+    exits = None
+    if rows.exit_layers is not None:
+        given = packed.pack(rows.exit_layers)[packed.first_token]
+        exits = given.clamp(1, config.num_hidden_layers)
+        is_word = torch.arange(given.shape[0], device=given.device) < packed.cu_words[-1]
+        sound = sound & ((exits == given) | ~is_word).all()
+    if loop.waits and not sound:
+        raise _explain(model, rows)
+    ids = packed.pack(inside.input_ids)
+    types, words = inside.token_type_ids, inside.inputs_embeds
+    h = model.embeddings(
+        ids,
+        positions_of(config, packed, ids, inside.position_ids),
+        torch.zeros_like(ids) if types is None else packed.pack(types),
+        None if words is None else packed.pack(words),
+    )
+    bias = None
+    if model.relative_bias is not None:
+        bias = model.relative_bias(relative_buckets(h.device)).T
+    outcome = loop.run(call, h, packed, call.schedule, bias, exits)
+    if not model.training:
+        sound = sound & outcome.is_sound()
+    results = packed.unpack(outcome.logits), packed.unpack(outcome.layers), sound
+    return Found(*results, packed, outcome.trace)
+
+
+def _explain(model, rows):
+    return rows.explain(limits_of(model.config), model.config, model.token_kinds)
