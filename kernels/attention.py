@@ -20,6 +20,7 @@ Source: Dao 2023 (arXiv 2307.08691), algorithms 1 and 2.
 import torch
 import triton
 import triton.language as tl
+from tokenexit.kernels import autograd
 from torch.library import triton_op, wrap_triton
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -424,20 +425,7 @@ def exit_attention_backward(
     return dq, dk, dv, lse.new_empty(0, 0) if dbias is None else dbias.sum((0, 1))
 
 
-def _setup(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, scale, bias, positions, *rest = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, bias, positions)
-    ctx.scale, ctx.rest = scale, rest
-
-
-def _backward(ctx, grad, _lse):
-    *rows, bias, positions = ctx.saved_tensors
-    *grads, dbias = exit_attention_backward(grad, *rows, ctx.scale, bias, positions, *ctx.rest)
-    dbias = None if bias is None else dbias.to(bias.dtype)
-    return *grads, None, None, None, dbias, None, None, None, None, None
-
-
-exit_attention.register_autograd(_backward, setup_context=_setup)
+exit_attention.register_autograd(**autograd.of_exit_attention(exit_attention_backward))
 
 
 # Of a row of states: tokenexit.ops leaves wider ones to PyTorch, for want of shared memory.

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from tokenexit.kernels import autograd
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
@@ -97,25 +98,7 @@ def add_layer_norm(
     return out, mean, rstd
 
 
-def _norm_setup(ctx, inputs, output):
-    x, residual, weight, bias, _, count = inputs
-    ctx.save_for_backward(x, residual, weight, bias, *output[1:])
-    ctx.counted = count is not None
-
-
-def _norm_backward(ctx, grad, _mean, _rstd):
-    if ctx.counted:
-        raise ValueError("add_layer_norm has no gradient with a count")
-    x, residual, weight, bias, mean, rstd = ctx.saved_tensors
-    total = x.float() if residual is None else x.float() + residual  # as in forward
-    grads = torch.ops.aten.native_layer_norm_backward(
-        grad.float(), total, x.shape[1:], mean, rstd, weight.float(), bias.float(), [True] * 3
-    )
-    dx, dweight, dbias = (g.to(x.dtype) for g in grads)
-    return dx, None if residual is None else dx, dweight, dbias, None, None
-
-
-add_layer_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
+add_layer_norm.register_autograd(**autograd.of_add_layer_norm())
 
 
 @triton_op("tokenexit_triton::bias_gelu", mutates_args={})
@@ -130,14 +113,4 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def _gelu_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gelu_backward(ctx, grad):
-    x, bias = ctx.saved_tensors
-    dx = torch.ops.aten.gelu_backward(grad, x + bias)
-    return dx, dx.flatten(0, -2).sum(0)
-
-
-bias_gelu.register_autograd(_gelu_backward, setup_context=_gelu_setup)
+bias_gelu.register_autograd(**autograd.of_bias_gelu())

@@ -220,6 +220,104 @@ def relative_bias(bias, positions, num_keys):
     return bias[:, offset.clamp(-reach, reach) + reach]
 
 
+def linear(
+    x,
+    weight,
+    bias=None,
+    gather=None,
+    residual=None,
+    residual_gather=None,
+    norm_on="none",
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-12,
+    activation="none",
+):
+    """A product, LayerNorms taken where they stand; see `linear_` of `tokenexit.kernels.linear`.
+
+    norm_on: "x" or "residual" is normalised before anything else is done with it. The row that
+    `linear_` normalises on its way out is that of this function with "none".
+    """
+
+    def normed(values, index, on):
+        values = values if index is None else values[index]
+        if norm_on != on:
+            return values
+        return F.layer_norm(values, values.shape[1:], norm_weight, norm_bias, eps)
+
+    out = F.linear(normed(x, gather, "x"), weight, bias)
+    if residual is not None:
+        out = out + normed(residual, residual_gather, "residual")
+    return F.gelu(out) if activation == "gelu" else out
+
+
+def query_key_value(
+    h,
+    query_weight,
+    query_bias,
+    key_value_weight,
+    key_value_bias,
+    active,
+    cu_active,
+    seen,
+    cu_seen,
+    norm_weight,
+    norm_bias,
+    up_weight,
+    up_bias,
+):
+    """Queries, keys and values, and the folded LayerNorm; see `tokenexit.kernels.linear`."""
+    q = F.linear(h[active[: cu_active[-1]]], query_weight, query_bias)
+    kv = F.linear(h[seen[: cu_seen[-1]]], key_value_weight, key_value_bias)
+    return q, kv, torch.stack([up_weight @ norm_weight, F.linear(norm_bias, up_weight, up_bias)])
+
+
+def exit_step(
+    x,
+    norm_weight,
+    norm_bias,
+    eps,
+    head_weight,
+    head_bias,
+    active,
+    cu_active,
+    word_at,
+    h,
+    logits,
+    token_layer,
+    uncertainty_,
+    exit_layer,
+    cu_words,
+    window,
+    threshold,
+    min_active,
+    layer,
+    max_prob=False,
+    decide=True,
+):
+    """What `exit_step_` of `tokenexit.kernels.decision` makes of h, logits, token_layer,
+    uncertainty and exit_layer, in new tensors."""
+    mine = active[: cu_active[-1]]
+    fresh = F.layer_norm(x[: len(mine)], x.shape[1:], norm_weight, norm_bias, eps)
+    asked = F.linear(fresh, head_weight, head_bias)
+    h, logits = h.index_copy(0, mine, fresh), logits.index_copy(0, mine, asked)
+    token_layer = token_layer.index_fill(0, mine, layer)
+    if decide:
+        uncertainty_, exit_layer = exit_decision(
+            asked,
+            word_at[mine],
+            uncertainty_,
+            exit_layer,
+            cu_words,
+            window,
+            threshold,
+            layer,
+            max_prob,
+            min_active,
+        )
+    return h, logits, token_layer, uncertainty_, exit_layer
+
+
 def layer_sum(layer, h, bias=None):
     """One BERT layer on all tokens of one sentence, short of its last LayerNorm: [n, d]."""
     n = len(h)

@@ -221,6 +221,32 @@ def run_step(step, **options):
     return made
 
 
+def step_by_reference(step, dtype):
+    """The same by name, in another dtype, with the uncertainties' kept."""
+    wide = torch.promote_types(dtype, torch.float32)
+    known = {"uncertainty", "threshold"}
+    given = {
+        name: value.to(wide if name in known else dtype)
+        if torch.is_tensor(value) and value.is_floating_point()
+        else value
+        for name, value in step.items()
+    }
+    rows, labels = len(given["x"]), len(given["head_weight"])
+    given["uncertainty_"] = given.pop("uncertainty")
+    del given["max_length"]
+    made = reference.exit_step(
+        **given,
+        eps=1e-5,
+        h=torch.full_like(given["x"], NAN),
+        logits=given["x"].new_full((rows, labels), NAN),
+        token_layer=torch.full((rows,), -1, device=given["x"].device),
+        min_active=None,
+        layer=3,
+    )
+    names = ("h", "logits", "token_layer", "uncertainty", "exit_layer")
+    return dict(zip(names, made, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("labels", [1, 9, 44])
 @pytest.mark.parametrize(("lengths", "d"), [([1], 16), ([5, 0, 60, 20, 1], 40), ([7, 30], 150)])
@@ -228,16 +254,10 @@ def test_exit_step(lengths, d, labels, dtype, device):
     step = make_step(lengths, d, labels, dtype, device)
     made = run_step(step)
     mine = step["active"][: step["cu_active"][-1]]
-    x, gamma, beta = step["x"][: len(mine)], step["norm_weight"], step["norm_bias"]
-
-    def exact(x, gamma, beta, weight, bias):
-        h = F.layer_norm(x, x.shape[1:], gamma, beta, 1e-5)
-        return h, F.linear(h, weight, bias)
-
-    args = (x, gamma, beta, step["head_weight"], step["head_bias"])
-    truth, plain = exact(*(a.double() for a in args)), exact(*args)
-    for i, name in enumerate(("h", "logits")):
-        assert_as_exact(made[name][mine], truth[i], plain[i], name=name)
+    truth, plain = step_by_reference(step, torch.float64), step_by_reference(step, dtype)
+    for name in ("h", "logits"):
+        assert_as_exact(made[name][mine], truth[name][mine], plain[name][mine], name=name)
+    assert torch.equal(made["token_layer"], truth["token_layer"])
     others = torch.ones(len(step["x"]), dtype=torch.bool, device=device)
     others[mine] = False
     assert made["h"][others].isnan().all() and made["logits"][others].isnan().all()

@@ -1,3 +1,5 @@
+from functools import partial
+
 import gpu_model
 import pytest
 import torch
@@ -7,6 +9,8 @@ import triton.language as tl
 from assertions import assert_as_exact
 from tokenexit.kernels import linear as module
 from tokenexit.kernels.linear import linear, linear_, query_key_value, scratch
+
+from tokenexit import reference
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 NAN = float("nan")
@@ -55,11 +59,7 @@ def test_rows_within_the_count(make, device, rows, activation):
     x[rows:] = NAN
     ours = linear(x, weight, bias, number(rows, device), activation=activation, precision="ieee")
     assert ours[rows:].isnan().all()
-
-    def exact(x, weight, bias):
-        out = F.linear(x, weight, bias)
-        return F.gelu(out) if activation == "gelu" else out
-
+    exact = partial(reference.linear, activation=activation)
     check(ours[:rows], exact, x[:rows], weight, bias)
 
 
@@ -81,13 +81,10 @@ def test_gather_scatter_and_residual(make, device):
     residual[near[29:]] = NAN
     gather[30:], near[30:], to[30:] = -(10**9), -(10**9), -(10**9)  # an access would crash
 
-    def exact(x, weight, bias, residual):
-        return F.linear(x, weight, bias) + residual
-
-    args = (x[gather[:29]], weight, bias, residual[near[:29]])
+    args = (x, weight, bias, gather[:29], residual, near[:29])
     options = dict(residual=residual, residual_gather=near, precision="ieee")
     ours = linear(x, weight, bias, count, gather, **options)
-    check(ours[:29], exact, *args)
+    check(ours[:29], reference.linear, *args)
     assert ours[29:].isnan().all()
 
     out = torch.full((70, 24), NAN, dtype=x.dtype, device=device)
@@ -146,7 +143,8 @@ def test_rows_off_zero_are_normalized_as_exactly(make, device, shift):
     options |= dict(norm_stats=stats, norm_on="x", folded=folded_of(up, bias, gamma, beta))
 
     def exact(h, up, bias, gamma, beta):
-        return F.linear(F.layer_norm(h, [d], gamma, beta, 1e-5), up, bias)
+        named = dict(norm_on="x", norm_weight=gamma, norm_bias=beta, eps=1e-5)
+        return reference.linear(h, up, bias, **named)
 
     check(linear(y, up, **options), exact, h, up, bias, gamma, beta)
 
@@ -212,8 +210,7 @@ def test_parts_of_a_product(make, device, split_into, rows, activation):
     x[rows:], residual[rows:] = NAN, NAN
 
     def exact(x, weight, bias, residual):
-        out = F.linear(x, weight, bias) + residual
-        return F.gelu(out) if activation == "gelu" else out
+        return reference.linear(x, weight, bias, residual=residual, activation=activation)
 
     ours, stats = [], []
     for splits, slots in ((1, 1), (2, 99), (8, 20)):
@@ -259,7 +256,8 @@ def test_parts_with_layer_norms(make, device, split_into):
     ours = linear(wide, down, None, count, residual=near, **norm(narrow, n, "residual"))
 
     def second(x, narrow, down, gamma, beta):
-        return F.linear(x, down) + F.layer_norm(narrow, [n], gamma, beta, 1e-5)
+        named = dict(norm_on="residual", norm_weight=gamma, norm_bias=beta, eps=1e-5)
+        return reference.linear(x, down, residual=narrow, **named)
 
     check(ours[:rows], second, wide[:rows], narrow[:rows], down, gamma[:n], beta[:n])
 
@@ -282,10 +280,13 @@ def test_query_key_value(make, device, lengths):
     active, seen = active.to(device), seen.to(device)
     h[~in_use] = NAN
     rest = *lists, gamma, beta, up, bias
-    q, kv, folded = query_key_value(h, wq, bq, wkv, bkv, *rest, precision="ieee")
+    args = h, wq, bq, wkv, bkv, *rest
+    q, kv, folded = query_key_value(*args, precision="ieee")
     torch.testing.assert_close(folded, folded_of(up, bias, gamma, beta), atol=1e-5, rtol=1e-5)
-    check(q[: len(active)], F.linear, h[active], wq, bq)
-    check(kv[: len(seen)], F.linear, h[seen], wkv, bkv)
+    for i, ours in enumerate((q[: len(active)], kv[: len(seen)])):
+        check(ours, lambda *args, i=i: reference.query_key_value(*args)[i], *args)
+    truth = reference.query_key_value(*(a.double() if a.is_floating_point() else a for a in args))
+    torch.testing.assert_close(folded.double(), truth[2], atol=1e-5, rtol=1e-5)
     assert q[len(active) :].isnan().all() and kv[len(seen) :].isnan().all()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tokenexit.kernels import autograd
 from tokenexit.ops import compiled_devices, register_fake, use_compiled, use_triton
 
 _DEVICES = compiled_devices("add_layer_norm")
@@ -57,23 +58,4 @@ if _DEVICES:
     def _(x, residual, weight, bias, eps):
         return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1])
 
-    def _setup(ctx, inputs, output):
-        x, residual, weight, bias, _ = inputs
-        ctx.save_for_backward(x, residual, weight, bias, *output[1:])
-
-    def _backward(ctx, grad, *_):
-        x, residual, weight, bias, mean, rstd = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-            grad.contiguous(),
-            x + residual,
-            weight.shape,
-            mean[:, None],
-            rstd[:, None],
-            weight,
-            bias,
-            [wanted[0] or wanted[1], wanted[2], wanted[3]],
-        )
-        return dx, dx, dweight, dbias, None
-
-    torch.library.register_autograd("tokenexit::add_layer_norm", _backward, setup_context=_setup)
+    torch.library.register_autograd("tokenexit::add_layer_norm", **autograd.of_add_layer_norm())

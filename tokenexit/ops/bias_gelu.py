@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tokenexit.kernels import autograd
 from tokenexit.ops import compiled_devices, register_fake, use_compiled, use_triton
 
 _DEVICES = compiled_devices("bias_gelu")
@@ -42,12 +43,4 @@ if _DEVICES:
     def _(x, bias):
         return x.new_empty(x.shape)
 
-    def _setup(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    def _backward(ctx, grad):
-        x, bias = ctx.saved_tensors
-        dx = torch.ops.aten.gelu_backward(grad, x + bias)
-        return dx, dx.sum(0)
-
-    torch.library.register_autograd("tokenexit::bias_gelu", _backward, setup_context=_setup)
+    torch.library.register_autograd("tokenexit::bias_gelu", **autograd.of_bias_gelu())

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenexit import reference
+from tokenexit.kernels import autograd
 from tokenexit.ops import (
     check_bias,
     compiled_devices,
@@ -113,17 +114,7 @@ if _DEVICES:
         table = (0, 0) if bias is None else bias.shape
         return (*(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(table, dtype=torch.float32))
 
-    def _setup(ctx, inputs, output):
-        q, k, v, cu_q, cu_k, scale, bias, positions, *rest = inputs
-        ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, bias, positions)
-        ctx.scale, ctx.rest = scale, rest
-
-    def _backward(ctx, grad, _):
-        *rows, bias, positions = ctx.saved_tensors
-        dq, dk, dv, dbias = torch.ops.tokenexit.exit_attention_backward(
-            grad, *rows, ctx.scale, bias, positions, *ctx.rest
-        )
-        dbias = None if bias is None else dbias.to(bias.dtype)
-        return dq, dk, dv, None, None, None, dbias, None, None, None, None
-
-    torch.library.register_autograd("tokenexit::exit_attention", _backward, setup_context=_setup)
+    torch.library.register_autograd(
+        "tokenexit::exit_attention",
+        **autograd.of_exit_attention(torch.ops.tokenexit.exit_attention_backward),
+    )
