@@ -515,7 +515,6 @@ def poke(name, value):
         (put("input_ids", None), ValueError, "neither input_ids nor inputs_embeds"),
         (put("inputs_embeds", torch.zeros(3, 9, 32)), ValueError, "both input_ids and inputs_e"),
         (put("output_attentions", True), ValueError, "output_attentions is True; expected None"),
-        (put("output_hidden_states", True), ValueError, "output_hidden_states is True"),
         (put("head_mask", torch.ones(4)), ValueError, "head_mask is a Tensor; expected None or F"),
         (put("polcy", None), TypeError, "unexpected keyword argument 'polcy'"),
     ],
@@ -579,3 +578,91 @@ def test_reference_has_no_dropout():
     tagger.backend = "reference"
     with pytest.raises(ValueError, match="'reference', whose loop needs no dropout in layers"):
         tagger(**random_batch([5]))
+
+
+@pytest.mark.parametrize("policy", [ExitPolicy.never(), POLICY, POLICY.replace(copy="post_norm")])
+def test_hidden_states(policy):
+    """Those of all layers; each head, on its own layer's, gives what tokens were computed to."""
+    tagger, batch = random_tagger(), random_batch([9, 5, 14])
+    real = batch["attention_mask"] != 0
+    out = tagger(**batch, policy=policy, output_hidden_states=True, output_layer_logits=True)
+    plain = tagger(**batch, policy=policy)
+    assert torch.equal(out.logits, plain.logits) and plain.hidden_states is None
+    assert len(out.hidden_states) == 5
+    for number, (h, head) in enumerate(zip(out.hidden_states[1:], tagger.exit_heads, strict=True)):
+        computed = real & (out.exit_layers > number)
+        torch.testing.assert_close(head(h[computed]), out.layer_logits[number][computed])
+        assert not h[~real].any()
+        if policy.copy == "post_norm":
+            gone = out.exit_layers <= number
+            assert torch.equal(h[gone], out.hidden_states[number][gone])
+    with torch.no_grad():
+        again = tagger(**batch, policy=policy, output_hidden_states=True)
+    for one, other in zip(out.hidden_states, again.hidden_states, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_hidden_states_are_hugging_faces_at_full_depth():
+    theirs, batch = random_classifier(), random_batch([9, 9])
+    words = batch.pop("word_ids")
+    with torch.no_grad():
+        expected = theirs(**batch, output_hidden_states=True).hidden_states
+        got = tokenexit.convert(theirs)(**batch, word_ids=words, output_hidden_states=True)
+    assert len(got.hidden_states) == len(expected)
+    for one, other in zip(got.hidden_states, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("policy", [ExitPolicy.never(), POLICY], ids=str)
+def test_activation_checkpointing(policy, reentrant):
+    """Layers are computed twice, with the same dropout, for the same gradients."""
+    results = []
+    for checkpointing in (False, True):
+        tagger, calls = random_tagger().train(), []
+        if checkpointing:
+            tagger.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        tagger.encoder.layers[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(0)
+        loss = tagger(**with_labels(), policy=policy).loss
+        loss.backward()
+        assert len(calls) == 1 + checkpointing
+        results.append([loss, *(p.grad for p in tagger.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_policy_at_loading(tmp_path):
+    tagger = random_tagger(dtype=torch.float32)
+    tagger.save_pretrained(tmp_path)
+    load = TokenExitForTokenClassification.from_pretrained
+    assert load(tmp_path, policy=POLICY).policy == POLICY
+    assert load(tmp_path).policy == ExitPolicy.never()
+    with pytest.raises(TypeError, match="policy is a float"):
+        load(tmp_path, policy=0.3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"is_decoder": True}, r"got a decoder \(config.is_decoder\); expected an encoder"),
+        ({"add_cross_attention": True}, r"got a decoder \(config.add_cross_attention\)"),
+        ({"position_embedding_type": "relative_key"}, "is 'relative_key'; expected 'absolute'"),
+        ({"hidden_act": "nope"}, "config.hidden_act is 'nope'; expected one of"),
+        ({"vocab_size": 0}, "config.vocab_size is 0; expected an int of 1 or more"),
+    ],
+    ids=str,
+)
+def test_refuses_configurations_of_hugging_faces_that_do_not_fit(changes, message, tmp_path):
+    random_classifier().save_pretrained(tmp_path)
+    damage(tmp_path, changes)
+    with pytest.raises(ValueError, match=message):
+        TokenExitForTokenClassification.from_pretrained(tmp_path)
+
+
+def test_the_activation_of_a_family_has_its_name(tmp_path):
+    random_classifier("distilbert").save_pretrained(tmp_path)
+    damage(tmp_path, {"activation": "nope"})
+    with pytest.raises(ValueError, match="config.activation is 'nope'"):
+        TokenExitForTokenClassification.from_pretrained(tmp_path)

@@ -37,6 +37,7 @@ class Call:
         around: gives the modules around the encoder and their classes, which a recorded loop does
             not call anew.
         wants_trace: whether the logits of each layer are asked for, as in training.
+        wants_states: whether the states of each layer are asked for.
         is_recordable: whether all that is given is ids, on the device of `like`.
     """
 
@@ -45,6 +46,7 @@ class Call:
     schedule: Schedule
     around: Callable[[], Reads] = lambda: Reads([], [])
     wants_trace: bool = False
+    wants_states: bool = False
     is_recordable: Callable[[], bool] = lambda: True
 
     @cached_property
@@ -101,8 +103,10 @@ def _of(part: Callable[[Call], object], conditions: Iterable[Condition]) -> list
     return [(name, lambda call, holds=holds: holds(part(call))) for name, holds in conditions]
 
 
+_NO_STATES: Condition = ("no states of each layer", lambda call: not call.wants_states)
 _FAST: list[Condition] = [
     ("no logits of each layer", lambda call: not call.wants_trace),
+    _NO_STATES,
     ("copy 'post_norm'", lambda call: not call.schedule.pre_norm),
     ("neighbors 'frozen'", lambda call: not call.schedule.recompute),
 ]
@@ -135,6 +139,7 @@ CONDITIONS: Mapping[str, list[Condition]] = MappingProxyType(
         ],
         "eager": [],
         "reference": [
+            _NO_STATES,
             (
                 "no dropout in layers",
                 lambda call: not any(isinstance(x, ExitLayer) and x.drops() for x in call.layers),

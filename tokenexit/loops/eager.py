@@ -33,6 +33,7 @@ class ExitEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.heads = nn.ModuleList(heads)
+        self.gradient_checkpointing = False  # as Hugging Face's models switch it on
 
     def forward(
         self,
@@ -41,11 +42,14 @@ class ExitEncoder(nn.Module):
         schedule: Schedule,
         bias: torch.Tensor | None = None,
         exits: torch.Tensor | None = None,
+        states: list[torch.Tensor] | None = None,
     ) -> Trace:
         """Arguments and result of `tokenexit.reference.exit_forward`, active tokens only.
 
         Args:
             exits: its `exit_layer`.
+            states: to which those of all tokens `[T, d]` are added after each layer that is
+                reached, as the next one sees them.
         """
         active = Active.all(packed)
         stored = h  # what tokens that left are copied from
@@ -54,14 +58,21 @@ class ExitEncoder(nn.Module):
         thresholds = schedule.threshold.unbind()
         trace = []
         for number, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True), 1):
-            fresh = layer(h, active, bias, schedule.pre_norm)
+            if self.gradient_checkpointing and self.training:
+                checkpoint = self._gradient_checkpointing_func
+                fresh = checkpoint(layer.__call__, h, active, bias, schedule.pre_norm)
+            else:
+                fresh = layer(h, active, bias, schedule.pre_norm)
             if fresh.device != h.device:  # what PyTorch makes of weights that are not loaded
                 raise ValueError(
                     f"layer {number} gave states on {fresh.device} for those on {h.device}; "
                     "expected its weights there"
                 )
-            stored = _store(stored, active, fresh)
+            keep = states is not None or torch.is_grad_enabled()
+            stored = _store(stored, active, fresh, keep)
             h = layer.output_norm(stored) if schedule.pre_norm else stored
+            if states is not None:
+                states.append(h)
             logits = head(active.rows(h) if schedule.pre_norm else fresh)
             trace.append((active.tokens, logits))
             if number == len(self.layers):
@@ -112,12 +123,14 @@ class Outcome:
         logits: `[T, C]`.
         layers: `[T]` int64, from 1; 0 of tokens that are in no sentence.
         trace: what was computed in each layer; None of a loop that does not keep it.
+        states: before the first layer and after each, `[T, d]`, where they are asked for.
         no_nan: `[]` bool, whether surely no layer's logits had a NaN; None: the trace tells.
     """
 
     logits: torch.Tensor
     layers: torch.Tensor
     trace: Trace | None = None
+    states: list[torch.Tensor] | None = None
     no_nan: torch.Tensor | None = None
 
     def is_sound(self) -> torch.Tensor:
@@ -129,8 +142,13 @@ class Outcome:
 
 def run(call, h, packed, schedule, bias, exits) -> Outcome:
     """See `tokenexit.loops.Loop`."""
-    trace = call.encoder(h, packed, schedule, bias, exits)
-    return Outcome(*last_of(trace, len(h)), trace)
+    if not call.wants_states:
+        trace = call.encoder(h, packed, schedule, bias, exits)
+        return Outcome(*last_of(trace, len(h)), trace)
+    states = [h]
+    trace = call.encoder(h, packed, schedule, bias, exits, states)
+    states += states[-1:] * (1 + len(call.encoder.layers) - len(states))  # all have left
+    return Outcome(*last_of(trace, len(h)), trace, states)
 
 
 def run_reference(call, h, packed, schedule, bias, exits) -> Outcome:
@@ -178,10 +196,14 @@ def explain_nan(trace: Trace, packed: Packed, model: nn.Module) -> ValueError:
     )
 
 
-def _store(values: torch.Tensor, active: Active, rows: torch.Tensor) -> torch.Tensor:
-    """`values` with the active tokens' `rows`, without a copy where those are all."""
+def _store(values: torch.Tensor, active: Active, rows: torch.Tensor, keep: bool) -> torch.Tensor:
+    """`values` with the active tokens' `rows`, without a copy where those are all.
+
+    Args:
+        keep: leave `values` as they are.
+    """
     if rows.shape[0] == values.shape[0]:
         return rows
-    if torch.is_grad_enabled():
+    if keep:
         return values.index_copy(0, active.tokens, rows)
     return values.index_copy_(0, active.tokens, rows)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +35,12 @@ from tokenexit.models.checkpoint import (
     load_config,
     load_whole,
 )
-from tokenexit.models.configuration import TokenExitConfig, check_config, check_sizes
+from tokenexit.models.configuration import TokenExitConfig, check_config
 from tokenexit.models.embeddings import ExitEmbeddings
 from tokenexit.models.loss import check_labels, exit_loss, final_loss
 from tokenexit.models.pipeline import call_of, run
 from tokenexit.models.rows import Rows, check_others
-from tokenexit.models.translation import check_checkpoint, config_of, copy_weights, family_of
+from tokenexit.models.translation import check_checkpoint, check_supported, config_of, copy_weights
 from tokenexit.packing import STARTS_WORD
 from tokenexit.policy import ExitPolicy
 from tokenexit.schedule import Schedule
@@ -56,6 +57,9 @@ class TokenExitOutput(TokenClassifierOutput):
         loss: in training, `exit_loss`; in evaluation, cross-entropy of `logits`. None without
             labels.
         logits: `[B, N, C]`, those each token left with; 0 at padding.
+        hidden_states: with `output_hidden_states`, L + 1 of `[B, N, d]`, before the first layer and
+            after each: those that the next layer sees, of a token that left as it left (of the copy
+            "pre_norm", under that layer's LayerNorm). The last are what tokens left with.
         exit_layers: `[B, N]` int64, the layer each token left at, from 1; 0 at padding.
         layer_logits: with `output_layer_logits`, `[L, B, N, C]`: each layer's logits for the
             tokens computed in it, NaN for the others.
@@ -76,6 +80,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # forward takes num_items_in_batch
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["ExitEmbeddings", "ExitLayer"]
 
     def __init__(self, config: TokenExitConfig):
         check_config(config)
@@ -205,7 +211,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         a faster one, or the one that is asked for.
         """
         with torch.no_grad():
-            call = call_of(self, self._schedule(None, 1), self.training)
+            call = call_of(self, self._schedule(None, 1), wants_trace=self.training)
             name, failed = pick(self._backend, call)
         needs = "a fast loop" if self._backend == "auto" else f"the loop {self._backend!r}"
         return (name or "none") if failed is None else f"{name or 'none'}: {needs} needs {failed}"
@@ -244,6 +250,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         name: str | os.PathLike,
         *args,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        policy: ExitPolicy | None = None,
         **kwargs,
     ) -> TokenExitForTokenClassification:
         """Load a saved tagger, or any supported Hugging Face encoder or token classifier.
@@ -252,6 +259,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
             name: a folder or a name on the hub.
             tokenizer: used when `name` is not a saved tagger, to mark words; see
                 `tokenexit.convert`. None: the one saved beside it.
+            policy: in place of the saved one.
             args, kwargs: of `PreTrainedModel.from_pretrained`: `num_labels`, `dtype` (None for
                 that of the checkpoint), ...
 
@@ -272,10 +280,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 kwargs["dtype"] = torch.float32
             model, info = load_whole(super().from_pretrained, name, (), False, *args, **kwargs)
             model.mark_untrained(model.config.untrained_heads or ())
-            model._warn_of_untrained_heads()
         else:
-            family_of(config)
-            check_sizes(config)
+            check_supported(config)
             new = ("classifier.weight", "classifier.bias")  # of an encoder without a classifier
             loader = AutoModelForTokenClassification.from_pretrained
             theirs, info = load_whole(loader, name, new, True, *args, **kwargs)
@@ -285,6 +291,10 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 model.mark_untrained(range(1, model.config.num_hidden_layers + 1))
             if tokenizer is None:
                 model.token_kinds.copy_(marks_of(name, model.config.vocab_size, **hub))
+        if policy is not None:
+            model.policy = policy
+        else:
+            model._warn_of_untrained_heads()
         return (model, info) if kwargs.get("output_loading_info") else model
 
     @classmethod
@@ -330,6 +340,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         output_layer_logits: bool = False,
         return_dict: bool | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **others,
     ) -> TokenExitOutput | tuple[torch.Tensor, ...]:
         """Tag a padded batch of B rows of N tokens.
@@ -352,6 +363,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
             return_dict: False for a tuple. None: as the configuration says.
             inputs_embeds: `[B, N, d]` in place of `input_ids` and their embeddings; each token is
                 a word where no `word_ids` are given.
+            output_hidden_states: return the states before the first layer and after each, too.
             others: further arguments of Hugging Face's models, such as `output_attentions`: None or
                 False.
 
@@ -374,8 +386,9 @@ class TokenExitForTokenClassification(PreTrainedModel):
             exit_layers=exit_layers,
         )
         schedule = self._schedule(policy, len(rows.input_ids))
-        wants_trace = output_layer_logits or self.training
-        found = run(self, rows, call_of(self, schedule, wants_trace, rows))
+        wants = {"wants_trace": output_layer_logits or self.training}
+        wants["wants_states"] = bool(output_hidden_states)
+        found = run(self, rows, call_of(self, schedule, rows, **wants))
 
         num_layers, loss = self.config.num_hidden_layers, None
         if labels is not None:
@@ -394,10 +407,14 @@ class TokenExitForTokenClassification(PreTrainedModel):
         layer_logits = None
         if output_layer_logits:
             layer_logits = padded_logits(found.trace, found.packed, num_layers)
+        states = None
+        if output_hidden_states:
+            states = tuple(map(found.packed.unpack, found.states))
         output = TokenExitOutput(
             loss=loss,
             logits=found.logits,
             exit_layers=found.exit_layers,
+            hidden_states=states,
             layer_logits=layer_logits,
         )
         if return_dict is None:
@@ -406,6 +423,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
 
     def _schedule(self, policy, num_sentences) -> Schedule:
         policy = self.policy if policy is None else policy
+        num_layers = self.config.num_hidden_layers
+        return Schedule.of(policy, num_layers, num_sentences, self.embeddings.norm.weight)
 
 
 AutoConfig.register(TokenExitConfig.model_type, TokenExitConfig)

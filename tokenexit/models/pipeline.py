@@ -24,7 +24,7 @@ from tokenexit.schedule import Schedule
 class Found(NamedTuple):
     """What a call found, padded: `[B, N, C]`, `[B, N]`, and `[]` bool, whether all was sound.
 
-    The layout and the trace are there but of a loop that keeps no trace.
+    The layout and the trace are there but of a loop that keeps no trace; the states if asked for.
     """
 
     logits: torch.Tensor
@@ -32,10 +32,11 @@ class Found(NamedTuple):
     sound: torch.Tensor
     packed: Packed | None = None
     trace: Trace | None = None
+    states: list[torch.Tensor] | None = None
 
 
-def call_of(model, schedule: Schedule, wants_trace: bool, rows: Rows | None = None) -> Call:
-    """What conditions are asked of, see `tokenexit.loops`; without rows, of any on its device."""
+def call_of(model, schedule: Schedule, rows: Rows | None = None, **wants: bool) -> Call:
+    """What conditions are asked of, see `tokenexit.loops.Call`; without rows, of any."""
     like = model.embeddings.norm.weight.new_empty(1, model.config.hidden_size)
 
     def is_recordable():
@@ -48,8 +49,8 @@ def call_of(model, schedule: Schedule, wants_trace: bool, rows: Rows | None = No
         like=like,
         schedule=schedule,
         around=lambda: _around(model),
-        wants_trace=wants_trace,
         is_recordable=is_recordable,
+        **wants,
     )
 
 
@@ -134,7 +135,7 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
     if not model.training:
         sound = sound & outcome.is_sound()
     results = packed.unpack(outcome.logits), packed.unpack(outcome.layers), sound
-    return Found(*results, packed, outcome.trace)
+    return Found(*results, packed, outcome.trace, outcome.states)
 
 
 def _explain(model, rows):

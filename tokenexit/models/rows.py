@@ -19,7 +19,6 @@ _OTHERS = frozenset(
         "encoder_hidden_states",
         "head_mask",
         "output_attentions",
-        "output_hidden_states",
         "past_key_values",
         "use_cache",
     )

@@ -11,9 +11,10 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
-from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.models.configuration import TokenExitConfig, check_sizes
 from tokenexit.models.families import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,8 @@ def config_of(model: PreTrainedModel) -> TokenExitConfig:
             "adapters around it has to be merged before)"
         )
     theirs = model.config
+    check_supported(theirs)
     family = family_of(theirs)
-    if getattr(theirs, "is_decoder", False):
-        raise ValueError("got a decoder (config.is_decoder); expected an encoder")
     _refuse_other_code(model)
     expected = token_classifier(theirs)
     if not isinstance(model, getattr(transformers, expected)):
@@ -127,6 +127,28 @@ def family_of(config: PreTrainedConfig) -> Family:
             f"got a {config.model_type!r} model; supported architectures are {sorted(FAMILIES)}"
         )
     return FAMILIES[config.model_type]
+
+
+def check_supported(config: PreTrainedConfig):
+    """Raise ValueError for a Hugging Face configuration of which there is no tagger.
+
+    To be asked before its model is built, too: what that would raise may be anything.
+    """
+    family = family_of(config)
+    check_sizes(config)
+    for name in ("is_decoder", "add_cross_attention"):
+        if getattr(config, name, False):
+            raise ValueError(f"got a decoder (config.{name}); expected an encoder")
+    positions = getattr(config, "position_embedding_type", None)
+    if positions not in (None, "absolute"):
+        raise ValueError(
+            f"config.position_embedding_type is {positions!r}; expected 'absolute', the only one "
+            "that Hugging Face's models still have"
+        )
+    name = family.config.get("hidden_act", "hidden_act")
+    activation = getattr(config, name)
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        raise ValueError(f"config.{name} is {activation!r}; expected one of {[*ACT2FN]}")
 
 
 def token_classifier(config: PreTrainedConfig) -> str:
