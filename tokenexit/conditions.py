@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from torch.nn.modules import module as _torch_module
 _FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)}
 _CALL = nn.Module.__call__
 _PLAIN = {torch.Tensor, nn.Parameter}
+_DEVICE, _SHAPE, _DTYPE = map(attrgetter, ("device", "shape", "dtype"))
 
 
 def passable(cls: type[nn.Module]) -> type[nn.Module]:
@@ -49,6 +52,11 @@ class Reads:
 
     def __post_init__(self):
         self.tensors = self.weights + self.scales + self.classifiers
+
+    @cached_property
+    def expected(self) -> tuple[list[Sequence[int]], list[torch.dtype]]:
+        """What `layout` gives."""
+        return self.layout()
 
 
 def _own_forward(reads):
@@ -89,10 +97,10 @@ CALLS = (
 )
 # These, the compiled ops see to themselves in each layer that is reached; see `refused`.
 TENSORS = (
-    ("weights where the states are", lambda r: all([x.device == r.device for x in r.tensors])),
+    ("weights where the states are", lambda r: {r.device}.issuperset(map(_DEVICE, r.tensors))),
     ("contiguous weights", _contiguous),
-    ("weights of shapes that fit", lambda r: [x.shape for x in r.tensors] == r.layout()[0]),
-    ("weights of the states' dtype", lambda r: [x.dtype for x in r.tensors] == r.layout()[1]),
+    ("weights of shapes that fit", lambda r: [*map(_SHAPE, r.tensors)] == r.expected[0]),
+    ("weights of the states' dtype", lambda r: [*map(_DTYPE, r.tensors)] == r.expected[1]),
 )
 
 

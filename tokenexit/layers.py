@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -245,8 +246,9 @@ def reads(
 
     def layout():
         of_up = slice(_WEIGHTS.index("up.bias"), None, len(_WEIGHTS))
-        inner = [bias.numel() for bias in weights[of_up]]
-        return _layout(like, inner, [bias.numel() for bias in classifiers[1::2]], int8)
+        inner = tuple([bias.numel() for bias in weights[of_up]])
+        labels = tuple([bias.numel() for bias in classifiers[1::2]])
+        return _layout(like.shape[-1], like.dtype, inner, labels, int8)
 
     return Reads(modules, kinds, weights, scales, classifiers, like.device, layout)
 
@@ -261,23 +263,24 @@ def _head_kind(head):
     return nn.Linear if type(head) is nn.Linear else ExitHead
 
 
-def _layout(like, inner, labels, int8):
+@lru_cache
+def _layout(d, dtype, inner, labels, int8):
     """Shapes and dtypes of `Reads.tensors`, for layers of inner widths and heads of labels."""
-    d, shapes, dtypes, scales = like.shape[-1], [], [], []
+    shapes, dtypes, scales = [], [], []
     for f in inner:
         rows = {"query": d, "key_value": 2 * d, "attention_output": d, "up": f, "down": d}
         for name, kind in _PARTS.items():
             if kind is nn.Linear:
                 shapes += [(rows[name], f if name == "down" else d), (rows[name],)]
-                dtypes += [torch.int8 if int8 else like.dtype, like.dtype]
+                dtypes += [torch.int8 if int8 else dtype, dtype]
                 scales += [(rows[name],), (rows[name] + 1,)]
             elif kind is nn.LayerNorm:
                 shapes += [(d,)] * 2
-                dtypes += [like.dtype] * 2
+                dtypes += [dtype] * 2
                 scales += [(0, d)] * 2
     shapes += scales if int8 else []
     shapes += [shape for c in labels for shape in ((c, d), (c,))]
-    return shapes, dtypes + [like.dtype] * (len(shapes) - len(dtypes))
+    return shapes, dtypes + [dtype] * (len(shapes) - len(dtypes))
 
 
 # What else the code that is compiled for CPUs needs, of states, and of these and layers.

@@ -85,6 +85,16 @@ class Schedule:
             decides=tuple(any(row) for row in zip(*columns, strict=True)),
         )
 
+    def at(self, layer: int) -> dict[str, object]:
+        """What a decision at that layer, from 1, hangs on: arguments of `exit_decision`."""
+        return {
+            "window": self.window,
+            "threshold": self.threshold[layer - 1],
+            "layer": layer,
+            "max_prob": self.max_prob,
+            "min_active": self.min_active,
+        }
+
     def padded(self, num_sentences: int) -> Schedule:
         """This one, with sentences without words behind its own."""
         more = num_sentences - self.window.shape[0]
@@ -116,15 +126,5 @@ def simulate_exits(
     nobody = known.new_empty(0, 1), left.new_empty(0)
     for number, fresh in enumerate(uncertainty, 1):
         known = fresh if schedule.recompute else torch.where(left == 0, fresh, known)
-        _, left = exit_decision(
-            *nobody,
-            known,
-            left,
-            cu_words,
-            schedule.window,
-            schedule.threshold[number - 1],
-            number,
-            schedule.max_prob,
-            schedule.min_active,
-        )
+        _, left = exit_decision(*nobody, known, left, cu_words, **schedule.at(number))
     return left

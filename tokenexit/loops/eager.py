@@ -55,7 +55,6 @@ class ExitEncoder(nn.Module):
         stored = h  # what tokens that left are copied from
         left = torch.zeros_like(packed.first_token)
         uncertainty = schedule.threshold.new_zeros(left.shape)
-        thresholds = schedule.threshold.unbind()
         trace = []
         for number, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True), 1):
             if self.gradient_checkpointing and self.training:
@@ -95,11 +94,7 @@ class ExitEncoder(nn.Module):
                     uncertainty,
                     left,
                     packed.cu_words,
-                    schedule.window,
-                    thresholds[number - 1],
-                    number,
-                    schedule.max_prob,
-                    schedule.min_active,
+                    **schedule.at(number),
                 )
             tokens, cu_tokens = compact_active(
                 active.tokens, active.cu_tokens, packed.word_of_token, left

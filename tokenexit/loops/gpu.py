@@ -243,14 +243,10 @@ def exit_loop(
             uncertainty=uncertainty,
             exit_layer=left,
             cu_words=packed.cu_words,
-            window=schedule.window,
-            threshold=schedule.threshold[number - 1],
-            min_active=schedule.min_active,
             arrived=arrived,
-            layer=number,
             max_length=packed.shape[1],
-            max_prob=schedule.max_prob,
             decide=asks,
+            **schedule.at(number),
         )
         if exits is not None and not last:
             left, asks = left_by[number - 1], True

@@ -21,32 +21,31 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     tree through it: a model that has one is switched, and switched back module by module at the
     end; only beside a thread that trains it at that moment, this is not enough.
     """
-    twins = {}
-    if not _has_own_forward(model):
-        yield _twin(model, twins)
-        return
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        yield model.eval()
-    finally:
-        for module, training in modes:
-            module.training = training
+        twin = _twin(model, {})
+    except _OwnForward:
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            yield model.eval()
+        finally:
+            for module, training in modes:
+                module.training = training
+    else:
+        yield twin
+
+
+class _OwnForward(Exception):
+    """A module has a forward of its own, in place of its class's."""
 
 
 def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    if type(module) in _OF_NO_MODE:
+    own = module.__dict__
+    if "forward" in own or own.get("_compiled_call_impl") is not None:
+        raise _OwnForward
+    if type(module) in _OF_NO_MODE and not own["_modules"]:
         return module
     if module not in twins:  # a part may stand in several places
         twins[module] = twin = type(module).__new__(type(module))
-        parts = {name: part and _twin(part, twins) for name, part in module._modules.items()}
-        twin.__dict__.update(module.__dict__, training=False, _modules=parts)
+        parts = {name: part and _twin(part, twins) for name, part in own["_modules"].items()}
+        twin.__dict__.update(own, training=False, _modules=parts)
     return twins[module]
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    own = module.__dict__
-    return (
-        "forward" in own
-        or own.get("_compiled_call_impl") is not None
-        or any([_has_own_forward(part) for part in module._modules.values() if part is not None])
-    )
