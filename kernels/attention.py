@@ -425,7 +425,8 @@ def exit_attention_backward(
     return dq, dk, dv, lse.new_empty(0, 0) if dbias is None else dbias.sum((0, 1))
 
 
-exit_attention.register_autograd(**autograd.of_exit_attention(exit_attention_backward))
+_backward, _setup = autograd.of_exit_attention(exit_attention_backward)
+exit_attention.register_autograd(_backward, setup_context=_setup)
 
 
 # Of a row of states: tokenexit.ops leaves wider ones to PyTorch, for want of shared memory.

@@ -1,6 +1,6 @@
 """Gradients of ops that a kernel and the compiled op for CPUs share: their formulas stand once.
 
-Each function gives the arguments of `register_autograd`. It needs no triton.
+Each function gives the backward and the `setup_context` of an op. They need no triton.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 
-def of_exit_attention(op_backward: Callable) -> dict:
+def of_exit_attention(op_backward: Callable) -> tuple[Callable, Callable]:
     """Of `exit_attention(q, k, v, cu_q, cu_k, scale, bias, positions, ...) -> (out, lse)`.
 
     Args:
@@ -26,10 +26,10 @@ def of_exit_attention(op_backward: Callable) -> dict:
         dbias = None if bias is None else dbias.to(bias.dtype)
         return *grads, None, None, None, dbias, None, *[None] * len(ctx.rest)
 
-    return {"backward": backward, "setup_context": setup}
+    return backward, setup
 
 
-def of_add_layer_norm() -> dict:
+def of_add_layer_norm() -> tuple[Callable, Callable]:
     """Of `add_layer_norm(x, residual, weight, bias, eps, ...) -> (out, mean, rstd)`, by row."""
 
     def setup(ctx, inputs, output):
@@ -56,10 +56,10 @@ def of_add_layer_norm() -> dict:
         dresidual = None if residual is None else dx
         return dx, dresidual, dweight, dbias, None, *[None] * len(ctx.rest)
 
-    return {"backward": backward, "setup_context": setup}
+    return backward, setup
 
 
-def of_bias_gelu() -> dict:
+def of_bias_gelu() -> tuple[Callable, Callable]:
     """Of `bias_gelu(x, bias) -> out`."""
 
     def setup(ctx, inputs, output):
@@ -70,4 +70,4 @@ def of_bias_gelu() -> dict:
         dx = torch.ops.aten.gelu_backward(grad, x + bias)
         return dx, dx.flatten(0, -2).sum(0)
 
-    return {"backward": backward, "setup_context": setup}
+    return backward, setup

@@ -98,7 +98,8 @@ def add_layer_norm(
     return out, mean, rstd
 
 
-add_layer_norm.register_autograd(**autograd.of_add_layer_norm())
+_backward, _setup = autograd.of_add_layer_norm()
+add_layer_norm.register_autograd(_backward, setup_context=_setup)
 
 
 @triton_op("tokenexit_triton::bias_gelu", mutates_args={})
@@ -113,4 +114,5 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-bias_gelu.register_autograd(**autograd.of_bias_gelu())
+_backward, _setup = autograd.of_bias_gelu()
+bias_gelu.register_autograd(_backward, setup_context=_setup)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenexit import ExitPolicy
@@ -105,3 +106,32 @@ def test_sentences_more():
     assert more.threshold[0].tolist() == [0.25, 0.25, 0] and more.decides == schedule.decides
     room = schedule.like(5)
     assert [x.shape[-1] for x in room.tensors] == [5] * 3 and not any(x.any() for x in room.tensors)
+
+
+def test_one_policy_s_is_kept_on_a_cpu_and_no_other():
+    policy, like = ExitPolicy(threshold=0.3, window=1), torch.zeros(0)
+    with torch.inference_mode():
+        kept = Schedule.of(policy, 4, 3, like)
+    assert Schedule.of(policy.replace(), 4, 3, like) is kept
+    assert not any(tensor.is_inference() for tensor in kept.tensors)
+    for others in (
+        (policy.replace(window=2), 4, 3, like),
+        (policy, 5, 3, like),
+        (policy, 4, 2, like),
+    ):
+        assert Schedule.of(*others) is not kept
+    assert Schedule.of(policy, 4, 3, like.double()).threshold.dtype == torch.float64
+    with FakeTensorMode():
+        traced = Schedule.of(policy, 4, 3, torch.zeros(0))
+        fresh = Schedule.of(policy, 4, 7, torch.zeros(0))
+    assert traced is not kept and isinstance(fresh.window, FakeTensor)
+    assert type(Schedule.of(policy, 4, 7, like).window) is torch.Tensor
+
+
+def test_a_schedule_follows_the_states():
+    schedule = Schedule.of(ExitPolicy(threshold=0.25), 4, 2, torch.zeros(0))
+    assert schedule.to(torch.zeros(1).half()) is schedule
+    wide = schedule.to(torch.zeros(1).double())
+    assert wide.threshold.dtype == torch.float64 and wide.window.dtype == torch.int64
+    assert wide.threshold[0].tolist() == [0.25, 0.25]
+    assert schedule.to(torch.zeros(1, device="meta")).window.is_meta

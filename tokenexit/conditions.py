@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from operator import attrgetter
 
 import torch
 from torch import nn
@@ -20,7 +18,6 @@ from torch.nn.modules import module as _torch_module
 _FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)}
 _CALL = nn.Module.__call__
 _PLAIN = {torch.Tensor, nn.Parameter}
-_DEVICE, _SHAPE, _DTYPE = map(attrgetter, ("device", "shape", "dtype"))
 
 
 def passable(cls: type[nn.Module]) -> type[nn.Module]:
@@ -52,11 +49,14 @@ class Reads:
 
     def __post_init__(self):
         self.tensors = self.weights + self.scales + self.classifiers
+        self._expected = None
 
-    @cached_property
+    @property
     def expected(self) -> tuple[list[Sequence[int]], list[torch.dtype]]:
         """What `layout` gives."""
-        return self.layout()
+        if self._expected is None:  # no cached_property, which torch.compile does not take
+            self._expected = self.layout()
+        return self._expected
 
 
 def _own_forward(reads):
@@ -97,10 +97,10 @@ CALLS = (
 )
 # These, the compiled ops see to themselves in each layer that is reached; see `refused`.
 TENSORS = (
-    ("weights where the states are", lambda r: {r.device}.issuperset(map(_DEVICE, r.tensors))),
+    ("weights where the states are", lambda r: all([x.device == r.device for x in r.tensors])),
     ("contiguous weights", _contiguous),
-    ("weights of shapes that fit", lambda r: [*map(_SHAPE, r.tensors)] == r.expected[0]),
-    ("weights of the states' dtype", lambda r: [*map(_DTYPE, r.tensors)] == r.expected[1]),
+    ("weights of shapes that fit", lambda r: [x.shape for x in r.tensors] == r.expected[0]),
+    ("weights of the states' dtype", lambda r: [x.dtype for x in r.tensors] == r.expected[1]),
 )
 
 

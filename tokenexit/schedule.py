@@ -44,11 +44,28 @@ class Schedule:
     ) -> Schedule:
         """The schedule of one policy for all, or of one for each sentence.
 
+        Those of one policy are kept, on a CPU: to make them takes as long as a layer. So nobody
+        writes into a schedule.
+
         Raises:
             TypeError: what is no policy.
             ValueError: not one policy a sentence; policies that differ in criterion, copy or
                 neighbors; a list of thresholds that is not one per layer.
         """
+        may_keep = isinstance(policies, ExitPolicy) and _is_plain(like)
+        key = (policies, num_layers, num_sentences, like.dtype) if may_keep else None
+        if may_keep and key in _KEPT:
+            return _KEPT[key]
+        with torch.inference_mode(False):  # else it could be used in that mode only
+            made = cls._made(policies, num_layers, num_sentences, like)
+        if may_keep and _is_plain(made.threshold):
+            while len(_KEPT) >= _MOST_KEPT:
+                _KEPT.pop(next(iter(_KEPT)), None)
+            _KEPT[key] = made
+        return made
+
+    @classmethod
+    def _made(cls, policies, num_layers, num_sentences, like):
         shared = not isinstance(policies, Sequence)
         policies = [policies] if shared else policies
         if not all(isinstance(policy, ExitPolicy) for policy in policies):
@@ -95,6 +112,14 @@ class Schedule:
             "min_active": self.min_active,
         }
 
+    def to(self, states: torch.Tensor) -> Schedule:
+        """This one, where states are and for decisions in their dtype."""
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        if (self.threshold.dtype, self.threshold.device) == (dtype, states.device):
+            return self
+        moved = self._with(x.to(states.device) for x in self.tensors)
+        return replace(moved, threshold=moved.threshold.to(dtype))
+
     def padded(self, num_sentences: int) -> Schedule:
         """This one, with sentences without words behind its own."""
         more = num_sentences - self.window.shape[0]
@@ -111,6 +136,16 @@ class Schedule:
 
     def _with(self, tensors):
         return replace(self, **dict(zip(_TENSORS, tensors, strict=True)))
+
+
+_KEPT: dict[tuple, Schedule] = {}
+_MOST_KEPT = 256
+
+
+def _is_plain(tensor):
+    """On a CPU, and not only traced."""
+    real = type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
+    return real and tensor.device.type == "cpu"
 
 
 def simulate_exits(

@@ -124,7 +124,7 @@ def test_torch_export_takes_it():
 
 
 def call_of(layers, heads, h):
-    return Call(ExitEncoder(layers, heads), h[:1], Schedule.of(ExitPolicy(), 4, 1, torch.zeros(0)))
+    return Call(ExitEncoder(layers, heads), h, Schedule.of(ExitPolicy(), 4, 1, torch.zeros(0)))
 
 
 @torch.no_grad()

@@ -622,7 +622,7 @@ def test_activation_checkpointing(policy, reentrant):
         tagger, calls = random_tagger().train(), []
         if checkpointing:
             tagger.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        tagger.encoder.layers[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        tagger.encoder.layers[0].register_forward_pre_hook(lambda *_, c=calls: c.append(1))
         torch.manual_seed(0)
         loss = tagger(**with_labels(), policy=policy).loss
         loss.backward()

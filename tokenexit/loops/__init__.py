@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -26,7 +25,7 @@ from tokenexit.packing import Packed
 from tokenexit.schedule import Schedule
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """What is to be run: all that conditions are asked of.
 
@@ -49,23 +48,31 @@ class Call:
     wants_states: bool = False
     is_recordable: Callable[[], bool] = lambda: True
 
-    @cached_property
+    def __post_init__(self):
+        self._reads = self._outer = None  # no cached_property, which torch.compile does not take
+
+    @property
     def layers(self) -> list[torch.nn.Module]:
         return [*self.encoder.layers]
 
-    @cached_property
+    @property
     def heads(self) -> list[torch.nn.Module]:
         return [*self.encoder.heads]
 
-    @cached_property
+    @property
     def reads(self) -> Reads:
         """What a fast loop reads of the encoder without calling it."""
-        return reads(self.layers, self.heads, self.like, [self.encoder], [ExitEncoder])
+        if self._reads is None:
+            encoder = [self.encoder], [ExitEncoder]
+            self._reads = reads(self.layers, self.heads, self.like, *encoder)
+        return self._reads
 
-    @cached_property
+    @property
     def outer(self) -> Reads:
         """What a recorded loop does not call anew beside the encoder."""
-        return self.around()
+        if self._outer is None:
+            self._outer = self.around()
+        return self._outer
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,21 @@ def choose(backend: str, call: Call) -> Loop:
         message = f"slow on this GPU: {what} is missing; see `tokenexit info`"
         gpu.fell_back("not installed", message)
     return LOOPS[name]
+
+
+def tell(backend: str, call: Call) -> str:
+    """In words, what would run a call: the name of a loop.
+
+    Behind "eager" or "none" comes the first condition that is not met for a faster one, or for the
+    one that is asked for.
+    """
+    name, failed = pick(backend, call)
+    if name == "cpu" and (failed := unmet(TENSORS, call.reads)):  # which the op would find
+        name = "eager" if backend == "auto" else None
+    if failed is None:
+        return name
+    needs = "a fast loop" if backend == "auto" else f"the loop {backend!r}"
+    return f"{name or 'none'}: {needs} needs {failed}"
 
 
 def cannot(backend: str, failed: str) -> ValueError:

@@ -71,11 +71,11 @@ def exit_loop(
     if h.dim() != 2 or h.shape[1] % first.num_heads:
         raise ValueError(f"got h {tuple(h.shape)}, {first.num_heads} heads; expected [T, d], H | d")
     for name in ("positions", "word_of_token", "word_at"):
-        check_vector(name, getattr(packed, name), len(h), h.device)
+        check_vector(name, getattr(packed, name), h.shape[0], h.device)
     if exits is not None:
-        check_vector("exits", exits, len(packed.first_token), h.device)
+        check_vector("exits", exits, packed.first_token.shape[0], h.device)
     if bias is not None:
-        check_bias(bias, packed.positions, h.new_empty(len(h), first.num_heads, 0))
+        check_bias(bias, packed.positions, h.new_empty(h.shape[0], first.num_heads, 0))
         bias = bias.float()
     return torch.ops.tokenexit.exit_loop(
         h,
@@ -104,4 +104,4 @@ if _DEVICES:
 
     @register_fake("exit_loop")
     def _(h, positions, cu_tokens, cu_words, word_of_token, word_at, weights, scales, heads, *_):
-        return h.new_empty(len(h), len(heads[1])), torch.empty_like(positions)
+        return h.new_empty(h.shape[0], heads[1].shape[0]), torch.empty_like(positions)

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized, quantize
 from tokenexit.layers import ExitHead, ExitLayer
-from tokenexit.loops import BACKENDS, pick
+from tokenexit.loops import BACKENDS, tell
 from tokenexit.loops.eager import ExitEncoder, padded_logits
 from tokenexit.loops.graphs import Graphs
 from tokenexit.models.checkpoint import (
@@ -207,14 +207,11 @@ class TokenExitForTokenClassification(PreTrainedModel):
     def loop(self) -> str:
         """What would run a call as the model is now: its policy and its mode, without gradients.
 
-        The name of a loop; behind "eager" or "none", with the first condition that is not met for
-        a faster one, or the one that is asked for.
+        The name of a loop, see `tokenexit.loops.tell`.
         """
         with torch.no_grad():
-            call = call_of(self, self._schedule(None, 1), wants_trace=self.training)
-            name, failed = pick(self._backend, call)
-        needs = "a fast loop" if self._backend == "auto" else f"the loop {self._backend!r}"
-        return (name or "none") if failed is None else f"{name or 'none'}: {needs} needs {failed}"
+            schedule = self._schedule(None, self.embeddings.norm.weight[:1])
+            return tell(self._backend, call_of(self, schedule, wants_trace=self.training))
 
     @property
     def exit_heads(self) -> nn.ModuleList:
@@ -385,7 +382,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
             position_ids=position_ids,
             exit_layers=exit_layers,
         )
-        schedule = self._schedule(policy, len(rows.input_ids))
+        schedule = self._schedule(policy, rows.input_ids)
         wants = {"wants_trace": output_layer_logits or self.training}
         wants["wants_states"] = bool(output_hidden_states)
         found = run(self, rows, call_of(self, schedule, rows, **wants))
@@ -421,10 +418,11 @@ class TokenExitForTokenClassification(PreTrainedModel):
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
 
-    def _schedule(self, policy, num_sentences) -> Schedule:
+    def _schedule(self, policy, ids) -> Schedule:
         policy = self.policy if policy is None else policy
-        num_layers = self.config.num_hidden_layers
-        return Schedule.of(policy, num_layers, num_sentences, self.embeddings.norm.weight)
+        # Weights may be on no device yet.
+        like = ids.new_empty(0, dtype=self.embeddings.norm.weight.dtype)
+        return Schedule.of(policy, self.config.num_hidden_layers, len(ids), like)
 
 
 AutoConfig.register(TokenExitConfig.model_type, TokenExitConfig)

@@ -131,7 +131,7 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
     bias = None
     if model.relative_bias is not None:
         bias = model.relative_bias(relative_buckets(h.device)).T
-    outcome = loop.run(call, h, packed, call.schedule, bias, exits)
+    outcome = loop.run(call, h, packed, call.schedule.to(h), bias, exits)
     if not model.training:
         sound = sound & outcome.is_sound()
     results = packed.unpack(outcome.logits), packed.unpack(outcome.layers), sound

@@ -58,4 +58,5 @@ if _DEVICES:
     def _(x, residual, weight, bias, eps):
         return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1])
 
-    torch.library.register_autograd("tokenexit::add_layer_norm", **autograd.of_add_layer_norm())
+    _backward, _setup = autograd.of_add_layer_norm()
+    torch.library.register_autograd("tokenexit::add_layer_norm", _backward, setup_context=_setup)

@@ -43,4 +43,5 @@ if _DEVICES:
     def _(x, bias):
         return x.new_empty(x.shape)
 
-    torch.library.register_autograd("tokenexit::bias_gelu", **autograd.of_bias_gelu())
+    _backward, _setup = autograd.of_bias_gelu()
+    torch.library.register_autograd("tokenexit::bias_gelu", _backward, setup_context=_setup)

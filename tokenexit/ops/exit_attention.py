@@ -114,7 +114,5 @@ if _DEVICES:
         table = (0, 0) if bias is None else bias.shape
         return (*(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(table, dtype=torch.float32))
 
-    torch.library.register_autograd(
-        "tokenexit::exit_attention",
-        **autograd.of_exit_attention(torch.ops.tokenexit.exit_attention_backward),
-    )
+    _backward, _setup = autograd.of_exit_attention(torch.ops.tokenexit.exit_attention_backward)
+    torch.library.register_autograd("tokenexit::exit_attention", _backward, setup_context=_setup)
