@@ -1,0 +1,171 @@
+"""The promise holds as often as it says, and planted bugs are found to break it."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tokenexit import promise
+from tokenexit.promise import fixed_sequence, holds, needed, upper_bound
+
+DRAWS, DELTA = 1000, 0.1
+# Three standard deviations of how often what fails with probability DELTA fails in DRAWS.
+TOO_OFTEN = DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / DRAWS)
+
+
+def all_or_nothing(rng, risk, count):
+    return (rng.random(count) < risk).astype(float)
+
+
+def sentences(rng, risk, count):
+    """Shares of words: 1 to 20 of them, each wrong with the same probability."""
+    words = rng.integers(1, 21, count)
+    return rng.binomial(words, risk) / words
+
+
+def clusters(rng, risk, count):
+    """A few sentences are very wrong, the others never: half of the words of every so many."""
+    return 0.5 * all_or_nothing(rng, 2 * risk, count)
+
+
+def spread(rng, risk, count):
+    """Many values, none of them 0 or 1."""
+    return rng.beta(0.5, 0.5 * (1 - risk) / risk, count)
+
+
+KINDS = (all_or_nothing, sentences, clusters, spread)
+
+
+def share_of_failures(kind, bound_of, risk=0.02, count=300):
+    """How often the bound is not above what the losses were drawn with."""
+    rng = np.random.default_rng(0)
+    return sum(bound_of(kind(rng, risk, count)) < risk for _ in range(DRAWS)) / DRAWS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("risk", [0.01, 0.1])
+def test_the_bound_fails_as_seldom_as_promised(kind, risk):
+    """By the test that the bound is made of: it holds just where the bound is below the risk."""
+    rng = np.random.default_rng(1)
+    failed = sum(holds(kind(rng, risk, 400), risk, 1 - DELTA) for _ in range(DRAWS))
+    assert failed / DRAWS <= TOO_OFTEN
+
+
+def test_bound_and_test_are_one():
+    rng = np.random.default_rng(2)
+    for kind in KINDS:
+        losses = kind(rng, 0.03, 500)
+        bound = upper_bound(losses, 0.9)
+        assert losses.mean() < bound < 0.2
+        assert holds(losses, bound + 1e-5, 0.9) and not holds(losses, bound - 1e-5, 0.9)
+        assert upper_bound(losses, 0.99) > bound > upper_bound(losses, 0.5)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        lambda losses: losses.mean(),
+        lambda losses: losses.mean() + losses.std() / math.sqrt(len(losses)),
+        lambda losses: upper_bound(losses, 1 - 5 * DELTA),
+        lambda losses: upper_bound(losses, 1 - DELTA) / 2,
+        lambda losses: upper_bound(np.sort(losses), 1 - DELTA),
+    ],
+    ids=["the mean", "a standard error above it", "another delta", "half of it", "sorted losses"],
+)
+def test_planted_bugs_fail_too_often(bug):
+    assert share_of_failures(all_or_nothing, bug) > TOO_OFTEN
+
+
+def test_stakes_that_look_ahead_are_found(monkeypatch):
+    rng = np.random.default_rng(3)
+    monkeypatch.setattr(promise, "_stakes", lambda losses, confidence: 1 - losses)
+    failed = sum(holds(all_or_nothing(rng, 0.5, 60), 0.5, 1 - DELTA) for _ in range(DRAWS))
+    assert failed / DRAWS > TOO_OFTEN
+
+
+def test_stakes_are_by_the_losses_before_them():
+    rng = np.random.default_rng(7)
+    losses = all_or_nothing(rng, 0.5, 200)
+    stakes = promise._stakes(losses, 0.9)
+    other = promise._stakes(np.append(losses[:100], 1 - losses[100:]), 0.9)
+    assert (stakes[:101] == other[:101]).all() and stakes[101] != other[101]
+    assert stakes.min() > 0 and stakes.max() <= 1
+
+
+RISKS = (0.002, 0.005, 0.008, 0.0201, 0.0201, 0.0201, 0.0201, 0.0201, 0.0201, 0.0201)
+
+
+def wrongly_promised(choose):
+    """How often a policy beyond the bound of 0.02 is promised, on a path of known risks."""
+    rng = np.random.default_rng(4)
+    wrong = 0
+    for _ in range(DRAWS):
+        path = [all_or_nothing(rng, risk, 400) for risk in RISKS]
+        wrong += any(RISKS[i] > 0.02 for i in choose(path))
+    return wrong / DRAWS
+
+
+def test_a_path_is_walked_to_its_first_failure():
+    assert wrongly_promised(lambda path: range(fixed_sequence(path, 0.02, 0.9))) <= TOO_OFTEN
+    on = lambda path: [i for i, x in enumerate(path) if holds(x, 0.02, 0.9)]  # noqa: E731
+    assert wrongly_promised(on) > TOO_OFTEN  # a test that goes on after it is found
+    asked = []
+
+    def path():
+        for step in ([0.0] * 500, [1.0] * 500, [0.0] * 500):
+            asked.append(step)
+            yield step
+
+    assert fixed_sequence(path(), 0.02, 0.9) == 1 and len(asked) == 2
+
+
+def test_power():
+    """At half the bound, 500 sentences do about half of the time, and 1,000 nearly always."""
+    rng = np.random.default_rng(5)
+
+    def share(count, risk=0.005):
+        return np.mean([holds(sentences(rng, risk, count), 0.01, 0.9) for _ in range(200)])
+
+    assert 0.4 < share(500) and share(1000) > 0.8 and share(200) == 0
+
+
+def test_how_many_would_do():
+    least = needed(0.01, 0.9)
+    assert holds(np.zeros(least), 0.01, 0.9) and not holds(np.zeros(least - 1), 0.01, 0.9)
+    assert math.log(0.1) / math.log(0.99) <= least < 320  # what no test can do with less
+    rng = np.random.default_rng(6)
+    some = sentences(rng, 0.005, 20_000)
+    number = needed(0.01, 0.9, some)
+    assert least < number < 1000
+    share = np.mean([holds(rng.choice(some, number), 0.01, 0.9) for _ in range(200)])
+    assert 0.2 < share < 0.95
+    assert needed(0.01, 0.9, sentences(rng, 0.02, 20_000)) is None
+    assert needed(0.01, 0.9, np.full(10, 0.01 - 1e-9)) is None
+
+
+def test_all_lost_is_no_evidence():
+    assert not holds(np.ones(50), 0.5, 0.9)
+    assert upper_bound(np.ones(50), 0.9) == 1
+    assert upper_bound([0.0], 0.9) > 0.8
+    assert holds([*[0.0] * 300, 1.0, *[0.0] * 300], 0.02, 0.9)  # a loss of 1 takes not all
+
+
+@pytest.mark.parametrize(
+    ("losses", "bound", "message"),
+    [
+        ([], 0.1, "at least one"),
+        ([[0.1]], 0.1, r"shape \(1, 1\)"),
+        ([0.1, 1.5], 0.1, "from 0.1 to 1.5"),
+        ([-0.1], 0.1, "expected values in"),
+        ([math.nan], 0.1, "nan"),
+        ([0.1], 0.0, "bound is 0.0; expected a number between 0 and 1"),
+        ([0.1], 1, "bound is 1"),
+        ([0.1], math.nan, "bound is nan"),
+    ],
+)
+def test_what_no_losses_are_is_refused(losses, bound, message):
+    with pytest.raises(ValueError, match=message):
+        holds(losses, bound, 0.9)
+    if losses == [0.1]:
+        with pytest.raises(ValueError, match="confidence is"):
+            upper_bound(losses, bound)
