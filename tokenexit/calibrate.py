@@ -1,17 +1,20 @@
-"""Which policy: thresholds from a target speed or from a largest loss."""
+"""Which policy: thresholds from a target speed, from a largest loss, or from a promise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
+import numpy as np
 import torch
 from datasets import Dataset
 
-from tokenexit import flops
-from tokenexit.evaluate import check_annotated, evaluate
+from tokenexit import flops, promise
+from tokenexit.dial import Dial, Speed
+from tokenexit.evaluate import Outcome, check_annotated, evaluate, tag_windows, time_policies
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import uncertainty
@@ -22,6 +25,12 @@ from tokenexit.text.scoring import score
 THRESHOLDS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 WINDOWS = (0, 1, 2, 4)
 CHEAP = 1_000_000  # words to be tagged with real exits, all policies together
+# Cautious ones besides, as a promise wants them: 99 % of labels are those of full depth.
+CAUTIOUS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
+STEPS = 16  # of a path
+TIMED_SENTENCES = 200
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,9 @@ class Calibration:
         simulated: every policy tried, by speed-up, its exits told from full-depth logits.
         verified: those run with real exits, by speed-up.
         chosen: the one of `verified` that was asked for.
+        dial: of a promise, the speeds and what was promised.
+        needed: of a promise that no exits could be given, about how many sentences would do; None
+            if no number would, or exits are promised.
     """
 
     metric: str
@@ -59,6 +71,8 @@ class Calibration:
     simulated: list[Point]
     verified: list[Point]
     chosen: Point
+    dial: Dial | None = None
+    needed: int | None = None
 
     def to_dict(self) -> dict:
         """All of it, JSON-ready."""
@@ -68,6 +82,7 @@ class Calibration:
             "chosen": self.chosen.to_dict(),
             "verified": [p.to_dict() for p in self.verified],
             "simulated": [p.to_dict() for p in self.simulated],
+            **({} if self.dial is None else {"dial": self.dial.to_dict()}),
         }
 
 
@@ -98,7 +113,10 @@ def calibrate(
     policies: Sequence[ExitPolicy] | None = None,
     verify: int | None = None,
     metric: str = "auto",
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
+    max_disagreement: float | None = None,
+    confidence: float = 0.9,
+    timing_runs: int = 0,
 ) -> Calibration:
     """Sweep policies on development data and pick one.
 
@@ -118,13 +136,41 @@ def calibrate(
         verify: at most so many run with real exits, the likeliest first. None: no limit.
         metric: see `tokenexit.text.scoring.score`.
         progress: called with (what, done, total).
+        max_disagreement, confidence, timing_runs: in place of the targets, a promise for text
+            without labels, see `make_dial`, which says how it is found. Full depth is chosen where
+            every policy with exits disagrees too much.
 
     Raises:
-        ValueError: both targets; a target that no policy reaches; no sentences or labels, or no
-            entity among them; classifiers that were never trained.
+        ValueError: several targets; a target that no policy reaches; no sentences or labels, or no
+            entity among them; classifiers that were never trained; too few sentences for the
+            promise.
     """
-    if target_speedup is not None and max_loss is not None:
-        raise ValueError("got both target_speedup and max_loss; expected one of them")
+    targets = {
+        "target_speedup": target_speedup,
+        "max_loss": max_loss,
+        "max_disagreement": max_disagreement,
+    }
+    if len(given := [name for name, value in targets.items() if value is not None]) > 1:
+        raise ValueError(f"got both {' and '.join(given)}; expected one of them")
+    if max_disagreement is not None:
+        if verify is not None:
+            raise ValueError("got verify with max_disagreement, which runs all policies of a path")
+        found = make_dial(
+            tagger,
+            data["words"],
+            max_disagreement,
+            confidence,
+            policies=policies,
+            timing_runs=timing_runs,
+            progress=progress,
+        )
+        if found.needed is not None:
+            raise ValueError(
+                f"{len(data)} sentences are too few to promise that fewer than "
+                f"{max_disagreement:.2%} of the labels change with a confidence of {confidence:g}; "
+                f"about {found.needed} would do, if they are as these"
+            )
+        return found
     if target_speedup is None and max_loss is None:
         max_loss = 0.005
     if target_speedup is not None and target_speedup < 1:
@@ -139,11 +185,7 @@ def calibrate(
             "the data has no entity, only the label 'O': its F1 is 0 whatever leaves where; "
             "expected sentences with entities, or the metric accuracy"
         )
-    if heads := tagger.model.untrained_heads():
-        raise ValueError(
-            f"the classifiers of layers {', '.join(map(str, heads))} were never trained; expected "
-            "a tagger with all of them trained (`tokenexit train`)"
-        )
+    _check_trained(tagger)
     policies = policy_grid() if policies is None else list(policies)
 
     sweep = Sweep(tagger, data, policies[0].criterion, metric)
@@ -214,6 +256,169 @@ def calibrate(
         verified=sorted(verified.values(), key=lambda p: p.speedup),
         chosen=max(good(), key=preference),
     )
+
+
+def make_dial(
+    tagger: Tagger,
+    sentences: Sequence[Sequence[str]],
+    max_disagreement: float = 0.01,
+    confidence: float = 0.9,
+    *,
+    reference: Sequence[Sequence[str]] | None = None,
+    policies: Sequence[ExitPolicy] | None = None,
+    timing_runs: int = 0,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> Calibration:
+    """Find a path of policies from cautious to bold, and how far it may be promised; no labels.
+
+    The sentences are shuffled. On three tenths of them (1,000 at most) policies are simulated, and
+    the best are run: this gives the path. Then each step of it is run on all the others, which
+    nothing was chosen by. The loss of a sentence is the share of its words whose label differs from
+    that of full depth. The steps are tested in their order, up to the first that fails: with
+    probability `confidence`, of all that pass the expected loss is below `max_disagreement`, for
+    sentences from the source that these are independent draws from.
+
+    Args:
+        tagger: its model's policy is not changed.
+        sentences: lists of words that the model was not trained on; those without a word are left
+            out.
+        reference: for each sentence the labels that count as right, as those of another model.
+            None: the tagger's own at full depth.
+        policies: to take the path from. None: `policy_grid()` and more cautious ones.
+        timing_runs: measure the wall clock of each step, over 200 sentences, so often.
+        seed: of the shuffling.
+        progress: called with (what, done, total).
+
+    Returns:
+        The calibration, with its `dial`. The score of a point is one minus its mean loss. Chosen is
+        the fastest that is promised, else full depth; then `needed` says how many sentences would
+        do.
+
+    Raises:
+        ValueError: a bound or a confidence that is not between 0 and 1; so few sentences that
+            nothing could be promised even if no label changed; classifiers never trained.
+    """
+    promise.check_share("max_disagreement", max_disagreement)
+    least = promise.needed(max_disagreement, confidence)
+    _check_trained(tagger)
+    kept = [i for i, words in enumerate(sentences) if len(words)]
+    if len(kept) - for_path(len(kept)) < least:
+        enough = next(n for n in count(least) if n - for_path(n) >= least)
+        raise ValueError(
+            f"got {len(kept)} sentences with words; expected at least {enough}: fewer do not show, "
+            f"with a confidence of {confidence:g}, that less than {max_disagreement:.2%} of labels "
+            "change, even if none does"
+        )
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed), device="cpu")
+    kept = [kept[i] for i in order.tolist()]
+    words = [list(sentences[i]) for i in kept]
+    if policies is None:
+        policies = policy_grid(thresholds=(*CAUTIOUS, *THRESHOLDS))
+    full = policies[0].replace(level="token", threshold=0.0, schedule="constant", min_active=1)
+    if reference is None:
+        whole = tag_windows(tagger, tagger.windows(words), full).labels
+    else:
+        whole = [list(reference[i]) for i in kept]
+
+    cut = for_path(len(kept))
+    data = Dataset.from_dict({"words": words[:cut], "labels": whole[:cut]})
+    sweep = Sweep(tagger, data, policies[0].criterion, "accuracy")
+    simulated = []
+    for number, policy in enumerate(policies, 1):
+        simulated.append(sweep.point(policy))
+        progress("simulate", number, len(policies))
+    simulated.sort(key=lambda p: p.speedup)
+    usable = max(0.1, 10 * max_disagreement)
+    front = [p for p in pareto_front(simulated) if p.speedup > 1 and p.score >= 1 - usable]
+    front = _thinned(front, STEPS)
+    tried = []
+    for number, point in enumerate(front, 1):
+        losses, real = _run(tagger, sweep.windows, point.policy, whole[:cut])
+        tried.append(Point(point.policy, 1 - losses.mean(), real.speedup))
+        progress("find the path", number, len(front))
+    path = [full, *(p.policy for p in pareto_front(tried) if p.speedup > 1)]
+
+    windows, tested, losses = tagger.windows(words[cut:]), [], []
+    for number, policy in enumerate(path, 1):
+        its_losses, real = _run(tagger, windows, policy, whole[cut:])
+        losses.append(its_losses)
+        itself = reference is None and policy == full  # which agrees by definition
+        tested.append(
+            Speed(
+                policy=policy,
+                speedup=real.speedup,
+                disagreement=float(its_losses.mean()),
+                bound=0.0 if itself else promise.upper_bound(its_losses, confidence),
+                mean_exit_layer=fmean(layer for exits in real.exits for layer in exits),
+            )
+        )
+        progress("test the path", number, len(path))
+    passed = promise.fixed_sequence(losses, max_disagreement, confidence)
+    needed = None
+    if passed <= 1:
+        found = (
+            promise.needed(max_disagreement, confidence, its_losses) for its_losses in losses[1:]
+        )
+        fewest = min((n for n in found if n is not None), default=None)
+        needed = fewest and next(n for n in count(fewest) if n - for_path(n) >= fewest)
+    if timing_runs:
+        some = [window for window in windows if window.sentence < TIMED_SENTENCES]
+        times = time_policies(tagger, some, path, timing_runs)
+        tested = [
+            replace(one, wall_speedup=median(a / b for a, b in zip(times[0], its, strict=True)))
+            for one, its in zip(tested, times, strict=True)
+        ]
+    points = [Point(one.policy, 1 - one.disagreement, one.speedup) for one in tested]
+    return Calibration(
+        metric="agreement",
+        full_depth=points[0],
+        simulated=simulated,
+        verified=points[1:],
+        chosen=points[max(passed - 1, 0)],
+        dial=Dial(
+            speeds=tuple(tested),
+            promised=passed - 1 if passed else None,
+            max_disagreement=max_disagreement,
+            confidence=confidence,
+            sentences=len(kept) - cut,
+        ),
+        needed=needed,
+    )
+
+
+def _check_trained(tagger: Tagger):
+    if heads := tagger.model.untrained_heads():
+        raise ValueError(
+            f"the classifiers of layers {', '.join(map(str, heads))} were never trained; expected "
+            "a tagger with all of them trained (`tokenexit train`, `tokenexit adapt`)"
+        )
+
+
+def for_path(sentences: int) -> int:
+    """How many of the sentences the path is chosen by."""
+    return min(3 * sentences // 10, 1000)
+
+
+def _run(
+    tagger: Tagger, windows: Sequence[Window], policy: ExitPolicy, whole: Sequence[Sequence[str]]
+) -> tuple[np.ndarray, Outcome]:
+    """Of each sentence the share of words with another label than they should have."""
+    outcome = tag_windows(tagger, windows, policy)
+    losses = [
+        fmean(a != b for a, b in zip(labels, wanted, strict=True))
+        for labels, wanted in zip(outcome.labels, whole, strict=True)
+    ]
+    return np.array(losses), outcome
+
+
+def _thinned(front: list[Point], most: int) -> list[Point]:
+    """At most so many points of a front, their speed-ups by equal ratios."""
+    if len(front) <= most:
+        return front
+    speeds = np.geomspace(front[0].speedup, front[-1].speedup, most)
+    chosen = [next(p for p in front if p.speedup >= speed * (1 - 1e-9)) for speed in speeds]
+    return list(dict.fromkeys(chosen))
 
 
 def pareto_front(points: Iterable[Point]) -> list[Point]:

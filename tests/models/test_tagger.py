@@ -276,5 +276,5 @@ def test_refuses_other_models(tagger, other):
 def test_refuses(tagger):
     with pytest.raises(ValueError, match="batch_size is 0"):
         Tagger(tagger.model, tagger.tokenizer, batch_size=0)
-    with pytest.raises(TypeError, match="sentence 1 is 'not words'"):
-        tagger.tag([["a"], "not words"])
+    with pytest.raises(TypeError, match="sentence 1 is 5"):
+        tagger.tag([["a"], 5])

@@ -273,7 +273,7 @@ ARROWS = [
 ]
 RANK = {room: rank for rank, rooms in enumerate(ARROWS) for room in rooms}
 # What all rooms speak in. These import nothing of ours but each other.
-SHARED = {"policy", "packing", "files", "conditions", "text"}
+SHARED = {"policy", "dial", "packing", "files", "conditions", "text"}
 OUTSIDE = {"kernels": {"torch", "triton"}, "reference": {"torch"}}
 
 

@@ -8,7 +8,15 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 
 from tokenexit.text import data
-from tokenexit.text.data import check_labels, label_names, read_sentences, stream_sentences
+from tokenexit.text.data import (
+    Sentence,
+    check_labels,
+    label_names,
+    read_sentences,
+    read_texts,
+    stream_rows,
+    stream_sentences,
+)
 
 
 @pytest.fixture
@@ -607,3 +615,47 @@ def test_label_names():
         label_names(dataset.select_columns("words"))
     no_o = Dataset.from_dict({"words": [["a", "b"]], "labels": [["V", "N"]]})
     assert label_names(no_o) == ["N", "V"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.txt", "He  ran.\n\n[1] said so\n", ["He  ran.", "[1] said so"]),
+        ("a", "one line", ["one line"]),
+        ("a.txt", "-DOCSTART- O\n\nAda B-PER\nran O\n\nx O\n", [["Ada", "ran"], ["x"]]),
+        ("a.txt", "Ada B-PER\nran O\n", [["Ada", "ran"]]),
+        ("a.txt", "Ada\tNN\nran\tVB\n", [["Ada", "ran"]]),
+        ("a.conll", "Ada\nran\n\nx\n", [["Ada", "ran"], ["x"]]),
+        ("a.txt", '{"text": "He ran."}\n', ["He ran."]),
+        ("a.jsonl", '{"id": 1, "text": "He ran."}\n\n["a", "b"]\n', ["He ran.", ["a", "b"]]),
+        ("a.jsonl", '{"tokens": ["a"], "tags": ["O"]}\n{"words": "a b"}\n', [["a"], "a b"]),
+    ],
+)
+def test_texts_of_any_format(tmp_path, name, text, expected):
+    path = tmp_path / name
+    path.write_text(text)
+    assert read_texts(path) == expected
+
+
+def test_texts_by_a_format_that_is_given(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("Ada B-PER\nran O\n")
+    assert read_texts(path, format="text") == ["Ada B-PER", "ran O"]
+    path.write_text("\n \n")
+    with pytest.raises(ValueError, match="a.txt has no sentence"):
+        read_texts(path)
+    path.write_bytes(b"a\n\xff\n")
+    with pytest.raises(ValueError, match="a.txt:2: .*expected UTF-8"):
+        read_texts(path)
+
+
+def test_rows_have_texts_and_other_fields():
+    lines = ['{"id": 1, "words": ["a", "b"], "labels": ["O", "O"]}', '{"text": " a  b"}', '"c"', ""]
+    assert list(stream_rows(lines, "jsonl")) == [
+        Sentence(["a", "b"], others={"id": 1, "labels": ["O", "O"]}),
+        Sentence(["a", "b"], text=" a  b"),
+        Sentence(["c"], text="c"),
+        Sentence([], text=""),
+    ]
+    assert list(stream_rows([" a  b"], "text")) == [Sentence(["a", "b"], text=" a  b")]
+    assert list(stream_rows(["a O", "b O"], "conll")) == [Sentence(["a", "b"])]

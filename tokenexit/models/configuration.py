@@ -26,6 +26,7 @@ class TokenExitConfig(PreTrainedConfig):
             after it, and that token itself does not count. None: from 0.
         relative_attention_buckets: rows of the relative-position bias table; 0 for none.
         exit_policy: fields of the `ExitPolicy`.
+        dial: fields of the `Dial` that calibration with a promise made.
         untrained_heads: layers, from 1, whose classifiers were never trained; see
             `TokenExitForTokenClassification.untrained_heads`.
         int8: whether the layers' products have 8-bit weights, see `tokenexit.quantize`.
@@ -56,6 +57,7 @@ class TokenExitConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     exit_policy: dict | None = None
+    dial: dict | None = None
     untrained_heads: list[int] | None = None
     int8: bool = False
 

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import TokenClassifierOutput
 
+from tokenexit.dial import Dial, Speed, parse_speed
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized, quantize
 from tokenexit.layers import ExitHead, ExitLayer
@@ -119,6 +120,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         self._new_heads: dict[int, torch.Tensor] = {}  # what was never trained, by layer
         self._warned = False
         self._policy = None, None  # what the configuration said, and the policy of it
+        self._dial = None, None
         self.policy = self.policy
         self.post_init()
         if config.int8:
@@ -150,6 +152,42 @@ class TokenExitForTokenClassification(PreTrainedModel):
         policy.thresholds(self.config.num_hidden_layers)  # a list of the wrong length
         self.config.exit_policy = policy.to_dict()
         self._warn_of_untrained_heads()
+
+    @property
+    def dial(self) -> Dial | None:
+        """The speeds that calibration with a promise found; None before. Saved along."""
+        said, dial = self._dial
+        if said != self.config.dial:
+            said = copy.deepcopy(self.config.dial)
+            dial = None if said is None else Dial.from_dict(said)
+            self._dial = said, dial
+        return dial
+
+    @dial.setter
+    def dial(self, dial: Dial | None):
+        self.config.dial = None if dial is None else dial.to_dict()
+
+    def speed(self, speed: float | str) -> Speed:
+        """What the dial has for a speed: "full", "promised", "fastest", or a number as 2.5.
+
+        Raises:
+            TypeError, ValueError: see `Dial.at`; no dial.
+        """
+        speed, dial = parse_speed(speed), self.dial
+        if dial is None:
+            raise ValueError(
+                f"speed is {speed!r}, but the tagger has no dial; expected one calibrated with "
+                "max_disagreement (`tokenexit calibrate --max-disagreement`, `tokenexit adapt`)"
+            )
+        return dial.at(speed)
+
+    def set_speed(self, speed: float | str):
+        """Assign the policy of a speed; at any time, also while other threads call the model.
+
+        Args:
+            speed: as of `speed`. Each call goes by the policy that it found at its start.
+        """
+        self.policy = self.speed(speed).policy
 
     def untrained_heads(self, policy: ExitPolicy | None = None) -> list[int]:
         """Layers, from 1, whose classifiers are as they were initialised: they know nothing yet.

@@ -1,11 +1,13 @@
-"""Words in, labels out: batches, long sentences, streams."""
+"""Texts or words in, labels and spans out: batches, long sentences, streams, many callers."""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 
 import torch
 from torch import nn
@@ -13,24 +15,80 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized, quantize
+from tokenexit.models.batching import MicroBatcher
 from tokenexit.models.checkpoint import check_dtype_of_int8
 from tokenexit.models.evaluation import evaluating
 from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
 from tokenexit.policy import ExitPolicy
 from tokenexit.text.encoding import Window, WordTokenizer, collate, encode, merge
+from tokenexit.text.scoring import detect_metric, spans
+from tokenexit.text.splitting import Splitter
+
+logger = logging.getLogger(__name__)
+
+# Sentences after which exits are compared with those of calibration; and the share of all layers by
+# which means of so many differ only if the text does.
+_COMPARED, _APART = 500, 0.1
+
+
+@dataclass(frozen=True)
+class Span:
+    """A chunk of a sentence, such as an entity.
+
+    Attributes:
+        type: what its labels say after the prefix, "PER" of "B-PER".
+        text: what it is, `tagged.text[start:stop]`.
+        start, stop: its place, in characters.
+        confidence: the least of its words.
+    """
+
+    type: str
+    text: str
+    start: int
+    stop: int
+    confidence: float
 
 
 @dataclass(frozen=True)
 class Tagged:
-    """One sentence: its words, the label of each, and the layer each left at."""
+    """One sentence: its words, the label of each, and the layer each left at.
+
+    Attributes:
+        words, labels, exit_layers: one a word.
+        confidences: the probability of each label, by the classifier of the layer that the word
+            left at.
+        text: what was given: a text, or None where it was a list of words.
+        offsets: (start, stop) of each word in the text; None without.
+    """
 
     words: list[str]
     labels: list[str]
     exit_layers: list[int]
+    confidences: list[float] = field(default_factory=list, compare=False)
+    text: str | None = None
+    offsets: list[tuple[int, int]] | None = None
+    scheme: str = field(default="accuracy", repr=False, compare=False)
+
+    @property
+    def spans(self) -> list[Span]:
+        """The chunks that the labels tell of, in the text or in the words with blanks between."""
+        text, places = self.text, self.offsets
+        if places is None:
+            text = " ".join(self.words)
+            ends = [*accumulate(len(word) + 1 for word in self.words)]
+            places = [(e - 1 - len(w), e - 1) for w, e in zip(self.words, ends, strict=True)]
+        found = []
+        for kind, first, last in spans(self.labels, self.scheme):
+            start, stop = places[first][0], places[last][1]
+            sure = min(self.confidences[first : last + 1])
+            found.append(Span(kind, text[start:stop], start, stop, sure))
+        return found
 
 
 class Tagger:
-    """Tags sentences given as words, of any length and in any number.
+    """Tags sentences given as texts or as words, of any length and in any number.
+
+    May be called by many threads at once, while others change the model's policy or speed.
 
     Args:
         model: the tagger, or one with adapters around it.
@@ -38,10 +96,16 @@ class Tagger:
             afterwards does not change results.
         batch_size: sentences a forward pass.
         overlap: words that the windows of a sentence too long for the model share.
+        speed: by the model's dial, in place of its policy: "full", "promised", "fastest" or a
+            number; None for the policy. May be assigned at any time.
+        window_ms: sentences that several threads ask for within so many milliseconds go through
+            the model together, with the same results; 0: those that come while others are at work.
+            None: each call by itself.
 
     Raises:
         TypeError: another model.
-        ValueError: a tokenizer that is not fast or joins words; batch_size below 1.
+        ValueError: a tokenizer that is not fast or joins words; batch_size below 1; a speed that
+            the dial does not have; window_ms below 0.
     """
 
     def __init__(
@@ -50,6 +114,8 @@ class Tagger:
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 32,
         overlap: int = 32,
+        speed: float | str | None = None,
+        window_ms: float | None = None,
     ):
         inner = model.modules() if isinstance(model, nn.Module) else ()
         if not any(isinstance(part, TokenExitForTokenClassification) for part in inner):
@@ -62,8 +128,27 @@ class Tagger:
         self.model = model
         self._tokenizer = tokenizer
         self._words = WordTokenizer(tokenizer)
+        self._splitter = Splitter(tokenizer)
         self.batch_size = batch_size
         self.overlap = overlap
+        self.speed = speed
+        self._seen: dict[ExitPolicy, tuple[int, int, int]] = {}
+        self._together = None
+        if window_ms is not None:
+            if not 0 <= window_ms < math.inf:
+                raise ValueError(f"window_ms is {window_ms}; expected 0 or more")
+            self._together = MicroBatcher(self._results_together, window_ms / 1000, batch_size)
+
+    @property
+    def speed(self) -> float | str | None:
+        """Whose policy of the dial calls go by that name none; None: the model's policy."""
+        return self._speed
+
+    @speed.setter
+    def speed(self, speed: float | str | None):
+        if speed is not None:
+            self.model.speed(speed)  # told now, if there is none
+        self._speed = speed
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -76,6 +161,10 @@ class Tagger:
         name: str | os.PathLike,
         int8: bool = False,
         dtype: torch.dtype | None = None,
+        *,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
         **kwargs,
     ) -> Tagger:
         """A saved tagger with the tokenizer beside it.
@@ -84,18 +173,25 @@ class Tagger:
             name: a folder or a name on the hub.
             int8: round its weights, see `tokenexit.quantize`, if they are not already.
             dtype: to compute in. None: that which it was saved in.
+            device: to run on, as "cuda". None: the CPU.
+            revision, token: of the hub, see `PreTrainedModel.from_pretrained`.
             kwargs: of the constructor.
 
         Raises:
             ValueError: a dtype for 8-bit weights.
         """
+        hub = {"revision": revision, "token": token}
+        hub = {key: value for key, value in hub.items() if value is not None}
         if int8:
             check_dtype_of_int8(dtype)
             dtype = torch.float32
-        model = TokenExitForTokenClassification.from_pretrained(name, dtype=dtype).eval()
+        model = TokenExitForTokenClassification.from_pretrained(name, dtype=dtype, **hub)
+        model.eval()
         if int8 and not is_quantized(model):
             quantize(model)
-        return cls(model, AutoTokenizer.from_pretrained(name), **kwargs)
+        if device is not None:
+            model.to(device)
+        return cls(model, AutoTokenizer.from_pretrained(name, **hub), **kwargs)
 
     def save_pretrained(self, folder: str | os.PathLike):
         """Save model, policy and tokenizer; a failure leaves nothing half-written."""
@@ -105,25 +201,32 @@ class Tagger:
 
     def tag(
         self,
-        sentences: Iterable[Sequence[str]],
+        sentences: Iterable[Sequence[str] | str],
         policy: ExitPolicy | Sequence[ExitPolicy] | None = None,
+        speed: float | str | Sequence[float | str] | None = None,
     ) -> list[Tagged]:
-        """Tag sentences, each a sequence of words; results in their order.
+        """Tag sentences, each a text or a sequence of words; results in their order.
+
+        The words of a text are those of the tokenizer: `London.` is two, and each Chinese character
+        is one; results have their places in it.
 
         Args:
             policy: in place of the model's; or one for each sentence, of one criterion, copy and
                 neighbors.
+            speed: likewise, by the model's dial.
 
         Raises:
-            ValueError: not as many policies as sentences.
+            TypeError: a text in place of a list of them.
+            ValueError: not as many policies or speeds as sentences; both.
         """
-        return list(self.stream(sentences, policy))
+        return list(self.stream(sentences, policy, speed=speed))
 
     def stream(
         self,
-        sentences: Iterable[Sequence[str]],
+        sentences: Iterable[Sequence[str] | str],
         policy: ExitPolicy | Sequence[ExitPolicy] | None = None,
         buffer: int = 1024,
+        speed: float | str | Sequence[float | str] | None = None,
     ) -> Iterator[Tagged]:
         """Like `tag`, as the sentences come: `buffer` of them at a time, in constant memory.
 
@@ -132,32 +235,118 @@ class Tagger:
         """
         if buffer < 1:
             raise ValueError(f"buffer is {buffer}; expected 1 or more")
+        if isinstance(sentences, str):
+            raise TypeError(f"got the text {sentences!r:.60}; expected a list of texts")
+        if policy is not None and speed is not None:
+            raise ValueError(f"got both the policy {policy} and the speed {speed!r}; expected one")
+        if isinstance(speed, Sequence) and not isinstance(speed, str):
+            policy = [self.model.speed(one).policy for one in speed]
+        elif speed is not None:
+            policy = self.model.speed(speed).policy
         return self._stream(iter(sentences), policy, buffer)
 
     def _stream(
         self,
-        sentences: Iterator[Sequence[str]],
+        sentences: Iterator[Sequence[str] | str],
         policy: ExitPolicy | Sequence[ExitPolicy] | None,
         buffer: int,
     ) -> Iterator[Tagged]:
         done = 0
+        scheme = detect_metric(self.model.config.id2label.values())
         while chunk := list(islice(sentences, buffer)):
-            windows, given = self.windows(chunk), policy
+            given = self._policy_now() if policy is None else policy
             if isinstance(policy, Sequence):
                 given = policy[done : done + len(chunk)]
                 if len(given) < len(chunk):
                     raise ValueError(f"got {len(policy)} policies for more sentences")
             done += len(chunk)
-            labels = [None] * len(windows)
-            layers = [None] * len(windows)
-            for indices, output, firsts in self.run(windows, given):
-                for index, words in zip(indices, self.words(output, firsts), strict=True):
-                    labels[index], layers[index] = words
-            results = zip(chunk, merge(windows, labels), merge(windows, layers), strict=True)
-            for words, its_labels, its_layers in results:
-                yield Tagged(list(words), its_labels, its_layers)
+            texts = [sentence if isinstance(sentence, str) else None for sentence in chunk]
+            offsets = [None if text is None else self._splitter.spans(text) for text in texts]
+            words = [
+                sentence if places is None else [sentence[start:stop] for start, stop in places]
+                for sentence, places in zip(chunk, offsets, strict=True)
+            ]
+            windows = self.windows(words)
+            if self._together is None:
+                results = self._results(windows, given)
+            else:
+                results = self._together((windows, given, len(chunk)), len(chunk))
+            merged = merge(windows, results)
+            if isinstance(given, ExitPolicy):
+                self._compare(given, merged)
+            rows = zip(words, merged, texts, offsets, strict=True)
+            for its_words, found, text, places in rows:
+                labels, layers, sure = (
+                    map(list, zip(*found, strict=True)) if found else ([], [], [])
+                )
+                places = (places or []) if text is not None else None
+                yield Tagged(list(its_words), labels, layers, sure, text, places, scheme)
         if isinstance(policy, Sequence) and len(policy) != done:
             raise ValueError(f"got {len(policy)} policies for {done} sentences")
+
+    def _policy_now(self) -> ExitPolicy:
+        speed = self._speed
+        return self.model.policy if speed is None else self.model.speed(speed).policy
+
+    def _compare(self, policy: ExitPolicy, results: Sequence[Sequence[tuple[str, int, float]]]):
+        """Say once where words leave elsewhere than in the text that the dial was made with."""
+        sentences, words, layers = self._seen.get(policy, (0, 0, 0))
+        dial = self.model.dial if sentences < _COMPARED else None
+        speed = next((one for one in dial.speeds if one.policy == policy), None) if dial else None
+        if speed is None:
+            return
+        sentences += len(results)
+        words += sum(map(len, results))
+        layers += sum(layer for sentence in results for _, layer, _ in sentence)
+        self._seen[policy] = sentences, words, layers
+        if sentences < _COMPARED or not words:
+            return
+        mean, depth = layers / words, self.model.config.num_hidden_layers
+        if abs(mean - speed.mean_exit_layer) > _APART * depth:
+            logger.warning(
+                "the words of %d sentences left at layer %.2f in the mean, those of the text that "
+                "speeds were calibrated with at %.2f: what is promised is about text like that; "
+                "calibrate with text like this",
+                sentences,
+                mean,
+                speed.mean_exit_layer,
+            )
+
+    def _results(
+        self, windows: Sequence[Window], policy: ExitPolicy | Sequence[ExitPolicy]
+    ) -> list[list[tuple[str, int, float]]]:
+        """Label, layer and confidence of each word of each window."""
+        results = [[]] * len(windows)
+        for indices, output, firsts in self.run(windows, policy):
+            logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+            sure = logits.softmax(-1).amax(-1)
+            found = zip(indices, self.words(output, firsts), sure, firsts, strict=True)
+            for index, (labels, layers), its_sure, places in found:
+                results[index] = [*zip(labels, layers, its_sure[places].tolist(), strict=True)]
+        return results
+
+    def _results_together(self, wanted: Sequence[tuple]) -> list[list]:
+        """`_results` for several callers at once: of each windows, policies and their number."""
+        windows, policies, results = [], [], []
+        for its_windows, policy, count in wanted:
+            before = len(policies)
+            policies += policy if isinstance(policy, Sequence) else [policy] * count
+            windows += [replace(w, sentence=before + w.sentence) for w in its_windows]
+        kinds = [(p.criterion, p.copy, p.neighbors) for p in policies]
+        results = [[]] * len(windows)
+        for kind in sorted(set(kinds)):  # policies of one batch share these
+            mine = [i for i, window in enumerate(windows) if kinds[window.sentence] == kind]
+            found = self._results([windows[i] for i in mine], policies)
+            for i, its_results in zip(mine, found, strict=True):
+                results[i] = its_results
+        rest = iter(results)
+        return [list(islice(rest, len(its_windows))) for its_windows, _, _ in wanted]
+
+    def split(self, sentences: Iterable[Sequence[str] | str]) -> list[list[str]]:
+        """The words of sentences, each a text or a sequence of words."""
+        return [
+            self._splitter.words(one) if isinstance(one, str) else list(one) for one in sentences
+        ]
 
     def windows(self, sentences: Sequence[Sequence[str]]) -> list[Window]:
         """The model's inputs for some sentences: a window each, more for long ones."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, repeat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, repeat
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import datasets
@@ -115,28 +116,75 @@ def read_sentences(
         sentences = list(_sentences(file, str(source), format, "conll", column, True))
     if not sentences:
         raise ValueError(f"{source} has no sentence; expected at least one")
-    words, labels = zip(*sentences, strict=True)
+    words, labels, *_ = zip(*sentences, strict=True)
     rows = {"words": words} if labels[0] is None else {"words": words, "labels": labels}
     return Dataset.from_dict(rows, features=_features(rows))
+
+
+def read_texts(source: str | os.PathLike, *, format: str | None = None) -> list[str | list[str]]:
+    """Read what is to be tagged from a file: texts, or lists of words where it has these.
+
+    Args:
+        source: a file; of JSON lines, a string under `words`, `tokens` or `text` is a text.
+        format: as of `stream_rows`. None: told by the file's name, else by its first lines.
+
+    Raises:
+        ValueError: not as the format says; no sentence.
+    """
+    path = Path(source).expanduser()
+    if format is None and path.suffix.lower() not in _FORMAT_OF_SUFFIX:
+        with path.open("rb") as file:
+            head = [line for _, line in islice(_lines(file, str(source)), 1000)]
+        rows = [line for line in head if line.strip(_BLANK) and not line.startswith("#")][:2]
+        found = {_looks_like(rows[:n], "text") for n in range(1, len(rows) + 1)} - {None}
+        format = found.pop() if found else "text"
+    with path.open("rb") as file:
+        rows = [row for row in stream_rows(file, format) if row.words not in ([], [_DOCUMENT])]
+    if not rows:
+        raise ValueError(f"{source} has no sentence; expected at least one")
+    return [row.words if row.text is None else row.text for row in rows]
+
+
+class Sentence(NamedTuple):
+    """What a file has of a sentence.
+
+    Attributes:
+        words: of it.
+        labels: theirs, where they are read.
+        text: what was split at blanks into these words; None where the words came as such.
+        others: further fields of a row of JSON lines, where labels are not read.
+    """
+
+    words: list[str]
+    labels: list[str] | None = None
+    text: str | None = None
+    others: Mapping[str, object] = MappingProxyType({})
 
 
 def stream_sentences(
     file: Iterable[str] | Iterable[bytes], format: str | None = None
 ) -> Iterator[list[str]]:
-    """Yield the words of one sentence after another, in constant memory.
+    """Yield the words of one sentence after another, in constant memory: of `stream_rows`."""
+    return (sentence.words for sentence in stream_rows(file, format))
+
+
+def stream_rows(
+    file: Iterable[str] | Iterable[bytes], format: str | None = None
+) -> Iterator[Sentence]:
+    """Yield one sentence after another, without labels, in constant memory.
 
     Args:
         file: an open file, or lines. A binary one is read as UTF-8, and an error names the very
             line; of a text one, which decodes ahead, a line near it.
         format: `text` (a sentence a line), `conll` (the first column; a `-DOCSTART-` line is a
             sentence of that word), `conllu`, or `jsonl` (a line is a list of words, a string to be
-            split at blanks, or an object with either under `words` or `tokens`). None: told by
-            the file's name, `text` if that tells nothing; a file that begins like one of another
+            split at blanks, or an object with either under `words`, `tokens` or `text`). None: told
+            by the file's name, `text` if that tells nothing; a file that begins like one of another
             format is refused.
 
     Yields:
-        The words of a sentence. In `text` and `jsonl` the n-th is that of line n: an empty line
-        is an empty sentence.
+        A sentence. In `text` and `jsonl` the n-th is that of line n: an empty line is an empty
+        sentence.
 
     Raises:
         ValueError: an unknown format, or a line that is not as the format says.
@@ -144,7 +192,7 @@ def stream_sentences(
     if format is not None and format not in _PARSERS:
         raise ValueError(f"format is {format!r}; expected one of {[*_PARSERS]}")
     name = str(getattr(file, "name", "<stream>"))
-    return (words for words, _ in _sentences(file, name, format, "text", None, False))
+    return _sentences(file, name, format, "text", None, False)
 
 
 def label_names(dataset: Dataset, labels: Sequence[str] | None = None) -> list[str]:
@@ -203,7 +251,7 @@ def label_lists(dataset: Dataset) -> Iterator[list[str]]:
 
 
 _NumberedLines = Iterator[tuple[int, str]]
-_Sentences = Iterator[tuple[list[str], list[str] | None]]  # words and labels
+_Sentences = Iterator[Sentence]
 
 
 def _sentences(
@@ -411,7 +459,7 @@ def _read_columns(
             if labelled and row.label is not None:
                 labels.append(row.label)
         elif words:
-            yield words, labels or None
+            yield Sentence(words, labels or None)
             words, labels = [], []
 
 
@@ -423,7 +471,7 @@ def _read_conllu(
     for number, line in chain(lines, [(0, "")]):
         if not line.strip(_BLANK):
             if words:
-                yield words, labels or None
+                yield Sentence(words, labels or None)
                 words, labels = [], []
         elif not line.startswith("#"):
             columns = line.split("\t")
@@ -448,32 +496,35 @@ def _read_json(
     lines: _NumberedLines, name: str, column: int | str | None, labelled: bool
 ) -> _Sentences:
     had_labels = None
+    keys = WORD_KEYS if labelled else (*WORD_KEYS, "text")
     for number, line in lines:
         where = f"{name}:{number}"
         if not line.strip(_BLANK):
             if not labelled:
-                yield [], None
+                yield Sentence([], text="")
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}; expected a JSON value on each line") from error
-        words, labels = row, None
+        words, labels, others = row, None, {}
         if isinstance(row, dict):
-            words = row[_key(row, WORD_KEYS, where)]
+            key = _key(row, keys, where)
+            words = row[key]
+            if not labelled:
+                others = {name: value for name, value in row.items() if name != key}
             if labelled and (column is not None or any(key in row for key in LABEL_KEYS)):
                 labels = row[_key(row, LABEL_KEYS if column is None else [column], where)]
                 labels = _strings(labels, "labels", where)
-        if isinstance(words, str):
-            words = _split(words)
-        words = _strings(words, "words", where)
+        text = words if isinstance(words, str) else None
+        words = _strings(words if text is None else _split(text), "words", where)
         if labels is not None and len(labels) != len(words):
             raise ValueError(f"{where}: got {len(labels)} labels for {len(words)} words")
         if labelled and had_labels not in (None, labels is not None):
             got, before = ("no labels", "some") if had_labels else ("labels", "none")
             raise ValueError(f"{where}: got {got}; expected {before}, as in the lines before")
         had_labels = labels is not None
-        yield words, labels
+        yield Sentence(words, labels, text, others)
 
 
 def _read_text(
@@ -482,7 +533,7 @@ def _read_text(
     if column is not None:
         raise ValueError(f"got column {column!r} for {name}, which is text; expected none")
     for _, line in lines:
-        yield _split(line), None
+        yield Sentence(_split(line), text=line)
 
 
 _PARSERS: dict[str, Callable[[_NumberedLines, str, int | str | None, bool], _Sentences]] = {

@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from seqeval.metrics.sequence_labeling import get_entities
-
 logger = logging.getLogger(__name__)
 
 METRICS = ("entity_f1", "word_f1", "accuracy")
@@ -167,8 +165,25 @@ def score(
     return result
 
 
+def spans(labels: Sequence[str], scheme: str) -> list[tuple[str, int, int]]:
+    """Type, first and last word of each chunk of a sentence, in their order.
+
+    Args:
+        scheme: `detect_metric` of the labels that there can be. Of what is `accuracy`, each word
+            whose label is not `O` is one; the words of a segmentation have the type `_`.
+
+    Raises:
+        ValueError: a label that does not fit the scheme.
+    """
+    if scheme == "accuracy":
+        return [(label, i, i) for i, label in enumerate(labels) if label != "O"]
+    return sorted(_chunks([labels], scheme), key=lambda chunk: chunk[1])
+
+
 def _chunks(sentences: Sequence[Sequence[str]], metric: str) -> list[tuple[str, int, int]]:
     """Return (type, first, last) of each chunk, in positions of all sentences together."""
+    from seqeval.metrics.sequence_labeling import get_entities  # brings scikit-learn, slowly
+
     return get_entities(
         [
             [_iobes(label, metric, number) for label in labels]

@@ -1,0 +1,292 @@
+"""The dial: what calibration with a promise measures, and how a tagger is set to a speed."""
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from random_models import random_batch, random_classifier, random_tagger
+
+import tokenexit
+from tokenexit import Dial, ExitPolicy, Speed, Tagger
+from tokenexit import calibrate as calibration
+from tokenexit.calibrate import calibrate, for_path, make_dial, policy_grid
+from tokenexit.promise import fixed_sequence, needed, upper_bound
+
+ROOT = Path(__file__).parents[1]
+WORDS = ["john", "smiths", "lives", "in", "new", "york", "paris", "xyz", "the", "red"]
+GRID = policy_grid(windows=(0, 2), thresholds=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7))
+BOUND = 0.2
+
+SPEEDS = tuple(
+    Speed(ExitPolicy(threshold=t), s, d, b, 4.0, w)
+    for t, s, d, b, w in (
+        (0.0, 1.0, 0.0, 0.0, 1.0),
+        (0.1, 1.5, 0.001, 0.004, 1.4),
+        (0.3, 2.5, 0.004, 0.009, None),
+        (0.5, 3.5, 0.02, 0.03, 2.9),
+    )
+)
+DIAL = Dial(SPEEDS, promised=2, max_disagreement=0.01, confidence=0.9, sentences=700)
+
+
+def sentences(count, seed=0):
+    """All different."""
+    g, found = torch.Generator().manual_seed(seed), {}
+    while len(found) < count:
+        n = int(torch.randint(2, 9, (), generator=g))
+        found[tuple(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=g))] = 1
+    return [list(words) for words in found]
+
+
+@pytest.fixture(scope="module")
+def tagger(tiny_tokenizer):
+    """Exits lose labels, more at bolder policies: heads are the last one, blurred."""
+    tokenizer = tiny_tokenizer()
+    model = tokenexit.convert(random_classifier(vocab_size=len(tokenizer)), tokenizer).double()
+    with torch.no_grad():
+        for head in model.exit_heads:
+            head.weight.copy_(model.exit_heads[-1].weight)
+            head.bias.copy_(model.exit_heads[-1].bias)
+        for head in model.exit_heads[:-1]:
+            head.weight.add_(0.05 * torch.randn_like(head.weight))
+    return Tagger(model, tokenizer, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def found(tagger):
+    return make_dial(tagger, [*sentences(200), []], BOUND, 0.9, policies=GRID, timing_runs=1)
+
+
+def parts(count, seed=0):
+    """The sentences that the path is chosen by, and the others."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    every = sentences(count)
+    shuffled = [every[i] for i in order]
+    return shuffled[: for_path(count)], shuffled[for_path(count) :]
+
+
+def test_what_is_measured_is_so(tagger, found):
+    dial, (_, apart) = found.dial, parts(200)
+    assert dial.sentences == len(apart) == 140
+    assert (dial.max_disagreement, dial.confidence) == (BOUND, 0.9)
+    whole = [tagged.labels for tagged in tagger.tag(apart, ExitPolicy.never())]
+    losses = []
+    for speed in dial.speeds:
+        tagged = tagger.tag(apart, speed.policy)
+        loss = [
+            sum(a != b for a, b in zip(one.labels, labels, strict=True)) / len(labels)
+            for one, labels in zip(tagged, whole, strict=True)
+        ]
+        assert speed.disagreement == pytest.approx(np.mean(loss))
+        assert speed.mean_exit_layer == pytest.approx(
+            np.mean([x for one in tagged for x in one.exit_layers])
+        )
+        assert speed.wall_speedup > 0
+        losses.append(loss)
+    assert [speed.bound for speed in dial.speeds[1:]] == [
+        pytest.approx(upper_bound(loss, 0.9)) for loss in losses[1:]
+    ]
+    assert dial.promised == fixed_sequence(losses, BOUND, 0.9) - 1 >= 1
+    first = dial.speeds[0]
+    assert (first.policy.threshold, first.speedup, first.disagreement, first.bound) == (0, 1, 0, 0)
+    assert found.chosen.policy == dial.at("promised").policy and found.needed is None
+    assert [p.policy for p in found.verified] == [s.policy for s in dial.speeds[1:]]
+    assert tagger.model.policy == ExitPolicy.never() and tagger.model.dial is None  # not changed
+
+
+def test_nothing_is_chosen_by_what_is_tested(tagger, found, monkeypatch):
+    """The path is the same whatever the labels of the others are, which decide how far it goes."""
+    first, apart = parts(200)
+    labels = {tuple(t.words): t.labels for t in tagger.tag(first, ExitPolicy.never())}
+    wrong = [labels.get(tuple(words), ["?"] * len(words)) for words in sentences(200)]
+    other = make_dial(tagger, sentences(200), BOUND, 0.9, policies=GRID, reference=wrong)
+    assert [s.policy for s in other.dial.speeds] == [s.policy for s in found.dial.speeds]
+    assert {s.disagreement for s in other.dial.speeds} == {1.0}
+    assert other.dial.promised is None and other.needed is None
+    assert other.chosen.policy.threshold == 0
+    with pytest.raises(ValueError, match="speed is 'promised', but nothing is"):
+        other.dial.at("promised")
+
+    run, seen = calibration.tag_windows, []
+
+    def recorded(tagger, windows, policy):
+        seen.append((policy, {tuple(w.input_ids) for w in windows}))
+        return run(tagger, windows, policy)
+
+    monkeypatch.setattr(calibration, "tag_windows", recorded)
+    make_dial(tagger, sentences(200), BOUND, 0.9, policies=GRID)
+    texts = [{tuple(w.input_ids) for w in tagger.windows(part)} for part in (first, apart)]
+    path = [speed.policy for speed in found.dial.speeds]
+    assert [policy for policy, text in seen if text == texts[1]] == path
+    assert seen[-len(path) :] == [(policy, texts[1]) for policy in path]
+    assert all(text == texts[0] for _, text in seen[1 : -len(path)])
+
+
+def test_another_model_may_be_what_is_held_against(tagger, found):
+    """Where full depth is not what counts, it is tested like any other."""
+    same = [t.labels for t in tagger.tag(sentences(200), ExitPolicy.never())]
+    other = make_dial(tagger, sentences(200), BOUND, 0.9, policies=GRID, reference=same)
+    assert other.dial.promised == found.dial.promised
+    assert 0 < other.dial.speeds[0].bound < BOUND and other.dial.speeds[0].disagreement == 0
+
+
+def test_calibrate_promises(tagger):
+    data = Dataset.from_dict({"words": sentences(200)})
+    seen = []
+    result = calibrate(
+        tagger, data, max_disagreement=BOUND, policies=GRID, progress=lambda *x: seen.append(x)
+    )
+    assert result.metric == "agreement" and result.dial.promised >= 1
+    assert result.chosen.speedup > 1
+    assert json.loads(json.dumps(result.to_dict()))["dial"]["promised"] == result.dial.promised
+    stages = ["simulate", "find the path", "test the path"]
+    assert list(dict.fromkeys(what for what, *_ in seen)) == stages
+    for stage in stages:
+        last = [x for x in seen if x[0] == stage][-1]
+        assert last[1] == last[2]
+
+
+def test_too_little_is_refused_with_how_much_would_do(tagger, found):
+    least = needed(0.01, 0.9)
+    with pytest.raises(ValueError, match=r"got 200 sentences.*expected at least (\d+)") as refused:
+        make_dial(tagger, sentences(200), 0.01)
+    enough = int(str(refused.value).split("at least ")[1].split(":")[0])
+    assert enough - for_path(enough) >= least > enough - 1 - for_path(enough - 1)
+
+    data = Dataset.from_dict({"words": sentences(200)})
+    bold = found.dial.at("fastest")
+    near = {"max_disagreement": 1.05 * bold.disagreement, "policies": [bold.policy]}
+    few = make_dial(tagger, data["words"], **near)
+    assert few.dial.promised == 0 and few.needed > 200
+    with pytest.raises(ValueError, match=f"200 sentences are too few.*about {few.needed} would do"):
+        calibrate(tagger, data, **near)
+    for wrong in ({"max_disagreement": 0.0}, {"max_disagreement": 2}, {"confidence": 1.0}):
+        with pytest.raises(ValueError, match=f"{[*wrong][0]} is .*expected a number between"):
+            calibrate(tagger, data, **{"max_disagreement": 0.1, **wrong})
+    with pytest.raises(ValueError, match="got both max_loss and max_disagreement"):
+        calibrate(tagger, data, max_disagreement=0.1, max_loss=0.1)
+    with pytest.raises(ValueError, match="got verify with max_disagreement"):
+        calibrate(tagger, data, max_disagreement=0.1, verify=2)
+
+
+def test_no_exits_that_hold_are_full_depth(tagger):
+    """Where more text would not help, there is nothing to refuse."""
+    bold = [ExitPolicy(threshold=1.0, window=0)]
+    result = make_dial(tagger, sentences(200), 0.05, 0.9, policies=bold)
+    assert result.chosen.policy.threshold == 0 and result.dial.promised == 0
+
+
+def test_speeds_are_chosen_by_name_and_number():
+    for speed, number in (
+        ("full", 0), ("promised", 2), ("fastest", 3), (1, 0), (1.2, 1), (1.5, 1), (2.5, 2),
+        ("2.6", 3), ("3.5x", 3), (np.float64(2), 2),
+    ):  # fmt: skip
+        assert DIAL.at(speed) == SPEEDS[number], speed
+    with pytest.raises(ValueError, match="speed is 3.6; expected at most 3.50"):
+        DIAL.at(3.6)
+    for wrong in (0.5, float("nan"), float("inf"), "fast", "-1"):
+        with pytest.raises(ValueError, match="speed is .*expected"):
+            DIAL.at(wrong)
+    for wrong in (None, True, [2.0]):
+        with pytest.raises(TypeError, match="expected a number or one of"):
+            DIAL.at(wrong)
+
+
+def test_a_dial_is_saved_with_the_model(tmp_path):
+    assert Dial.from_dict(json.loads(json.dumps(DIAL.to_dict()))) == DIAL
+    model = random_tagger(dtype=torch.float32)
+    with pytest.raises(ValueError, match="the tagger has no dial; expected one calibrated"):
+        model.set_speed("full")
+    model.dial = DIAL
+    model.set_speed(2.0)
+    model.save_pretrained(tmp_path)
+    loaded = tokenexit.TokenExitForTokenClassification.from_pretrained(tmp_path)
+    assert loaded.dial == DIAL and loaded.policy == SPEEDS[2].policy
+    loaded.set_speed("full")
+    assert loaded.policy == ExitPolicy.never()
+    for wrong in ([], {"speeds": []}, {**DIAL.to_dict(), "promised": 4}, {"speeds": [{}]}):
+        loaded.config.dial = wrong
+        with pytest.raises(ValueError, match="the dial is"):
+            loaded.set_speed("full")
+
+
+def test_the_dial_is_turned_while_others_tag(tiny_tokenizer):
+    """Each call goes by one policy, whichever it met."""
+    tokenizer = tiny_tokenizer()
+    model = random_tagger(dtype=torch.float32, vocab_size=len(tokenizer))
+    model.dial = Dial(
+        tuple(Speed(ExitPolicy(threshold=t), 1 + t, 0, 0, 4.0) for t in (0.0, 0.8)), 0, 0.1, 0.9, 1
+    )
+    tagger, some = Tagger(model, tokenizer, batch_size=4), sentences(9)
+    known = [tagger.tag(some, speed=speed) for speed in ("full", "fastest")]
+    assert known[0] != known[1]
+    results, stop = [], threading.Event()
+
+    def turn():
+        while not stop.is_set():
+            model.set_speed("fastest")
+            model.set_speed("full")
+
+    turning = threading.Thread(target=turn)
+    turning.start()
+    try:
+        for _ in range(40):
+            results.append(tagger.tag(some))
+    finally:
+        stop.set()
+        turning.join()
+    assert all(result in known for result in results)
+
+
+def test_speeds_of_a_tagger_and_of_its_calls(tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    model = random_tagger(dtype=torch.float32, vocab_size=len(tokenizer))
+    with pytest.raises(ValueError, match="no dial"):
+        Tagger(model, tokenizer, speed="full")
+    policies = [ExitPolicy(threshold=t, window=0) for t in (0.0, 0.5, 0.8)]
+    model.dial = Dial(
+        tuple(Speed(p, n, 0, 0, 4.0) for n, p in enumerate(policies, 1)), 1, 0.1, 0.9, 1
+    )
+    tagger, some = Tagger(model, tokenizer, speed="promised"), sentences(9)
+    expected = [tagger.tag(some, policy) for policy in policies]
+    assert expected[0] != expected[1] != expected[2]
+    assert tagger.tag(some) == expected[1] and model.policy == ExitPolicy.never()
+    assert tagger.tag(some, speed="fastest") == expected[2]
+    mixed = tagger.tag(some, speed=["full", 2, 3] * 3)
+    assert mixed == [expected[i % 3][i] for i in range(9)]
+    tagger.speed = None
+    assert tagger.tag(some) == expected[0]
+    with pytest.raises(ValueError, match="got both the policy .* and the speed 2"):
+        tagger.tag(some, policies[0], speed=2)
+    with pytest.raises(ValueError, match="speed is 9; expected at most 3.00"):
+        tagger.speed = 9
+    out = model(**random_batch((5,)), policy=model.speed("fastest").policy)
+    assert int(out.exit_layers.max()) <= 4
+
+
+@pytest.mark.parametrize(("seen", "warns"), [(4.0, False), (3.7, False), (3.5, True)])
+def test_text_that_leaves_elsewhere_is_told_once(tiny_tokenizer, caplog, seen, warns):
+    """All leave at the last of four layers; a tenth of these is what may differ."""
+    tokenizer = tiny_tokenizer()
+    model = random_tagger(dtype=torch.float32, vocab_size=len(tokenizer))
+    model.dial = Dial((Speed(ExitPolicy.never(), 1.0, 0, 0, seen),), 0, 0.1, 0.9, 1)
+    tagger, some = Tagger(model, tokenizer), sentences(150)
+    for calls in range(8):
+        assert len(caplog.records) == (warns and calls > 3)  # after 500 sentences
+        tagger.tag(some, speed="full")
+    tagger.tag(some * 4, ExitPolicy(threshold=0.1))  # which the dial does not have
+    assert len(caplog.records) == warns
+    if warns:
+        assert "600 sentences left at layer 4.00 in the mean" in caplog.messages[0]
+        assert "calibrated with at 3.50" in caplog.messages[0]
+
+
+def test_what_the_docs_say_is_needed():
+    """And the bound of half as many as is promised: by the test of test_promise's power."""
+    text = (ROOT / "docs" / "adapt.md").read_text()
+    for bound, name in ((0.01, "1 %"), (0.005, "0.5 %")):
+        assert f"| {name} | {needed(bound, 0.9)} |" in text

@@ -1,0 +1,125 @@
+"""How fast a tagger goes: policies from cautious to bold, what each gives and what is promised."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from numbers import Real
+
+from tokenexit.policy import ExitPolicy
+
+NAMES = ("full", "promised", "fastest")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A policy, and what it gave on the text that the dial was made with.
+
+    Attributes:
+        policy: when words leave.
+        speedup: over full depth, in multiply-adds.
+        disagreement: share of a sentence's words that get another label than at full depth, in the
+            mean over sentences.
+        bound: what that is below on more such text, with the dial's confidence; of this policy by
+            itself.
+        mean_exit_layer: over words.
+        wall_speedup: over full depth, in the time of the machine that measured it, or None.
+    """
+
+    policy: ExitPolicy
+    speedup: float
+    disagreement: float
+    bound: float
+    mean_exit_layer: float
+    wall_speedup: float | None = None
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The speeds of a tagger, and how far a promise goes.
+
+    Attributes:
+        speeds: from full depth, the first, to the boldest.
+        promised: index of the last one that the promise covers: of it and of all before, the
+            expected disagreement is below `max_disagreement`, with probability `confidence` over
+            the choice of the text. None: not even of full depth, held against another model.
+        max_disagreement, confidence: of the promise.
+        sentences: that it was tested on.
+    """
+
+    speeds: tuple[Speed, ...]
+    promised: int | None
+    max_disagreement: float
+    confidence: float
+    sentences: int
+
+    def at(self, speed: float | str) -> Speed:
+        """The one that is asked for.
+
+        Args:
+            speed: "full"; "promised", the fastest within the promise; "fastest"; or a number, the
+                most cautious that is at least so many times as fast as full depth in multiply-adds.
+
+        Raises:
+            TypeError: neither a name nor a number.
+            ValueError: another name; a number below 1, or beyond the fastest; "promised" where
+                nothing is.
+        """
+        speed = parse_speed(speed)
+        if speed == "promised" and self.promised is None:
+            raise ValueError("speed is 'promised', but nothing is; expected another")
+        if isinstance(speed, str):
+            where = {"full": 0, "promised": self.promised, "fastest": len(self.speeds) - 1}
+            return self.speeds[where[speed]]
+        for one in self.speeds:
+            if one.speedup >= speed:
+                return one
+        fastest = max(one.speedup for one in self.speeds)
+        raise ValueError(
+            f"speed is {speed:g}; expected at most {fastest:.2f}, the fastest that was calibrated"
+        )
+
+    def to_dict(self) -> dict:
+        """Fields as JSON-ready values."""
+        speeds = [{**asdict(one), "policy": one.policy.to_dict()} for one in self.speeds]
+        return {**asdict(self), "speeds": speeds}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Dial:
+        """The dial `to_dict` wrote.
+
+        Raises:
+            ValueError: not its fields.
+        """
+        try:
+            speeds = tuple(
+                Speed(**{**one, "policy": ExitPolicy.from_dict(one["policy"])})
+                for one in values["speeds"]
+            )
+            dial = cls(**{**values, "speeds": speeds})
+            if not speeds or dial.promised not in (None, *range(len(speeds))):
+                raise ValueError(f"promised is {dial.promised} of {len(speeds)} speeds")
+        except (TypeError, KeyError, ValueError) as error:
+            names = [field.name for field in fields(cls)]
+            raise ValueError(f"the dial is {values!r:.60} ({error}); expected {names}") from error
+        return dial
+
+
+def parse_speed(speed: float | str) -> float | str:
+    """A speed as `Dial.at` takes it, checked without a dial; a number may come as text.
+
+    Raises:
+        TypeError, ValueError: see there.
+    """
+    if isinstance(speed, str) and speed not in NAMES:
+        try:
+            speed = float(speed.removesuffix("x"))
+        except ValueError:
+            raise ValueError(f"speed is {speed!r}; expected a number or one of {NAMES}") from None
+    if isinstance(speed, str):
+        return speed
+    if not isinstance(speed, Real) or isinstance(speed, bool):
+        raise TypeError(f"speed is {speed!r}; expected a number or one of {NAMES}")
+    if not 1 <= speed < math.inf:
+        raise ValueError(f"speed is {speed}; expected 1 or more, or one of {NAMES}")
+    return speed
