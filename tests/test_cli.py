@@ -146,6 +146,70 @@ def test_predict_keeps_order_in_every_format(trained, folder, capsys, tmp_path):
     assert agree > 0.9 * len(gold)
 
 
+@pytest.fixture(scope="module")
+def texts(folder):
+    """Lines of text, none twice."""
+    rows = {" ".join(words) + "." for words in data(400, seed=3)["words"] if len(words) > 2}
+    (folder / "texts.txt").write_text("".join(f"{row}\n" for row in sorted(rows)) + "\n")
+    return folder / "texts.txt"
+
+
+def test_adapt_then_speeds(folder, texts, capsys, tmp_path):
+    model, tagger = folder / "hf", tmp_path / "tagger"
+    before = contents(model)
+    code, out, err = call(
+        capsys, "adapt", model, "-t", texts, "-o", tagger, "--max-disagreement", 0.3,
+        "--timing-runs", 1,
+    )  # fmt: skip
+    assert code == 0, err
+    assert contents(model) == before
+    out = " ".join(out.split())
+    assert "full depth │ 1.00x" in out and "promised" in out and f"wrote {tagger}: " in out
+    dial = Tagger.from_pretrained(tagger).model.dial
+    assert dial.max_disagreement == 0.3 and dial.sentences > 50
+    (tmp_path / "odd.conll").write_text("john LABEL_1\n\n")
+    for speed, number in (("full", 0), ("promised", dial.promised), ("1", 0)):
+        code, out, err = call(
+            capsys, "evaluate", tagger, "-d", tmp_path / "odd.conll", "--speed", speed, "--json",
+            "--timing-runs", 0,
+        )  # fmt: skip
+        assert code == 0, err
+        assert json.loads(out)["policy"] == dial.speeds[number].policy.to_dict()
+    code, out, err = call(
+        capsys, "calibrate", tagger, "-d", texts, "--max-disagreement", 0.4, "--confidence", 0.8,
+        "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["metric"] == "agreement" and found["dial"]["confidence"] == 0.8
+    assert Tagger.from_pretrained(tagger).model.dial.max_disagreement == 0.4
+    assert found["dial"]["sentences"] > dial.sentences  # nothing was trained on them, by this
+
+
+def test_predict_spans_and_other_fields(trained, capsys, tmp_path):
+    text = tmp_path / "in.txt"
+    text.write_text("John Smith lives  in Paris.\n\nnew york\n")
+    code, out, err = call(capsys, "predict", trained, text, "--spans")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["text"] for row in rows] == text.read_text().splitlines()
+    assert [(x["type"], x["text"]) for x in rows[0]["spans"]] == [
+        ("PER", "John Smith"),
+        ("LOC", "Paris"),
+    ]
+    for row in rows:
+        for span in row["spans"]:
+            assert row["text"][span["start"] : span["stop"]] == span["text"]
+            assert 0 < span["confidence"] <= 1
+    lines = [{"id": 7, "text": "in Paris."}, {"words": ["paris"], "x": {"y": None}}, {"tokens": []}]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for arguments, last in ((("--spans",), "spans"), ((), "exit_layers")):
+        code, out, err = call(capsys, "predict", trained, source, *arguments, "--buffer", 1)
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert code == 0 and rows[0]["id"] == 7 and rows[1]["x"] == {"y": None}
+        assert all([*row][-1] == last for row in rows) and len(rows[2]) == len(rows[1]) - 1
+
+
 @pytest.mark.parametrize("output_format", ["jsonl", "conll"])
 def test_predict_gives_an_output_for_each_input(trained, capsys, tmp_path, output_format):
     cases = {
@@ -579,6 +643,24 @@ def test_dtype(trained, folder, capsys):
                 ("-o", "{folder}/encoder", "holds a model of type 'bert'; expected a new folder"),
             )
         ),
+        (["predict", "{exits}", "--speed", "2"], "speed is 2.0, but the tagger has no dial"),
+        (["predict", "{exits}", "--speed", "fast"], "speed is 'fast'; expected a number or one of"),
+        (["predict", "{exits}", "--speed", "2", "--window", "2"], "--speed excludes --window"),
+        (["predict", "{exits}", "--speed", "2", "--full-depth"], "--full-depth excludes --speed"),
+        (["predict", "{exits}", "--spans", "--output-format", "conll"], "--spans excludes"),
+        (["calibrate", "{exits}", "-d", "none", "--max-disagreement", "0"], "--max-disagreement"),
+        (["calibrate", "{exits}", "-d", "{folder}/dev.conll", "--max-disagreement", "0.01"],
+         "got 32 sentences with words; expected at least"),
+        (["adapt", "{folder}/hf", "-t", "{folder}/dev.conll", "-o", "{folder}/new"],
+         "got 32 texts with words; expected at least"),
+        (["adapt", "{folder}/hf", "-t", "none", "-o", "{folder}/hf"], "holds a model of type"),
+        (["adapt", "{exits}", "-t", "none", "-o", "{exits}"], "is the folder of the model"),
+        (["adapt", "{folder}/hf", "-t", "n.txt", "-o", "{folder}/n"], "no such file: n.txt"),
+        (["adapt", "{folder}/no", "-t", "none", "-o", "{folder}/n"], "no is neither a folder nor"),
+        (["adapt", "{folder}/hf", "-t", "x", "-o", "{folder}/n", "--confidence", "1"],
+         "--confidence is 1.0"),
+        (["adapt", "{folder}/hf", "-t", "x", "-o", "{folder}/n", "--epochs", "2"],
+         "got --epochs without --tune"),
         (["calibrate", "{folder}/encoder", "-d", "none"], "holds a model of type 'bert'"),
         (["calibrate", "{folder}", "-d", "none"], "holds no model; expected a tagger"),
         (["calibrate", "owner/name", "-d", "none"], "no folder.*saved to a folder first"),
@@ -635,6 +717,15 @@ def test_runs_as_a_module():
 def test_usage(capsys):
     code, out, err = call(capsys, "predict")
     assert code == 2 and "Missing argument" in err
-    for command in ("train", "self-sample", "calibrate", "evaluate", "predict", "demo", "info"):
+    for command in (
+        "adapt",
+        "train",
+        "self-sample",
+        "calibrate",
+        "evaluate",
+        "predict",
+        "demo",
+        "info",
+    ):
         code, out, err = call(capsys, command, "--help")
         assert code == 0 and f"tokenexit {command}" in out

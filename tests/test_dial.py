@@ -158,7 +158,7 @@ def test_too_little_is_refused_with_how_much_would_do(tagger, found):
     assert enough - for_path(enough) >= least > enough - 1 - for_path(enough - 1)
 
     data = Dataset.from_dict({"words": sentences(200)})
-    bold = found.dial.at("fastest")
+    bold = found.dial.at("promised")
     near = {"max_disagreement": 1.05 * bold.disagreement, "policies": [bold.policy]}
     few = make_dial(tagger, data["words"], **near)
     assert few.dial.promised == 0 and few.needed > 200

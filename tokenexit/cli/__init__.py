@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in (
-    *(train.train, train.self_sample, train.calibrate),
+    *(train.adapt, train.train, train.self_sample, train.calibrate),
     *(use.evaluate, use.predict, train.demo, use.info),
 ):
     app.command()(_command)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 from rich import console
+from rich.table import Table
 
 from tokenexit.policy import ExitPolicy
 
@@ -48,6 +51,16 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="fp32, bf16 or fp16, to compute in; not with --int8. Default: as saved."),
 ]
+Speed = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the calibrated ones: full, promised, fastest, or a number of times as fast."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="To run on, as cuda. Default: the CPU.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Of a tagger on the hub: a branch, a tag or a commit.")
+]
 FullDepth = Annotated[bool, typer.Option("--full-depth", help="No early exits.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write the tagger to.")]
 Epochs = Annotated[float | None, typer.Option(help="Default: 3, more for small data.")]
@@ -66,7 +79,10 @@ Settings = Annotated[
 ]
 
 
-def load_tagger(model: str, batch_size: int, int8: bool = False, dtype: str | None = None):
+def load_tagger(
+    model: str, batch_size: int, int8: bool = False, dtype: str | None = None, **settings
+):
+    """The tagger; of settings, what `Tagger.from_pretrained` takes, those that are not None."""
     import torch
 
     from tokenexit.models.tagger import Tagger
@@ -78,7 +94,8 @@ def load_tagger(model: str, batch_size: int, int8: bool = False, dtype: str | No
         raise ValueError(f"--int8 excludes --dtype {dtype}")
     be_quiet()
     check_model_name(model)
-    return Tagger.from_pretrained(model, int8, dtypes.get(dtype), batch_size=batch_size)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    return Tagger.from_pretrained(model, int8, dtypes.get(dtype), batch_size=batch_size, **settings)
 
 
 def check_model_name(name: str):
@@ -120,6 +137,15 @@ def read_data(source: str, column: str | None, format: str | None):
     )
 
 
+def read_texts(source: str, format: str | None) -> list[str | list[str]]:
+    """Like `read_data`, without labels: texts, or lists of words where the source has these."""
+    from tokenexit.text import data
+
+    if Path(source).expanduser().is_file() and format != "dataset":
+        return data.read_texts(source, format=format)
+    return read_data(source, None, format)["words"]
+
+
 def _number(column: str | None) -> int | str | None:
     return int(column) if column is not None and column.lstrip("-").isdigit() else column
 
@@ -143,6 +169,34 @@ def check_heads(model, name: str, policy: ExitPolicy | None = None):
             f"{', '.join(map(str, heads))} were never trained; expected a tagger that `tokenexit "
             f"train` wrote{'' if no_tagger or policy is None else ', or --full-depth'}"
         )
+
+
+def dial_table(dial, columns: Mapping[str, list[str]] = MappingProxyType({})) -> Table:
+    """The speeds of a dial, from full depth to the boldest, and how far the promise goes.
+
+    Args:
+        columns: more of them, by their heads, each with a text for each speed.
+    """
+    table = Table(
+        "policy", "multiply-adds", *(["wall clock"] if dial.speeds[0].wall_speedup else [])
+    )
+    for name in ("other labels", f"with {dial.confidence:.0%} below", *columns):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for number, one in enumerate(dial.speeds):
+        row = [str(one.policy), f"{one.speedup:.2f}x"]
+        if one.wall_speedup:
+            row.append(f"{one.wall_speedup:.2f}x")
+        row += [f"{one.disagreement:.2%}", f"{one.bound:.2%}"]
+        row += [texts[number] for texts in columns.values()]
+        within = dial.promised is not None and number <= dial.promised
+        table.add_row(*row, "promised" if within else "")
+    table.caption = (
+        f"promised: with a confidence of {dial.confidence:.0%}, the labels of fewer than "
+        f"{dial.max_disagreement:.2%} of a sentence's words, in the mean over such sentences, are "
+        f"not those of full depth; tested on {dial.sentences} sentences"
+    )
+    return table
 
 
 def parse_settings(pairs: list[str] | None) -> dict[str, Any]:

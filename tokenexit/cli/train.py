@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -31,12 +32,15 @@ from tokenexit.cli.options import (
     be_quiet,
     check_heads,
     check_model_name,
+    dial_table,
     err,
     load_tagger,
+    need_stdout,
     out,
     parse_settings,
     progress_bars,
     read_data,
+    read_texts,
 )
 from tokenexit.policy import ExitPolicy
 
@@ -199,6 +203,7 @@ def _planned(
                 "depth until the next `calibrate`"
             )
         model.policy = policy
+        model.dial = None
         arguments = training_arguments(
             checkpoints, model.config.hidden_size, len(train_data), **options
         )
@@ -237,6 +242,18 @@ def calibrate(
         float | None,
         typer.Option(help="At most this much below full depth; 0.005 (default) is half a point."),
     ] = None,
+    max_disagreement: Annotated[
+        float | None,
+        typer.Option(
+            help="Promise that a smaller share of labels, 0.01 say, is not that of full depth; "
+            "text without labels does."
+        ),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.9,
+    timing_runs: Annotated[
+        int, typer.Option(help="Timed runs of each speed that a promise covers or not.", min=0)
+    ] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     copy: Copy = None,
     criterion: Criterion = None,
     schedule: Schedule = None,
@@ -257,16 +274,29 @@ def calibrate(
 ):
     """Pick the policy from development data and store it in the tagger.
 
+    With `--max-disagreement`, `--data` may be text, a sentence a line; the speeds found are stored,
+    too, for `--speed` of other commands.
+
     Examples: `tokenexit calibrate tagger -d dev.conll --max-loss 0.005`,
-    `tokenexit calibrate tagger -d dev.conll --target-speedup 3 --report report`
+    `tokenexit calibrate tagger -d dev.conll --target-speedup 3 --report report`,
+    `tokenexit calibrate tagger -d texts.txt --max-disagreement 0.01 --confidence 0.9`
     """
+    from datasets import Dataset
+
+    from tokenexit.calibrate import CAUTIOUS, THRESHOLDS, plot, policy_grid
     from tokenexit.calibrate import calibrate as run
-    from tokenexit.calibrate import plot, policy_grid
     from tokenexit.files import write_folder_aside
     from tokenexit.models.checkpoint import check_tagger_folder
+    from tokenexit.promise import check_share
     from tokenexit.text.scoring import check_metric
 
+    if json_output:
+        need_stdout()
     check_metric(metric)
+    promised = max_disagreement is not None
+    if promised:
+        check_share("--max-disagreement", max_disagreement)
+        check_share("--confidence", confidence)
     check_tagger_folder(model)
     for folder in filter(None, (model, report)):
         with write_folder_aside(folder):  # told now, if it can't be
@@ -276,32 +306,163 @@ def calibrate(
     base = tagger.model.policy.replace(
         threshold=0.0, **{name: value for name, value in kinds.items() if value is not None}
     )
+    if promised:
+        texts = Dataset.from_dict({"words": tagger.split(read_texts(data, format))})
+        grid = policy_grid(base, thresholds=(*CAUTIOUS, *THRESHOLDS))
+    else:
+        texts, grid = read_data(data, column, format), policy_grid(base)
     with progress_bars() as progress:
         result = run(
             tagger,
-            read_data(data, column, format),
+            texts,
             target_speedup=target_speedup,
             max_loss=max_loss,
-            policies=policy_grid(base),
+            policies=grid,
             verify=verify,
             metric=metric,
             progress=progress,
+            max_disagreement=max_disagreement,
+            confidence=confidence,
+            timing_runs=timing_runs,
         )
     tagger.model.policy = result.chosen.policy
+    if promised:
+        tagger.model.dial = result.dial
     _save_config(tagger.model, model)
-    table = Table("policy", result.metric, "speed-up", "", title="verified with real exits")
-    table.add_row("full depth", f"{result.full_depth.score:.4f}", "1.00", "")
-    for point in result.verified:
-        mark = "chosen" if point.policy == result.chosen.policy else ""
-        table.add_row(str(point.policy), f"{point.score:.4f}", f"{point.speedup:.2f}", mark)
-    out.print(table)
+    if json_output:
+        print(json.dumps(result.to_dict()))
+    elif promised:
+        out.print(dial_table(result.dial))
+    else:
+        out.print(_verified(result))
     if report:
         with write_folder_aside(report) as aside:
             text = json.dumps(result.to_dict(), indent=2) + "\n"
             (aside / "calibration.json").write_text(text)
             plot(result, aside / "calibration.png")
-        out.print(f"wrote {report}/calibration.json and {report}/calibration.png", soft_wrap=True)
-    out.print(f"policy of {model}: {result.chosen.policy}", soft_wrap=True)
+        err.print(f"wrote {report}/calibration.json and {report}/calibration.png", soft_wrap=True)
+    if not json_output:
+        out.print(f"policy of {model}: {result.chosen.policy}", soft_wrap=True)
+
+
+def _verified(result) -> Table:
+    table = Table("policy", result.metric, "speed-up", "", title="verified with real exits")
+    table.add_row("full depth", f"{result.full_depth.score:.4f}", "1.00", "")
+    for point in result.verified:
+        mark = "chosen" if point.policy == result.chosen.policy else ""
+        table.add_row(str(point.policy), f"{point.score:.4f}", f"{point.speedup:.2f}", mark)
+    return table
+
+
+def adapt(
+    model: Annotated[
+        str, typer.Argument(help="Fine-tuned token classifier: a folder or a hub name.")
+    ],
+    texts: Annotated[
+        str,
+        typer.Option(
+            "--texts", "-t", help="Text, a sentence a line; or what `--data` of others takes."
+        ),
+    ],
+    output: Output,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Annotated sentences, to score speeds on.")
+    ] = None,
+    max_disagreement: Annotated[
+        float, typer.Option(help="Promise that a smaller share of labels changes.")
+    ] = 0.01,
+    confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.9,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Train the encoder, too: faster exits, other labels.")
+    ] = False,
+    epochs: Annotated[float | None, typer.Option(help="Of --tune.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of --tune.")
+    ] = False,
+    timing_runs: Annotated[
+        int, typer.Option(help="Timed runs of each speed; 0 for none.", min=0)
+    ] = 3,
+    batch_size: BatchSize = 32,
+    seed: Seed = 42,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    column: Column = None,
+    format: Format = None,
+    metric: Metric = "auto",
+):
+    """Let the tokens of a fine-tuned tagger exit early, by text without labels.
+
+    Its encoder and classifier stay, so full depth is the tagger as it was; new classifiers below
+    learn from the last. How far their labels stay those of the tagger is promised by a part of the
+    texts kept aside; all speeds are stored, and `--speed` of other commands chooses among them.
+
+    Examples: `tokenexit adapt dslim/bert-base-NER -t texts.txt -o tagger`,
+    `tokenexit predict tagger news.txt --speed 2.5`
+    """
+    from tokenexit.files import disk_errors
+    from tokenexit.models.checkpoint import check_output_folder, load_config
+    from tokenexit.promise import check_share
+    from tokenexit.text.scoring import check_metric
+    from tokenexit.training.adapt import adapt as run
+    from tokenexit.training.adapt import load_tokenizer
+
+    be_quiet()
+    if json_output:
+        need_stdout()
+    check_share("--max-disagreement", max_disagreement)
+    check_share("--confidence", confidence)
+    check_metric(metric)
+    for name, given in (("epochs", epochs is not None), ("resume", resume)):
+        if given and not tune:
+            raise ValueError(f"got --{name} without --tune; expected both or neither")
+    check_output_folder(output)
+    if output.exists() and Path(model).exists() and output.samefile(model):
+        raise ValueError(f"--output is the folder of the model, {model}; expected another")
+    checkpoints = output.with_name(f"{output.name}-checkpoints")
+    if tune and not resume and checkpoints.exists() and any(checkpoints.iterdir()):
+        raise ValueError(f"{checkpoints} has a run: give --resume to go on with it, or remove it")
+    check_model_name(model)
+    load_config(model)  # told before the texts are read, if there is none
+    tokenizer = load_tokenizer(model)
+    sentences = read_texts(texts, format)
+    annotated = data and read_data(data, column, None)
+    with progress_bars() as progress:
+        result = run(
+            model,
+            sentences,
+            tokenizer,
+            tune=tune,
+            max_disagreement=max_disagreement,
+            confidence=confidence,
+            annotated=annotated,
+            metric=metric,
+            epochs=epochs,
+            batch_size=batch_size,
+            timing_runs=timing_runs,
+            seed=seed,
+            progress=progress,
+            checkpoints=checkpoints if tune else None,
+            resume=resume,
+        )
+    with disk_errors(output):
+        result.tagger.save_pretrained(output)
+    if tune:
+        shutil.rmtree(checkpoints)
+    if result.calibration.needed is not None:
+        err.print(
+            f"no exits are promised: the texts are too few; about {2 * result.calibration.needed} "
+            "would do, if they are as these"
+        )
+    if json_output:
+        print(json.dumps(result.to_dict()))
+        return
+    columns, dial = {}, result.calibration.dial
+    if result.original_wall is not None:
+        walls = [one.wall_speedup * result.original_wall for one in dial.speeds]
+        columns["beside transformers"] = [f"{wall:.2f}x" for wall in walls]
+    if result.scores is not None:
+        columns[result.metric] = [f"{score:.4f}" for score in result.scores]
+    out.print(dial_table(dial, columns))
+    out.print(f"wrote {output}: {result.tagger.model.policy}", soft_wrap=True)
 
 
 def demo(

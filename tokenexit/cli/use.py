@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +21,7 @@ from tokenexit.cli.options import (
     BatchSize,
     Column,
     Data,
+    Device,
     Dtype,
     Format,
     FullDepth,
@@ -26,6 +30,8 @@ from tokenexit.cli.options import (
     Metric,
     MinActive,
     Model,
+    Revision,
+    Speed,
     Threshold,
     Window,
     check_heads,
@@ -45,9 +51,12 @@ def evaluate(
     window: Window = None,
     level: Level = None,
     min_active: MinActive = None,
+    speed: Speed = None,
     full_depth: FullDepth = False,
     int8: Int8 = False,
     dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
     timing_runs: Annotated[
         int, typer.Option(help="Timed runs against full depth, in alternation; 0 for none.", min=0)
     ] = 3,
@@ -66,8 +75,8 @@ def evaluate(
 
     need_stdout()
     check_metric(metric)
-    tagger = load_tagger(model, batch_size, int8, dtype)
-    policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
+    tagger = load_tagger(model, batch_size, int8, dtype, device=device, revision=revision)
+    policy = _policy(tagger.model, threshold, window, level, min_active, speed, full_depth)
     check_heads(tagger.model, model, policy)
     result = run(
         tagger, read_data(data, column, format), policy, metric=metric, timing_runs=timing_runs
@@ -105,37 +114,59 @@ def predict(
     output_format: Annotated[
         str, typer.Option(help="jsonl, or conll: a row a word, an empty line after each sentence.")
     ] = "jsonl",
+    spans: Annotated[
+        bool,
+        typer.Option(
+            "--spans",
+            help="Lines are texts, whose words the tokenizer tells; entities with their places.",
+        ),
+    ] = False,
     threshold: Threshold = None,
     window: Window = None,
     level: Level = None,
     min_active: MinActive = None,
+    speed: Speed = None,
     full_depth: FullDepth = False,
     int8: Int8 = False,
     dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
     batch_size: BatchSize = 32,
     buffer: Annotated[int, typer.Option(help="Sentences held at a time.", min=1)] = 1024,
 ):
     """Tag a file or a stream, in order, in constant memory.
 
-    Of text and JSON lines, the n-th result is that of line n, empty ones too. A file is written
+    Of text and JSON lines, the n-th result is that of line n, empty ones too; other fields of a
+    JSON line, such as an id, are handed on. A file is written
     aside and renamed at the end, so that an interrupted run leaves none; pipes and devices are
     written to as they are.
 
     Examples: `echo "Ada lives in London" | tokenexit predict tagger`,
-    `tokenexit predict tagger news.txt -o news.conll --output-format conll`
+    `tokenexit predict tagger news.txt -o news.conll --output-format conll`,
+    `tokenexit predict tagger news.jsonl --spans --speed 2.5`
     """
-    from tokenexit.text.data import stream_sentences
+    from tokenexit.text.data import stream_rows
 
     formats = {"jsonl": _as_json, "conll": _as_conll}
     if output_format not in formats:
         raise ValueError(f"--output-format is {output_format!r}; expected jsonl or conll")
+    if spans and output_format != "jsonl":
+        raise ValueError(f"--spans excludes --output-format {output_format}; expected jsonl")
+    as_text = _as_spans if spans else formats[output_format]
     with _open(input) as lines, _to(output) as write:
-        sentences = stream_sentences(lines, format)
-        tagger = load_tagger(model, batch_size, int8, dtype)
-        policy = _policy(tagger.model.policy, threshold, window, level, min_active, full_depth)
+        rows = stream_rows(lines, format)
+        tagger = load_tagger(model, batch_size, int8, dtype, device=device, revision=revision)
+        policy = _policy(tagger.model, threshold, window, level, min_active, speed, full_depth)
         check_heads(tagger.model, model, policy)
-        for number, tagged in enumerate(tagger.stream(sentences, policy, buffer), 1):
-            write(formats[output_format](tagged, number))
+        waiting = deque()  # what is read and not yet tagged
+
+        def sentences():
+            for row in rows:
+                waiting.append(row.others)
+                yield row.text if spans and row.text is not None else row.words
+
+        for number, tagged in enumerate(tagger.stream(sentences(), policy, buffer), 1):
+            write(as_text(tagged, number, waiting.popleft()))
     if output is not None:
         err.print(f"wrote {output}", soft_wrap=True)
 
@@ -214,7 +245,7 @@ def info(
         out.print(table)
 
 
-def _policy(policy, threshold, window, level, min_active, full_depth) -> ExitPolicy:
+def _policy(model, threshold, window, level, min_active, speed, full_depth) -> ExitPolicy:
     changes = {
         "threshold": threshold,
         "window": window,
@@ -222,13 +253,15 @@ def _policy(policy, threshold, window, level, min_active, full_depth) -> ExitPol
         "min_active": min_active,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
-    if full_depth:
-        if changes:
+    if full_depth or speed is not None:
+        excluded = [*changes, *(["speed"] if full_depth and speed is not None else [])]
+        if excluded:
             raise ValueError(
-                f"--full-depth excludes {', '.join('--' + n.replace('_', '-') for n in changes)}"
+                f"--{'full-depth' if full_depth else 'speed'} excludes "
+                f"{', '.join('--' + name.replace('_', '-') for name in excluded)}"
             )
-        return ExitPolicy.never()
-    return policy.replace(**changes)
+        return ExitPolicy.never() if full_depth else model.speed(speed).policy
+    return model.policy.replace(**changes)
 
 
 @contextmanager
@@ -260,16 +293,22 @@ def _to(output: Path | None) -> Iterator[Callable[[str], Any]]:
             yield file.write
 
 
-def _as_json(tagged, number: int) -> str:
+def _as_json(tagged, number: int, others=MappingProxyType({})) -> str:
     row = {"words": tagged.words, "labels": tagged.labels, "exit_layers": tagged.exit_layers}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps({**others, **row}, ensure_ascii=False) + "\n"
+
+
+def _as_spans(tagged, number: int, others=MappingProxyType({})) -> str:
+    text = " ".join(tagged.words) if tagged.text is None else tagged.text
+    row = {"text": text, "spans": [asdict(span) for span in tagged.spans]}
+    return json.dumps({**others, **row}, ensure_ascii=False) + "\n"
 
 
 # What would be read as another row or column, a comment, a byte order mark or a document's mark.
 _NO_CONLL = re.compile("[\\t\\r\\n\\0]|\\A(# |\\ufeff|-DOCSTART- )")
 
 
-def _as_conll(tagged, number: int) -> str:
+def _as_conll(tagged, number: int, others=MappingProxyType({})) -> str:
     for text in (*tagged.words, *tagged.labels):
         if _NO_CONLL.search(text) or (text == "-DOCSTART-" and len(tagged.words) > 1):
             raise ValueError(

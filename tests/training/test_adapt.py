@@ -1,0 +1,213 @@
+"""adapt: the tagger stays what it was, its heads learn from it, its folder is not touched."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from random_models import ALL_FAMILIES, random_classifier
+from test_dial import WORDS, sentences
+from test_trainer import NAMES, data
+
+import tokenexit
+from tokenexit import ExitPolicy, Tagger
+from tokenexit.training.adapt import adapt
+from tokenexit.training.heads import distill_heads
+
+BOUND = {"max_disagreement": 0.3, "timing_runs": 0}
+
+
+def theirs(tokenizer, family="bert", **changes):
+    return random_classifier(family, vocab_size=len(tokenizer), **changes)
+
+
+@torch.no_grad()
+def states_of(model, tokenizer, texts):
+    """Of words' first pieces: the states of all layers, and the last logits, by transformers."""
+    states, logits = [], []
+    for words in texts:
+        encoded = tokenizer([words], is_split_into_words=True, return_tensors="pt")
+        ids = encoded.word_ids(0)
+        firsts = [ids.index(i) for i in range(len(words))]
+        out = model(**encoded, output_hidden_states=True)
+        states.append(torch.stack(out.hidden_states[1:])[:, 0, firsts])
+        logits.append(out.logits[0, firsts])
+    return torch.cat(states, 1), torch.cat(logits)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_model_is_what_it_was(family, tiny_tokenizer):
+    """Weights to the bit, and labels at full depth; only heads below the last are new."""
+    tokenizer = tiny_tokenizer()
+    hf = theirs(tokenizer, family)
+    before = {name: value.clone() for name, value in hf.state_dict().items()}
+    converted = tokenexit.convert(hf, tokenizer).state_dict()
+    result = adapt(hf, sentences(80), tokenizer, **BOUND)
+    assert all(torch.equal(value, before[name]) for name, value in hf.state_dict().items())
+    after = result.tagger.model.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, converted[name])}
+    heads = {f"encoder.heads.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
+    assert changed == heads and result.tagger.model.untrained_heads() == []
+    some = sentences(9, seed=3)
+    names = hf.config.id2label
+    tagged = result.tagger.tag(some, speed="full")
+    for words, its in zip(some, tagged, strict=True):
+        _, logits = states_of(hf, tokenizer, [words])
+        assert its.labels == [names[i] for i in logits.argmax(-1).tolist()]
+
+
+def test_heads_are_as_good_as_linear_ones_get(tiny_tokenizer):
+    """Beside softmax regressions by another optimizer on states that transformers gives."""
+    tokenizer = tiny_tokenizer()
+    hf, texts = theirs(tokenizer), sentences(150)
+    tagger = Tagger(tokenexit.convert(hf, tokenizer).eval(), tokenizer)
+    distill_heads(tagger, tagger.windows(texts))
+    states, logits = states_of(hf, tokenizer, texts)
+    wanted = logits.softmax(-1)
+
+    def loss(layer, weight, bias):
+        logs = F.log_softmax(states[layer] @ weight.T + bias, -1)
+        return -(wanted * logs).sum(-1).mean()
+
+    for layer in range(3):
+        weight = torch.zeros(5, 32, requires_grad=True)
+        bias = torch.zeros(5, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure(layer=layer, weight=weight, bias=bias, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = loss(layer, weight, bias)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        head = tagger.model.exit_heads[layer]
+        with torch.no_grad():
+            best, ours = loss(layer, weight, bias), loss(layer, head.weight, head.bias)
+            nothing = -(wanted * wanted.mean(0).log()).sum(-1).mean()
+        assert best - 1e-3 < ours < best + 0.1 * (nothing - best), layer
+
+
+def test_states_that_do_not_fit_are_left_out(tiny_tokenizer, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tagger = Tagger(tokenexit.convert(theirs(tokenizer), tokenizer), tokenizer)
+    windows, seen = tagger.windows([["john"] * 9] * 4000), []
+    run = tagger.run
+
+    def recorded(windows, *args, **kwargs):
+        seen.append(len(windows))
+        return run(windows, *args, **kwargs)
+
+    monkeypatch.setattr(tagger, "run", recorded)
+    distill_heads(tagger, windows, memory_mib=1, epochs=1)
+    assert seen == [2**20 // (2 * 3 * 32) // 9]
+    with pytest.raises(ValueError, match="the texts have no words"):
+        distill_heads(tagger, tagger.windows([[]]))
+    with pytest.raises(ValueError, match="epochs is 0"):
+        distill_heads(tagger, windows, epochs=0)
+    one = Tagger(tokenexit.convert(theirs(tokenizer, layers=1), tokenizer), tokenizer)
+    with pytest.raises(ValueError, match="got a model of one layer"):
+        distill_heads(one, windows)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_tokenizer, tmp_path_factory):
+    """The folder of a Hugging Face tagger that has learnt labels which the words alone tell."""
+    tokenizer, folder = tiny_tokenizer(), tmp_path_factory.mktemp("hf")
+    names = {"id2label": dict(enumerate(NAMES)), "label2id": {n: i for i, n in enumerate(NAMES)}}
+    hf = theirs(tokenizer, initializer_range=0.1, **names).train()
+    optimizer, rows = torch.optim.AdamW(hf.parameters(), 3e-3), data(256)
+    for start in range(0, 4 * 256, 8):
+        batch = rows[start % 256 : start % 256 + 8]
+        encoded = tokenizer(
+            batch["words"], is_split_into_words=True, return_tensors="pt", padding=True
+        )
+        labels = torch.full_like(encoded["input_ids"], -100)
+        for row, its_labels in enumerate(batch["labels"]):
+            ids = encoded.word_ids(row)
+            for word, label in enumerate(its_labels):
+                labels[row, ids.index(word)] = NAMES.index(label)
+        hf(**encoded, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    hf.save_pretrained(folder / "hf")
+    tokenizer.save_pretrained(folder / "hf")
+    return folder / "hf"
+
+
+def contents(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*")}
+
+
+def test_a_folder_and_texts_to_a_faster_tagger(trained, tmp_path):
+    before, seen = contents(trained), []
+    result = adapt(
+        trained,
+        [" ".join(words) for words in sentences(400)],
+        max_disagreement=0.05,
+        timing_runs=1,
+        annotated=data(40, seed=5),
+        progress=lambda *step: seen.append(step),
+    )
+    assert contents(trained) == before
+    dial, model = result.calibration.dial, result.tagger.model
+    assert dial.promised >= 1 and model.policy == dial.at("promised").policy
+    assert dial.at("promised").speedup > 1.2 and dial.at("promised").disagreement < 0.05
+    assert result.metric == "entity_f1" and len(result.scores) == len(dial.speeds)
+    assert min(result.scores[: dial.promised + 1]) > 0.9
+    assert {"read the texts", "train the heads", "test the path", "score"} <= {s[0] for s in seen}
+    result.tagger.save_pretrained(tmp_path / "out")
+    again = Tagger.from_pretrained(tmp_path / "out", speed="promised")
+    assert again.model.dial == dial
+    assert again.tag(sentences(5)) == result.tagger.tag(sentences(5))
+    assert result.to_dict()["scores"] == result.scores
+
+
+def test_tuning_is_held_against_the_model_of_before(trained):
+    texts = sentences(300)
+    result = adapt(trained, texts, tune=True, epochs=1, max_disagreement=0.2, timing_runs=0)
+    before = tokenexit.TokenExitForTokenClassification.from_pretrained(trained)
+    old = Tagger(before, result.tagger.tokenizer)
+    assert not torch.equal(
+        before.embeddings.word.weight, result.tagger.model.embeddings.word.weight
+    )
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(42)).tolist()
+    apart = [texts[i] for i in order][:150]
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(42)).tolist()
+    tested = [apart[i] for i in order][45:]
+    for speed in result.calibration.dial.speeds:
+        pairs = zip(
+            result.tagger.tag(tested, speed.policy),
+            old.tag(tested, ExitPolicy.never()),
+            strict=True,
+        )
+        loss = [
+            np.mean([a != b for a, b in zip(x.labels, y.labels, strict=True)]) for x, y in pairs
+        ]
+        assert speed.disagreement == pytest.approx(np.mean(loss))
+
+
+def test_what_can_not_be_adapted(tiny_tokenizer, tmp_path):
+    tokenizer = tiny_tokenizer()
+    hf = theirs(tokenizer)
+    with pytest.raises(ValueError, match=r"got 80 texts with words; expected at least (\d+)"):
+        adapt(hf, [*sentences(80), []], tokenizer)
+    with pytest.raises(TypeError, match="without its tokenizer"):
+        adapt(hf, sentences(80))
+    with pytest.raises(ValueError, match="confidence is 1"):
+        adapt(hf, sentences(80), tokenizer, confidence=1)
+    hf.bert.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no trained classifier; expected a token classifier"):
+        adapt(str(tmp_path), sentences(80), **BOUND)
+
+
+def test_texts_are_split_as_the_tokenizer_does(tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    hf = theirs(tokenizer)
+    words = [[*words, "."] for words in sentences(80)]
+    texts = [" ".join(its[:-1]) + "." for its in words]
+    both = [adapt(hf, given, tokenizer, **BOUND) for given in (words, texts)]
+    first, second = (result.tagger.model.state_dict() for result in both)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert both[0].calibration.dial == both[1].calibration.dial
+    assert set(WORDS) & set(both[0].tagger.split(texts)[0])

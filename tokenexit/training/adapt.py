@@ -1,0 +1,274 @@
+"""From a fine-tuned tagger to one whose tokens leave early, with text and no labels."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+
+from tokenexit import promise
+from tokenexit.calibrate import TIMED_SENTENCES, Calibration, for_path, make_dial
+from tokenexit.evaluate import check_annotated, evaluate
+from tokenexit.models.convert import convert
+from tokenexit.models.modeling import TokenExitForTokenClassification
+from tokenexit.models.tagger import Tagger
+from tokenexit.policy import ExitPolicy
+from tokenexit.text.encoding import Window, WordTokenizer, collate
+from tokenexit.training.heads import distill_heads
+from tokenexit.training.self_sampling import SelfSampling
+from tokenexit.training.trainer import (
+    ExitTrainer,
+    check_same_run,
+    last_checkpoint,
+    training_arguments,
+    write_record,
+)
+
+_MOST_HELD_OUT = 3000
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Result of `adapt`.
+
+    Attributes:
+        tagger: at the fastest speed that is promised; its model has the dial.
+        calibration: of the sentences kept aside, against the model that was adapted.
+        scores: for each speed of the dial the score on annotated data, of `metric`; or None.
+        original_wall: time of the model as transformers runs it, in padded batches of equal
+            lengths, over that of the result at full depth, here; or None.
+    """
+
+    tagger: Tagger
+    calibration: Calibration
+    scores: list[float] | None = None
+    metric: str | None = None
+    original_wall: float | None = None
+
+    def to_dict(self) -> dict:
+        """What was measured, JSON-ready."""
+        return {
+            **self.calibration.to_dict(),
+            "scored": self.metric,
+            "scores": self.scores,
+            "original_wall": self.original_wall,
+        }
+
+
+def adapt(
+    model: str | os.PathLike | PreTrainedModel,
+    texts: Sequence[str] | Sequence[Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    tune: bool = False,
+    max_disagreement: float = 0.01,
+    confidence: float = 0.9,
+    annotated: Dataset | None = None,
+    metric: str = "auto",
+    epochs: float | None = None,
+    batch_size: int = 32,
+    timing_runs: int = 3,
+    memory_mib: int = 2048,
+    seed: int = 42,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    checkpoints: str | os.PathLike | None = None,
+    resume: bool = False,
+) -> Adapted:
+    """Make a fine-tuned token classifier one whose tokens leave early; no labels are needed.
+
+    The encoder and the classifier stay as they are, so at full depth the result is the model. The
+    heads below are trained on a part of the texts to say what the classifier says. By the other
+    part, policies are chosen and promised, see `tokenexit.calibrate.make_dial`.
+
+    Args:
+        model: a fine-tuned Hugging Face token classifier, or its folder or name on the hub. It is
+            not changed, nor is anything written.
+        texts: texts, or lists of words, as those that will be tagged.
+        tokenizer: of the model. None: the one beside it, for a folder or a name.
+        tune: train encoder and classifier as well, by self-sampling on the labels that the model
+            gives the texts; takes longer, goes faster, and full depth is no longer the model.
+        max_disagreement, confidence: of the promise: labels are held against the model's.
+        annotated: sentences with `words` and `labels`, to score each speed on.
+        metric: of that, see `tokenexit.text.scoring.score`.
+        epochs: of `tune`; None: see `training_arguments`.
+        batch_size: sentences a forward pass.
+        timing_runs: of the wall clock of each speed.
+        memory_mib: that the states of words may take, see `distill_heads`.
+        seed: of everything random.
+        progress: called with (what, done, total).
+        checkpoints: of `tune`: a folder for them, after each epoch. None: none are kept.
+        resume: of `tune`: go on from the last of them.
+
+    Raises:
+        ValueError: a model without a trained classifier; too few texts for the promise; see also
+            `tokenexit.convert`.
+        TypeError: a model without its tokenizer.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+        adapted = TokenExitForTokenClassification.from_pretrained(model, tokenizer=tokenizer)
+    elif tokenizer is None:
+        raise TypeError(f"got a {type(model).__name__} without its tokenizer; expected that, too")
+    else:
+        adapted = convert(model, tokenizer)
+    if adapted.config.num_hidden_layers in adapted.untrained_heads():
+        raise ValueError(
+            f"{model if isinstance(model, str) else 'the model'} has no trained classifier; "
+            "expected a token classifier that was fine-tuned"
+        )
+    adapted.eval()
+    adapted.policy, adapted.dial = ExitPolicy.never(), None
+    tagger = Tagger(adapted, tokenizer, batch_size)
+    if annotated is not None:
+        metric = check_annotated(tagger, annotated, metric)
+    words = [words for words in tagger.split(texts) if words]
+    held = _held_out(len(words), max_disagreement, confidence)
+    order = torch.Generator(device="cpu").manual_seed(seed)
+    order = torch.randperm(len(words), generator=order, device="cpu").tolist()
+    words = [words[i] for i in order]
+    apart, words = words[:held], words[held:]
+
+    reference = None
+    if tune:
+        labels = [x.labels for x in tagger.stream(words)]
+        reference = [x.labels for x in tagger.stream(apart)]
+    distill_heads(
+        tagger, tagger.windows(words), memory_mib=memory_mib, seed=seed, progress=progress
+    )
+    if tune:
+        data = Dataset.from_dict({"words": words, "labels": labels})
+        _tune(tagger, data, epochs, seed, progress, checkpoints, resume)
+    found = make_dial(
+        tagger,
+        apart,
+        max_disagreement,
+        confidence,
+        reference=reference,
+        timing_runs=timing_runs,
+        seed=seed,
+        progress=progress,
+    )
+    adapted.policy, adapted.dial = found.chosen.policy, found.dial
+    scores = None
+    if annotated is not None:
+        scores = []
+        for number, speed in enumerate(found.dial.speeds, 1):
+            scores.append(evaluate(tagger, annotated, speed.policy, metric=metric).score)
+            progress("score", number, len(found.dial.speeds))
+    original_wall, original = None, model
+    if timing_runs and not isinstance(original, PreTrainedModel):
+        original = AutoModelForTokenClassification.from_pretrained(model)
+    if timing_runs and not isinstance(original, TokenExitForTokenClassification):
+        some = tagger.windows(apart[-TIMED_SENTENCES:])
+        original_wall = _time_original(original, tagger, some, timing_runs)
+    return Adapted(tagger, found, scores, metric if scores else None, original_wall)
+
+
+def load_tokenizer(name: str | os.PathLike, **hub) -> PreTrainedTokenizerBase:
+    """The tokenizer at a folder or a name; one that joins words is told to set them apart."""
+    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    try:
+        WordTokenizer(tokenizer)
+    except ValueError:
+        tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True, **hub)
+    return tokenizer
+
+
+def _held_out(sentences: int, max_disagreement: float, confidence: float) -> int:
+    """How many of the sentences are kept aside for calibration: half, more for few."""
+    least = promise.needed(max_disagreement, confidence)
+    least = next(n for n in count(least) if n - for_path(n) >= least)
+    held = max(min(sentences // 2, _MOST_HELD_OUT), least)
+    if 5 * held > 4 * sentences:
+        raise ValueError(
+            f"got {sentences} texts with words; expected at least {-(-5 * least // 4)}, to promise "
+            f"that less than {max_disagreement:.2%} of labels change with a confidence of "
+            f"{confidence:g}"
+        )
+    return held
+
+
+class _Steps(TrainerCallback):
+    """Tells the Trainer's steps."""
+
+    def __init__(self, progress: Callable[[str, int, int], None]):
+        self.progress = progress
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """One more."""
+        self.progress("tune", state.global_step, state.max_steps)
+
+
+def _tune(tagger: Tagger, data: Dataset, epochs, seed, progress, checkpoints, resume):
+    with tempfile.TemporaryDirectory() as nowhere:
+        folder = Path(nowhere if checkpoints is None else checkpoints)
+        checkpoint = last_checkpoint(folder)
+        if resume and checkpoint is None:
+            raise ValueError(f"resume: no complete checkpoint in {folder}")
+        if not resume and checkpoint is not None:
+            raise ValueError(f"{folder} has a run already: expected resume, or it removed")
+        settings = training_arguments(
+            folder,
+            tagger.model.config.hidden_size,
+            len(data),
+            epochs=epochs,
+            seed=seed,
+            save_strategy="no" if checkpoints is None else "epoch",
+            disable_tqdm=True,
+        )
+        trainer = ExitTrainer(
+            tagger.model,
+            settings,
+            tagger.tokenizer,
+            data,
+            sampling=SelfSampling(),
+            head_learning_rate=1e-3,
+            progress=_Steps(progress),
+        )
+        if resume:
+            check_same_run(folder, trainer.record())
+        else:
+            write_record(folder, trainer.record())
+        trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+    tagger.model.eval()
+
+
+@torch.inference_mode()
+def _time_original(
+    original: PreTrainedModel, tagger: Tagger, windows: Sequence[Window], runs: int
+) -> float:
+    """Time of a model of transformers over that of the tagger at full depth, in alternation."""
+    original = copy.deepcopy(original).to(tagger.model.device).eval()
+    order = sorted(windows, key=lambda window: len(window.input_ids))
+    batches = []
+    for start in range(0, len(order), tagger.batch_size):
+        batch = collate(order[start : start + tagger.batch_size], tagger.tokenizer)
+        batch.pop("word_ids")
+        batches.append({name: value.to(original.device) for name, value in batch.items()})
+    ratios = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        for batch in batches:
+            original(**batch).logits[0, 0, 0].item()
+        theirs = time.perf_counter() - start
+        start = time.perf_counter()
+        for _, output, _ in tagger.run(windows, ExitPolicy.never()):
+            output.logits[0, 0, 0].item()
+        ratios.append(theirs / (time.perf_counter() - start))
+    return statistics.median(ratios[1:])  # the first round warms up
