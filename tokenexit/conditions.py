@@ -61,7 +61,7 @@ class Reads:
 
 def _own_forward(reads):
     return (
-        nn.Module.__call__ is _CALL
+        (nn.Module.__call__ is _CALL or torch.compiler.is_exporting())  # which puts its own there
         and all([cls.forward is forward for cls, forward in _FORWARDS.items()])
         and not any(["forward" in m.__dict__ for m in reads.modules])
     )
@@ -71,6 +71,11 @@ def _no_hooks(reads):
     return not _torch_module._has_any_global_hook() and not any(
         [m._forward_hooks or m._forward_pre_hooks for m in reads.modules]
     )
+
+
+def _plain(reads):
+    # torch.export puts stand-ins in all places.
+    return _PLAIN.issuperset(map(type, reads.tensors)) or torch.compiler.is_exporting()
 
 
 def _no_backward_hooks(reads):
@@ -93,7 +98,7 @@ CALLS = (
     ("forwards that are their classes' own", _own_forward),
     ("no hooks", _no_hooks),
     ("a weight and a bias in each part", lambda r: not any([x is None for x in r.tensors])),
-    ("weights that are plain tensors", lambda r: _PLAIN.issuperset(map(type, r.tensors))),
+    ("weights that are plain tensors", _plain),
 )
 # These, the compiled ops see to themselves in each layer that is reached; see `refused`.
 TENSORS = (

@@ -68,7 +68,9 @@ class Packed:
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """`[T, ...] -> [B, N, ...]`, zero at padding; a view of values if there is none."""
-        if len(self.slots) == self.shape[0] * self.shape[1]:
+        # torch.export knows no number of tokens.
+        exporting = torch.compiler.is_exporting()
+        if not exporting and len(self.slots) == self.shape[0] * self.shape[1]:
             return values.unflatten(0, self.shape)
         padded = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
         return padded.index_copy(0, self.slots, values).unflatten(0, self.shape)

@@ -197,3 +197,18 @@ def test_one_graph_for_torch_compile():
     expected = run(h)
     got = torch.compile(run, fullgraph=True, backend="aot_eager")(h)
     assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", POLICIES[:2], ids=str)
+@torch.no_grad()
+def test_torch_export_takes_the_whole_model(family, policy):
+    """Of one example, for batches with other tokens and another number of them."""
+    model = random_tagger(family, torch.float32)
+    model.policy = policy
+    example, other = random_batch((5, 9, 2)), random_batch((9, 1, 7), seed=3)
+    program = torch.export.export(model, (), example, strict=False).module()
+    for batch in (example, other):
+        got, expected = program(**batch), model(**batch)
+        assert torch.equal(got.logits, expected.logits)
+        assert torch.equal(got.exit_layers, expected.exit_layers)

@@ -45,7 +45,7 @@ def call_of(model, schedule: Schedule, rows: Rows | None = None, **wants: bool) 
         return within and (rows is None or rows.inputs_embeds is None)
 
     return Call(
-        encoder=model.encoder,
+        encoder=model._modules["encoder"],  # itself, for which torch.export has a stand-in
         like=like,
         schedule=schedule,
         around=lambda: _around(model),
@@ -79,7 +79,7 @@ def run(model, rows: Rows, call: Call) -> Found:
             raise cannot(model.backend, str(failed)) from None
         loop = LOOPS["eager"]
         found = tag(model, rows, call, loop)
-    if model.training or found.sound:
+    if model.training or torch.compiler.is_exporting() or found.sound:
         return found
     if not loop.waits:
         fell_back(
@@ -118,7 +118,8 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
         exits = given.clamp(1, config.num_hidden_layers)
         is_word = torch.arange(given.shape[0], device=given.device) < packed.cu_words[-1]
         sound = sound & ((exits == given) | ~is_word).all()
-    if loop.waits and not sound:
+    # An exported program looks at no value: those out of range are clamped.
+    if loop.waits and not torch.compiler.is_exporting() and not sound:
         raise _explain(model, rows)
     ids = packed.pack(inside.input_ids)
     types, words = inside.token_type_ids, inside.inputs_embeds
