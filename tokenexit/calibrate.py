@@ -25,9 +25,9 @@ from tokenexit.text.scoring import score
 THRESHOLDS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 WINDOWS = (0, 1, 2, 4)
 CHEAP = 1_000_000  # words to be tagged with real exits, all policies together
-# Cautious ones besides, as a promise wants them: 99 % of labels are those of full depth.
-CAUTIOUS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
-STEPS = 16  # of a path
+# Finer ones, and more cautious, as a promise is kept by the last step of a path before it breaks.
+FINE = tuple(float(f"{t:.2g}") for t in np.geomspace(1e-4, 0.7, 40))
+STEPS = 16, 8  # of a path, at most: around what is promised, and beyond
 TIMED_SENTENCES = 200
 
 Progress = Callable[[str, int, int], None]
@@ -285,7 +285,7 @@ def make_dial(
             out.
         reference: for each sentence the labels that count as right, as those of another model.
             None: the tagger's own at full depth.
-        policies: to take the path from. None: `policy_grid()` and more cautious ones.
+        policies: to take the path from. None: `policy_grid` with `FINE` thresholds.
         timing_runs: measure the wall clock of each step, over 200 sentences, so often.
         seed: of the shuffling.
         progress: called with (what, done, total).
@@ -314,7 +314,7 @@ def make_dial(
     kept = [kept[i] for i in order.tolist()]
     words = [list(sentences[i]) for i in kept]
     if policies is None:
-        policies = policy_grid(thresholds=(*CAUTIOUS, *THRESHOLDS))
+        policies = policy_grid(thresholds=FINE)
     full = policies[0].replace(level="token", threshold=0.0, schedule="constant", min_active=1)
     if reference is None:
         whole = tag_windows(tagger, tagger.windows(words), full).labels
@@ -329,14 +329,15 @@ def make_dial(
         simulated.append(sweep.point(policy))
         progress("simulate", number, len(policies))
     simulated.sort(key=lambda p: p.speedup)
-    usable = max(0.1, 10 * max_disagreement)
-    front = [p for p in pareto_front(simulated) if p.speedup > 1 and p.score >= 1 - usable]
-    front = _thinned(front, STEPS)
+    front, likely = [p for p in pareto_front(simulated) if p.speedup > 1], []
+    limits = 0, 2 * max_disagreement, max(0.1, 10 * max_disagreement)
+    for low, high, most in zip(limits, limits[1:], STEPS, strict=False):
+        likely += _thinned([p for p in front if low <= 1 - p.score < high], most)
     tried = []
-    for number, point in enumerate(front, 1):
+    for number, point in enumerate(likely, 1):
         losses, real = _run(tagger, sweep.windows, point.policy, whole[:cut])
         tried.append(Point(point.policy, 1 - losses.mean(), real.speedup))
-        progress("find the path", number, len(front))
+        progress("find the path", number, len(likely))
     path = [full, *(p.policy for p in pareto_front(tried) if p.speedup > 1)]
 
     windows, tested, losses = tagger.windows(words[cut:]), [], []

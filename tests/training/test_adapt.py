@@ -1,5 +1,8 @@
 """adapt: the tagger stays what it was, its heads learn from it, its folder is not touched."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from tokenexit import ExitPolicy, Tagger
 from tokenexit.training.adapt import adapt
 from tokenexit.training.heads import distill_heads
 
+ROOT = Path(__file__).parents[2]
 BOUND = {"max_disagreement": 0.3, "timing_runs": 0}
 
 
@@ -186,6 +190,29 @@ def test_tuning_is_held_against_the_model_of_before(trained):
         assert speed.disagreement == pytest.approx(np.mean(loss))
 
 
+def test_tuning_goes_on_after_a_kill(trained, tmp_path):
+    def run(folder, resume=False, kill=None):
+        def progress(what, done, total):
+            if what == "tune" and done == kill:
+                raise KeyboardInterrupt
+
+        result = adapt(
+            trained, sentences(200), tune=True, epochs=2, **BOUND,
+            checkpoints=tmp_path / folder, resume=resume, progress=progress,
+        )  # fmt: skip
+        return result.tagger.model.state_dict()
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", kill=10)
+    with pytest.raises(ValueError, match="killed has a run already; expected resume"):
+        run("killed")
+    resumed = run("killed", resume=True)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    with pytest.raises(ValueError, match="got resume, but no complete checkpoint is in .*nowhere"):
+        run("nowhere", resume=True)
+
+
 def test_what_can_not_be_adapted(tiny_tokenizer, tmp_path):
     tokenizer = tiny_tokenizer()
     hf = theirs(tokenizer)
@@ -211,3 +238,19 @@ def test_texts_are_split_as_the_tokenizer_does(tiny_tokenizer):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert both[0].calibration.dial == both[1].calibration.dial
     assert set(WORDS) & set(both[0].tagger.split(texts)[0])
+
+
+def test_the_docs_run(trained, tmp_path, monkeypatch):
+    """Every Python block of docs/adapt.md in one go, but for the server, which wants FastAPI."""
+    text = (ROOT / "docs" / "adapt.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4 and "fastapi" in blocks.pop()
+    (tmp_path / "my-tagger").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    texts = [" ".join(words) + "." for words in sentences(700)]
+    names = {"tokenexit": tokenexit, "texts": texts}
+    for block in blocks:
+        exec(block, names)
+        texts[3:] = []  # as many as the last call has speeds for
+    assert names["result"].calibration.dial == names["tagger"].model.dial
+    assert len(names["tagged"].words) == 6

@@ -283,7 +283,7 @@ def calibrate(
     """
     from datasets import Dataset
 
-    from tokenexit.calibrate import CAUTIOUS, THRESHOLDS, plot, policy_grid
+    from tokenexit.calibrate import FINE, plot, policy_grid
     from tokenexit.calibrate import calibrate as run
     from tokenexit.files import write_folder_aside
     from tokenexit.models.checkpoint import check_tagger_folder
@@ -308,7 +308,7 @@ def calibrate(
     )
     if promised:
         texts = Dataset.from_dict({"words": tagger.split(read_texts(data, format))})
-        grid = policy_grid(base, thresholds=(*CAUTIOUS, *THRESHOLDS))
+        grid = policy_grid(base, thresholds=FINE)
     else:
         texts, grid = read_data(data, column, format), policy_grid(base)
     with progress_bars() as progress:

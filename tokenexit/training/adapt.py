@@ -120,6 +120,11 @@ def adapt(
             `tokenexit.convert`.
         TypeError: a model without its tokenizer.
     """
+    checkpoint = None if checkpoints is None else last_checkpoint(checkpoints)
+    if resume and checkpoint is None:
+        raise ValueError(f"got resume, but no complete checkpoint is in {checkpoints}")
+    if not resume and checkpoint is not None:
+        raise ValueError(f"{checkpoints} has a run already; expected resume, or it removed")
     if isinstance(model, (str, os.PathLike)):
         tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         adapted = TokenExitForTokenClassification.from_pretrained(model, tokenizer=tokenizer)
@@ -218,11 +223,6 @@ class _Steps(TrainerCallback):
 def _tune(tagger: Tagger, data: Dataset, epochs, seed, progress, checkpoints, resume):
     with tempfile.TemporaryDirectory() as nowhere:
         folder = Path(nowhere if checkpoints is None else checkpoints)
-        checkpoint = last_checkpoint(folder)
-        if resume and checkpoint is None:
-            raise ValueError(f"resume: no complete checkpoint in {folder}")
-        if not resume and checkpoint is not None:
-            raise ValueError(f"{folder} has a run already: expected resume, or it removed")
         settings = training_arguments(
             folder,
             tagger.model.config.hidden_size,
@@ -245,7 +245,7 @@ def _tune(tagger: Tagger, data: Dataset, epochs, seed, progress, checkpoints, re
             check_same_run(folder, trainer.record())
         else:
             write_record(folder, trainer.record())
-        trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+        trainer.train(resume_from_checkpoint=str(last_checkpoint(folder)) if resume else None)
     tagger.model.eval()
 
 
