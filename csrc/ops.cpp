@@ -30,16 +30,16 @@ STABLE_TORCH_LIBRARY(tokenexit, m) {
       "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor");
-  m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
+  m.def("bias_gelu(Tensor x, Tensor bias, bool tanh=False) -> Tensor");
   m.def(
       "exit_layer(Tensor h, Tensor active, Tensor cu_active, Tensor cu_tokens, Tensor[] weights, "
-      "Tensor[] scales, float[] costs, int heads, float scale, float eps, bool pre_norm, Tensor? bias, "
-      "Tensor? positions) -> Tensor");
+      "Tensor[] scales, float[] costs, int heads, float scale, float eps, bool pre_norm, bool tanh, "
+      "Tensor? bias, Tensor? positions) -> Tensor");
   m.def(
       "exit_loop(Tensor h, Tensor positions, Tensor cu_tokens, Tensor cu_words, "
       "Tensor word_of_token, Tensor word_at, Tensor[] weights, Tensor[] scales, "
       "Tensor[] classifiers, float[] costs, int heads, float scale, float[] eps, Tensor window, "
-      "Tensor min_active, Tensor threshold, bool max_prob, Tensor? bias, Tensor? exit_layer) "
+      "Tensor min_active, Tensor threshold, bool max_prob, bool tanh, Tensor? bias, Tensor? exit_layer) "
       "-> (Tensor, Tensor)");
 }
 

@@ -60,14 +60,16 @@ def of_add_layer_norm() -> tuple[Callable, Callable]:
 
 
 def of_bias_gelu() -> tuple[Callable, Callable]:
-    """Of `bias_gelu(x, bias) -> out`."""
+    """Of `bias_gelu(x, bias, tanh) -> out`."""
 
     def setup(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        x, bias, tanh = inputs
+        ctx.save_for_backward(x, bias)
+        ctx.approximate = "tanh" if tanh else "none"
 
     def backward(ctx, grad):
         x, bias = ctx.saved_tensors
-        dx = torch.ops.aten.gelu_backward(grad, x + bias)
-        return dx, dx.flatten(0, -2).sum(0)
+        dx = torch.ops.aten.gelu_backward(grad, x + bias, approximate=ctx.approximate)
+        return dx, dx.flatten(0, -2).sum(0), None
 
     return backward, setup

@@ -21,11 +21,12 @@ where a GPU has time to spare.
 import torch
 import triton
 import triton.language as tl
-from tokenexit.kernels.norm import gelu
+from tokenexit.kernels.norm import gelu, gelu_tanh
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 MOST_SPLITS = 8
+ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 _FOLD_K = 256  # columns of a weight, folded at a time
 
 
@@ -133,7 +134,8 @@ def _linear_kernel(
     residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
     stats_ptr, parts_ptr, arrived_ptr,
     slots, num_rows, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
-    NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, NORM_OUT: tl.constexpr, GELU: tl.constexpr,
+    NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, NORM_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, S: tl.constexpr, MOST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -196,8 +198,10 @@ def _linear_kernel(
             m, s = mean_rstd(stats_in_ptr, rows, mask_m, K, num_stats, eps, BLOCK_N, S, 0)
             acc = (acc - m[:, None] * load_row(folded_ptr, cols, mask_n)) * s[:, None]
             acc += load_row(folded_ptr + N, cols, mask_n)
-        if GELU:
+        if ACTIVATION == "gelu":
             acc = gelu(acc)
+        elif ACTIVATION == "gelu_tanh":
+            acc = gelu_tanh(acc)
         to = offs_m
         out_at = out_ptr + first * stride_om + (own * stride_om + cols[None, :])
         if scatter_ptr is not None:
@@ -321,7 +325,7 @@ def linear_(
         norm_weight, norm_bias, eps: the LayerNorm, for "out" and "residual"; "x" wants eps alone.
         norm_stats: the stats that came with x or the residual.
         folded: `[2, N]` fp32 for "x", of `query_key_value`; it has the bias, which is None then.
-        activation: "none", or "gelu" (by erf).
+        activation: "none", "gelu" (by erf) or "gelu_tanh" (approximated by it).
         precision: of fp32 products, "tf32" or "ieee"; sums are always fp32.
 
     Raises:
@@ -334,10 +338,10 @@ def linear_(
             f"got x {tuple(x.shape)}, out {tuple(out.shape)} and weight {tuple(weight.shape)}; "
             "expected [R, K], [.., N] and a contiguous [N, K]"
         )
-    if activation not in ("none", "gelu") or norm_on not in ("none", "out", "x", "residual"):
+    if activation not in ACTIVATIONS or norm_on not in ("none", "out", "x", "residual"):
         raise ValueError(
-            f"got activation {activation!r} and norm_on {norm_on!r}; expected 'none' or 'gelu', "
-            "and 'none', 'out', 'x' or 'residual'"
+            f"got activation {activation!r} and norm_on {norm_on!r}; expected one of "
+            f"{ACTIVATIONS}, and 'none', 'out', 'x' or 'residual'"
         )
     if norm_on == "residual" and residual is None:
         raise ValueError("got norm_on 'residual' without a residual")
@@ -366,7 +370,7 @@ def linear_(
             norm_stats, norm_weight, norm_bias, folded, stats, parts, arrived, slots,
             num_rows, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
             out.stride(0), num_stats, eps, norm_on == "x", norm_on == "residual",
-            norm_on == "out", activation == "gelu", is_even(tiles, k, n), precision,
+            norm_on == "out", activation, is_even(tiles, k, n), precision,
             triton.next_power_of_2(num_stats), most, **tiles, **options,
         )  # fmt: skip
 

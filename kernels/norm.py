@@ -28,6 +28,15 @@ def gelu(x):
 
 
 @triton.jit
+def gelu_tanh(x):
+    """`x / 2 (1 + tanh z)`, `z = sqrt(2 / pi) (x + 0.044715 x^3)`, in fp32.
+
+    As `1 + tanh z = 2 / (1 + e^(-2 z))`, where e^ is 2^ of 1 / ln 2 times as much.
+    """
+    return x / (1.0 + tl.exp2(x * (x * x * -0.10294324 - 2.3022082)))
+
+
+@triton.jit
 def _add_layer_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, mean_ptr, rstd_ptr, count_ptr,
     num_rows, D, eps, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -59,12 +68,12 @@ def _add_layer_norm_kernel(
 
 
 @triton.jit
-def _bias_gelu_kernel(x_ptr, bias_ptr, out_ptr, numel, D, BLOCK: tl.constexpr):
+def _bias_gelu_kernel(x_ptr, bias_ptr, out_ptr, numel, D, TANH: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     x += tl.load(bias_ptr + offs % D, mask=mask, other=0.0).to(tl.float32)
-    out = gelu(x)
+    out = gelu_tanh(x) if TANH else gelu(x)
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -103,13 +112,18 @@ add_layer_norm.register_autograd(_backward, setup_context=_setup)
 
 
 @triton_op("tokenexit_triton::bias_gelu", mutates_args={})
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """`F.gelu(x + bias)`, by erf, of `[.., d]` and `[d]` in fp16, bf16 or fp32; differentiable."""
+def bias_gelu(x: Tensor, bias: Tensor, tanh: bool = False) -> Tensor:
+    """`F.gelu(x + bias)`; differentiable.
+
+    Args:
+        x: `[.., d]` fp16, bf16 or fp32; bias: `[d]`.
+        tanh: approximated by it.
+    """
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel():
         wrap_triton(_bias_gelu_kernel)[(triton.cdiv(x.numel(), 1024),)](
-            x, bias, out, x.numel(), x.shape[-1], 1024
+            x, bias, out, x.numel(), x.shape[-1], tanh, 1024
         )
     return out
 

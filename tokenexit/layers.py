@@ -13,7 +13,7 @@ from tokenexit.conditions import CALLS, TENSORS, Reads, is_plain, passable, refu
 from tokenexit.costs import costs
 from tokenexit.int8 import Int8Linear
 from tokenexit.ops.add_layer_norm import add_layer_norm
-from tokenexit.ops.bias_gelu import bias_gelu
+from tokenexit.ops.bias_gelu import GELUS, bias_gelu, gelu_tanh
 from tokenexit.ops.exit_attention import exit_attention
 from tokenexit.ops.exit_layer import DEVICES, exit_layer
 from tokenexit.ops.linear import linear
@@ -118,6 +118,7 @@ class ExitLayer(nn.Module):
                     scale=(h.shape[1] // self.num_heads) ** -0.5,
                     eps=self.output_norm.eps,
                     pre_norm=pre_norm,
+                    tanh=self.activation is gelu_tanh,
                     bias=bias,
                 )
             except (RuntimeError, ValueError):
@@ -140,8 +141,8 @@ class ExitLayer(nn.Module):
         )
         attended = self.dropout(self.attention_output(context.flatten(1)))
         h = _add_norm(self.attention_norm, attended, h)
-        if self.activation is F.gelu and is_plain(self.up, nn.Linear):
-            inner = bias_gelu(F.linear(h, self.up.weight), self.up.bias)
+        if self.activation in GELUS and is_plain(self.up, nn.Linear):
+            inner = bias_gelu(F.linear(h, self.up.weight), self.up.bias, GELUS[self.activation])
         else:
             inner = self.activation(self.up(h))
         update = self.dropout(self.down(inner))
@@ -296,7 +297,8 @@ def _even(layer):
 
 
 LAYERS = [
-    ("the exact GELU", lambda both: all([layer.activation is F.gelu for layer in both[1]])),
+    ("GELU, exact or by tanh", lambda both: all([x.activation in GELUS for x in both[1]])),
+    ("one activation in all layers", lambda both: len({x.activation for x in both[1]}) == 1),
     ("no dropout to be done", lambda both: not any([layer.drops() for layer in both[1]])),
     ("one eps in a layer", lambda both: all([layer.has_one_eps() for layer in both[1]])),
     ("as many heads in each layer", lambda both: len({x.num_heads for x in both[1]}) == 1),

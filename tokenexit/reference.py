@@ -248,7 +248,9 @@ def linear(
     out = F.linear(normed(x, gather, "x"), weight, bias)
     if residual is not None:
         out = out + normed(residual, residual_gather, "residual")
-    return F.gelu(out) if activation == "gelu" else out
+    if activation == "none":
+        return out
+    return F.gelu(out, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def query_key_value(

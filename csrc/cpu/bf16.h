@@ -137,7 +137,7 @@ struct Product16 {
         std::memcpy(&sum, sums + r * LANES + i, sizeof(sum));
         if (epilogue->bias) sum += epilogue->bias[n + r];
         if (epilogue->residual) sum += S::load(epilogue->residual + (p * out + n + r) * LANES + i);
-        return epilogue->gelu ? gelu<S>(sum) : sum;
+        return epilogue->gelu == Gelu::none ? sum : gelu<S>(epilogue->gelu, sum);
       };
       for (int64_t i = 0; i < LANES; i += S::WIDTH) {
         for (int64_t r = 0; r < count && !words; ++r) {

@@ -295,7 +295,7 @@ struct Up {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     linear<S>(w->w[UP], w->d, w->y, w->rows, w->u.x, w->inner, begin * w->unit,
-              std::min(w->inner, end * w->unit), nullptr, true, w->bf16() ? w->u.words : nullptr);
+              std::min(w->inner, end * w->unit), nullptr, w->gelu, w->bf16() ? w->u.words : nullptr);
   }
 };
 
@@ -481,8 +481,8 @@ void run_group(Work& w, bool all_active) {
 Tensor exit_layer_op(
     const Tensor& h_, const Tensor& active_, const Tensor& cu_active_, const Tensor& cu_tokens_,
     std::vector<Tensor> weights, std::vector<Tensor> scales, std::vector<double> costs,
-    int64_t heads, double scale, double eps, bool pre_norm, const std::optional<Tensor>& bias_,
-    const std::optional<Tensor>& positions_) {
+    int64_t heads, double scale, double eps, bool pre_norm, bool tanh,
+    const std::optional<Tensor>& bias_, const std::optional<Tensor>& positions_) {
   check_cpu(h_, active_, cu_active_, cu_tokens_, weights, scales, bias_, positions_);
   STD_TORCH_CHECK(
       h_.dim() == 2 && (h_.scalar_type() == ScalarType::Float || is_bf16(h_)) &&
@@ -516,7 +516,7 @@ Tensor exit_layer_op(
     }
   }
   const CheckedBias bias(bias_, positions_, heads, active.numel());
-  const LayerCall call = {h.size(1), heads, num_sentences, start, costs, scale, pre_norm, is_bf16(h), &bias};
+  const LayerCall call = {h.size(1), heads, num_sentences, start, costs, scale, pre_norm, tanh, is_bf16(h), &bias};
   Tensor out = torch::stable::new_empty(h, {active.numel(), h.size(1)});
   exit_layer(call, weights.data(), scales.empty() ? nullptr : scales.data(), eps,
              h.const_data_ptr(), token, first, out.mutable_data_ptr());
@@ -597,6 +597,7 @@ void exit_layer(
   w.scale = static_cast<float>(call.scale);
   w.eps = static_cast<float>(eps);
   w.pre_norm = call.pre_norm;
+  w.gelu = call.tanh ? Gelu::tanh : Gelu::exact;
   w.bias = call.bias;
   w.in_place = out == h;
 

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> exit_loop(
     const Tensor& word_of_token_, const Tensor& word_at_, std::vector<Tensor> weights,
     std::vector<Tensor> scales, std::vector<Tensor> classifiers, std::vector<double> costs,
     int64_t heads, double scale, std::vector<double> eps, const Tensor& window_,
-    const Tensor& min_active_, const Tensor& threshold_, bool max_prob,
+    const Tensor& min_active_, const Tensor& threshold_, bool max_prob, bool tanh,
     const std::optional<Tensor>& bias_, const std::optional<Tensor>& exit_layer_) {
   check_cpu(
       h_, positions_, cu_tokens_, cu_words_, word_of_token_, word_at_, weights, scales, classifiers,
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> exit_loop(
   for (int64_t t = 0; t < num_tokens; ++t) active[t] = t;
   if (bias.entries) positions.resize(num_tokens);
 
-  const LayerCall call = {d, heads, num_sentences, start, costs, scale, false, bf16, &bias};
+  const LayerCall call = {d, heads, num_sentences, start, costs, scale, false, tanh, bf16, &bias};
   int64_t count = num_tokens;
   for (int64_t layer = 1; layer <= num_layers && count; ++layer) {
     const int64_t at = layer - 1;

@@ -206,7 +206,7 @@ struct Product8 {
           typename S::Vec value =
               (sum * m->scale[n + r] - m->offset[n + r]) * S::load(scale + p * LANES + i) + bias;
           if (epilogue->residual) value += S::load(epilogue->residual + at + i);
-          if (epilogue->gelu) value = gelu<S>(value);
+          if (epilogue->gelu != Gelu::none) value = gelu<S>(epilogue->gelu, value);
           S::store(y + at + i, value);
         }
       }

@@ -53,6 +53,7 @@ struct Work {
   int64_t unit;  // features a thread takes at least: whole tiles
   float eps, scale;
   bool pre_norm;
+  Gelu gelu;
 
   std::vector<Sentence> projected, absorbed;
   std::vector<const float*> keys;  // projected rows
@@ -84,7 +85,7 @@ struct Work {
 template <class S>
 INLINE void linear(
     const Linear& w, int64_t depth, const Panels& x, int64_t rows, float* y, int64_t out,
-    int64_t n0, int64_t n1, const float* residual = nullptr, bool gelu = false,
+    int64_t n0, int64_t n1, const float* residual = nullptr, Gelu gelu = Gelu::none,
     Word* words = nullptr) {
   const Epilogue epilogue = {w.bias, residual, gelu};
   const Word* from = x.words;

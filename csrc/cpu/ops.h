@@ -43,6 +43,7 @@ struct LayerCall {
   const std::vector<double>& costs;
   double scale;
   bool pre_norm;
+  bool tanh;                // the GELU between up and down is approximated by it
   bool bf16;                // h, out and weights are; else fp32, or weights int8
   const CheckedBias* bias;  // its position: of each active token
 };

@@ -197,7 +197,7 @@ INLINE void unpack_panel(
 struct Epilogue {
   const float* bias = nullptr;
   const float* residual = nullptr;
-  bool gelu = false;
+  Gelu gelu = Gelu::none;
 };
 
 // A product's operands, and the part of its depth that is being summed.
@@ -214,7 +214,7 @@ template <class S>
 INLINE void finish(const Factors& f, int64_t feature, int64_t at, typename S::Vec sum) {
   if (f.epilogue.bias) sum += f.epilogue.bias[feature];
   if (f.epilogue.residual) sum += S::load(f.epilogue.residual + at);
-  if (f.epilogue.gelu) sum = gelu<S>(sum);
+  if (f.epilogue.gelu != Gelu::none) sum = gelu<S>(f.epilogue.gelu, sum);
   S::store(f.y + at, sum);
 }
 

@@ -83,6 +83,20 @@ INLINE typename S::Vec gelu(typename S::Vec x) {
   return x * 0.5f * (1.0f + c * p / q);
 }
 
+// What stands between the products of the feed-forward part: GELU, or its approximation by tanh.
+enum class Gelu { none, exact, tanh };
+
+// x / 2 (1 + tanh z), z = sqrt(2 / pi) (x + 0.044715 x^3), by 1 + tanh z = 2 / (1 + e^(-2 z)).
+template <class S>
+INLINE typename S::Vec gelu_tanh(typename S::Vec x) {
+  return x / (1.0f + exp<S>(x * (x * x * -0.0713548163f - 1.5957691216f)));
+}
+
+template <class S>
+INLINE typename S::Vec gelu(Gelu kind, typename S::Vec x) {
+  return kind == Gelu::tanh ? gelu_tanh<S>(x) : gelu<S>(x);
+}
+
 // What a machine can have, each with what comes before it but for avx_vnni, which only some have.
 enum class Cpu { portable, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, amx };
 constexpr const char* CPU_NAMES[] = {"portable",    "avx2",        "avx_vnni", "avx512",

@@ -61,6 +61,15 @@ def test_equals_the_reference(family, policy, device, taken):
 
 
 @torch.no_grad()
+def test_gelu_by_tanh(device, taken):
+    tagger = random_tagger(dtype=torch.float32, hidden_act="gelu_new").to(device)
+    batch = {name: value.to(device) for name, value in random_batch(LENGTHS).items()}
+    ours, truth = both(tagger, batch, policy=MINE[0])
+    assert len(taken) == 1
+    torch.testing.assert_close(ours.logits, truth.logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_a_policy_for_each_sentence_and_few_words_left(device, taken):
     tagger = random_tagger(dtype=torch.float32).to(device)
     batch = {name: value.to(device) for name, value in random_batch(LENGTHS).items()}

@@ -52,7 +52,7 @@ def check(ours, exact, *args):
 
 
 @pytest.mark.parametrize("rows", [1, 63, 300])
-@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
 def test_rows_within_the_count(make, device, rows, activation):
     capacity, k, n = 300, 70, 45
     x, weight, bias = make(capacity, k), make(n, k, scale=k**-0.5), make(n)

@@ -77,11 +77,17 @@ def test_no_gradient_with_a_count(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (63, 129), (2, 3, 384)], ids=str)
-def test_bias_gelu(shape, dtype, device):
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_bias_gelu(approximate, shape, dtype, device):
     torch.manual_seed(0)
     x = (3 * torch.randn(*shape)).to(device, dtype)
     bias = torch.randn(shape[-1]).to(device, dtype)
-    check(bias_gelu, lambda x, bias: F.gelu(x + bias), [x, bias], "bias_gelu")
+    check(
+        lambda x, bias: bias_gelu(x, bias, approximate == "tanh"),
+        lambda x, bias: F.gelu(x + bias, approximate=approximate),
+        [x, bias],
+        "bias_gelu",
+    )
 
 
 def test_no_rows(device):

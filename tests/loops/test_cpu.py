@@ -11,6 +11,7 @@ import tokenexit
 from tokenexit import ExitPolicy
 from tokenexit.conditions import unmet
 from tokenexit.loops import CONDITIONS, Call, cpu
+from tokenexit.ops.bias_gelu import gelu_tanh
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.schedule import Schedule
 
@@ -75,6 +76,26 @@ def test_same_bits_as_layer_by_layer(family, policy, given, kind, calls):
     assert torch.equal(got.exit_layers, expected.exit_layers)
     if given:
         assert len(got.exit_layers.unique()) == 5
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8", "bf16"])
+@torch.no_grad()
+def test_gelu_by_tanh(kind, calls):
+    """In the loop as layer by layer, and it is another function."""
+    model = random_tagger(
+        dtype=torch.bfloat16 if kind == "bf16" else torch.float32, hidden_act="gelu_new"
+    )
+    if kind == "int8":
+        model = tokenexit.quantize(model)
+    call = {**random_batch(LENGTHS), "policy": ExitPolicy.never()}
+    got, expected = model(**call).logits, layer_by_layer(model, **call).logits
+    assert calls == [1] and model.loop == "cpu"
+    assert torch.equal(got, expected)
+    for layer in model.encoder.layers:
+        layer.activation = torch.nn.functional.gelu
+    assert not torch.equal(got, model(**call).logits)
+    model.encoder.layers[0].activation = gelu_tanh
+    assert "one activation in all layers" in model.loop
 
 
 @torch.no_grad()

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from random_models import ALL_FAMILIES, FAMILIES, random_batch, random_classifier
+from transformers.activations import ACT2FN
 
 import tokenexit
 from tokenexit import ExitPolicy
 from tokenexit.models.families import FAMILIES as FAMILY_TABLE
+from tokenexit.models.families import activation_of
+from tokenexit.ops.bias_gelu import GELUS
 from tokenexit.text.vocabulary import token_kinds
 
 LENGTHS = [5, 17, 1, 9, 2, 150]
@@ -95,6 +99,16 @@ def test_settings_that_change_the_computation(family, changes):
     ids = torch.tensor([[5, 6, 7, 59], [8, 9, 1, 2]])
     got = tokenexit.convert(theirs)(ids).logits
     torch.testing.assert_close(got, theirs(ids, torch.ones_like(ids)).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in ACT2FN if "gelu" in name))
+def test_gelus_by_their_names(name):
+    """All but those that are another function are one of the two that ops have."""
+    activation, theirs = activation_of(name), ACT2FN[name]
+    x = torch.linspace(-20, 20, 1001, dtype=torch.float64)
+    torch.testing.assert_close(activation(x), theirs(x), atol=1e-7, rtol=1e-7)
+    same = [torch.allclose(F.gelu(x, approximate=kind), theirs(x)) for kind in ("none", "tanh")]
+    assert (activation in GELUS) == any(same)
 
 
 @pytest.mark.parametrize("family", ["mpnet", "roberta", "xlm-roberta", "camembert"])

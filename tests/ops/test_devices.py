@@ -36,7 +36,7 @@ def calls():
     costs, scales = [1.0] * 4, []
     loop = (h, tokens, offsets, offsets, tokens, tokens, layer() * 2, scales)
     heads = [x for _ in range(2) for x in (torch.randn(C, D), torch.randn(C))]
-    policy = (i(1, 1), i(1, 1), torch.full((2, 2), 0.5), False, bias, i(1, 2, 1, 2, 1))
+    policy = (i(1, 1), i(1, 1), torch.full((2, 2), 0.5), False, False, bias, i(1, 2, 1, 2, 1))
     return {
         "pack_tokens": (torch.ones(2, 3, dtype=torch.bool), torch.arange(3).expand(2, -1)),
         "exit_decision": (torch.randn(5, C), *words, *rules),
@@ -51,7 +51,20 @@ def calls():
         "linear": (h, torch.randn(C, D), torch.randn(C)),
         "bias_gelu": (h, torch.randn(D)),
         "exit_layer": (
-            *(h, i(0, 2, 3), i(0, 2, 3), offsets, layer(), scales, costs, H, 0.5, 1e-12, False),
+            *(
+                h,
+                i(0, 2, 3),
+                i(0, 2, 3),
+                offsets,
+                layer(),
+                scales,
+                costs,
+                H,
+                0.5,
+                1e-12,
+                False,
+                True,
+            ),
             *(bias, i(0, 2, 0)),
         ),
         "exit_loop": (*loop, heads, costs, H, 0.5, [1e-12] * 2, *policy),

@@ -7,11 +7,13 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from assertions import assert_as_exact
 
 from tokenexit import reference
 from tokenexit.layers import ExitLayer
 from tokenexit.ops import extension_available, extension_error
+from tokenexit.ops.bias_gelu import gelu_tanh
 from tokenexit.ops.exit_layer import exit_layer
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import Active
@@ -74,7 +76,16 @@ def weights_of(layer):
 def run(layer, h, active, costs, **options):
     scale = (h.shape[1] // layer.num_heads) ** -0.5
     return exit_layer(
-        h, active, weights_of(layer), [], costs, layer.num_heads, scale, 1e-12, **options
+        h,
+        active,
+        weights_of(layer),
+        [],
+        costs,
+        layer.num_heads,
+        scale,
+        1e-12,
+        tanh=layer.activation is gelu_tanh,
+        **options,
     )
 
 
@@ -94,7 +105,7 @@ def assert_right(got, layer, h, active, **options):
 
 def make_like(layer, dtype):
     d, inner = layer.down.weight.shape
-    other = ExitLayer(d, layer.num_heads, inner).to(dtype)
+    other = ExitLayer(d, layer.num_heads, inner, layer.activation).to(dtype)
     other.load_state_dict(layer.state_dict())
     return other.eval()
 
@@ -133,6 +144,23 @@ def test_bias_and_pre_norm(way, shape, dtype):
     bias = torch.randn(3, 2 * 6 + 1, generator=g, dtype=torch.float64)
     got = run(layer, h.to(dtype), active, way, pre_norm=True, bias=bias.to(dtype))
     assert_right(got, layer, h, active, pre_norm=True, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", ["projected", "absorbed"])
+def test_gelu_by_tanh(way, dtype):
+    """Weights are such that the two kinds of GELU differ by more than rounding does."""
+    layer = make_layer(dtype=torch.float64)
+    layer.activation = gelu_tanh
+    with torch.no_grad():
+        layer.down.weight *= 30
+    layer.to(dtype)
+    h, active = make_batch(SHAPES["ragged"], 48)
+    got = run(layer, h.to(dtype), active, WAYS[way], pre_norm=True)
+    assert_right(got, layer, h, active, pre_norm=True)
+    if dtype == torch.float32:
+        layer.activation = F.gelu
+        assert not torch.allclose(got, by_reference(layer, h.float(), active, True), atol=1e-3)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
@@ -322,6 +350,6 @@ for d, f in ((0, 8), (8, 0)):
 def test_opcheck():
     layer = make_layer()
     h, active = make_batch([(3, 9), (1, 4)], 48)
-    tail = (weights_of(layer), [], MIXED, 3, 0.25, 1e-12, False, None, None)
+    tail = (weights_of(layer), [], MIXED, 3, 0.25, 1e-12, False, False, None, None)
     arguments = (h.float(), active.tokens, active.cu_tokens, active.packed.cu_tokens, *tail)
     torch.library.opcheck(torch.ops.tokenexit.exit_layer.default, arguments)

@@ -56,6 +56,7 @@ def results(dtype=torch.float32):
         )
     keep("add_layer_norm", add_layer_norm, *(rand(*s) for s in ((5, 77), (5, 77), (77,), (77,))))
     keep("bias_gelu", bias_gelu, rand(5, 77), rand(77))
+    keep("bias_gelu by tanh", lambda x, b: bias_gelu(x, b, "tanh"), rand(5, 77), rand(77))
     with torch.no_grad():
         bias = rand(3, 11)
         found["absorbed_attention"] = absorbed_attention(

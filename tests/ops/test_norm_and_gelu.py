@@ -23,6 +23,11 @@ def our_norm(x, residual, weight, bias):
 OPS = {
     "add_layer_norm": (our_norm, plain_norm, lambda a, d: [(a, d), (a, d), (d,), (d,)]),
     "bias_gelu": (bias_gelu, lambda x, b: F.gelu(x + b), lambda a, d: [(a, d), (d,)]),
+    "bias_gelu by tanh": (
+        lambda x, b: bias_gelu(x, b, "tanh"),
+        lambda x, b: F.gelu(x + b, approximate="tanh"),
+        lambda a, d: [(a, d), (d,)],
+    ),
 }
 
 
@@ -67,14 +72,17 @@ def test_eps_of_the_norm():
 
 
 @compiled
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
 @torch.no_grad()
-def test_gelu_everywhere():
+def test_gelu_everywhere(approximate):
     x = torch.linspace(-12, 12, 100_001)[None]
-    error = bias_gelu(x, torch.zeros(x.shape[1])).double() - F.gelu(x.double())
+    got = bias_gelu(x, torch.zeros(x.shape[1]), approximate)
+    error = got.double() - F.gelu(x.double(), approximate=approximate)
     assert (error.abs() <= 1e-6 * x.abs().clamp(min=1)).all()
-    odd = torch.tensor([[float("nan"), float("inf"), 0.0, -0.0]])
-    got = bias_gelu(odd, torch.zeros(4))[0]
-    assert got[0].isnan() and got[1] == float("inf") and (got[2:] == 0).all()
+    odd = torch.tensor([[float("nan"), float("inf"), 0.0, -0.0, 1e20]])
+    got = bias_gelu(odd, torch.zeros(5), approximate)[0]
+    assert got[0].isnan() and got[1] == float("inf") and (got[2:4] == 0).all()
+    assert got[4] == odd[0, 4]
 
 
 @compiled
@@ -118,8 +126,8 @@ def test_opcheck_and_bits_on_any_number_of_threads(name):
             assert torch.equal(OPS[name][0](*values), whole)
     finally:
         torch.set_num_threads(before)
-    op = getattr(torch.ops.tokenexit, name).default
-    extra = (1e-12,) if name == "add_layer_norm" else ()
+    op = getattr(torch.ops.tokenexit, name.split()[0]).default
+    extra = (1e-12,) if name == "add_layer_norm" else (name.endswith("tanh"),)
     values = [torch.randn(shape, requires_grad=True) for shape in OPS[name][2](3, 20)]
     torch.library.opcheck(op, (*values, *extra))
 
@@ -131,3 +139,5 @@ def test_refuses():
         our_norm(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3), torch.zeros(4))
     with pytest.raises(ValueError, match=r"expected \[A, f\], \[f\]"):
         bias_gelu(torch.zeros(2, 3), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"approximate is 'erf'; expected one of \['none', 'tanh'"):
+        bias_gelu(torch.zeros(2, 3), torch.zeros(3), "erf")

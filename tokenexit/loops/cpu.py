@@ -12,6 +12,7 @@ from tokenexit.conditions import Reads, refused
 from tokenexit.layers import costs_of
 from tokenexit.loops.eager import Outcome, Unmet
 from tokenexit.ops import check_bias, check_vector, compiled_devices, register_fake
+from tokenexit.ops.bias_gelu import gelu_tanh
 from tokenexit.packing import Packed
 from tokenexit.schedule import Schedule
 
@@ -95,6 +96,7 @@ def exit_loop(
         schedule.min_active,
         schedule.threshold,
         schedule.max_prob,
+        first.activation is gelu_tanh,
         bias,
         exits,
     )

@@ -27,12 +27,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tokenexit.int8 import Int8Linear
 from tokenexit.loops.eager import Outcome
 from tokenexit.ops import compiled_devices, extension_error, float32_precision
+from tokenexit.ops.bias_gelu import GELUS, gelu_tanh
 from tokenexit.ops.compact_active import compact_active
 from tokenexit.packing import Packed
 from tokenexit.schedule import Schedule
@@ -77,7 +77,7 @@ LAYERS = [
         "weights that are not of 8 bits",
         lambda layers: all(type(part) is not Int8Linear for part in layers[0].parts()),
     ),
-    ("the exact GELU", lambda layers: all([layer.activation is F.gelu for layer in layers])),
+    ("GELU, exact or by tanh", lambda layers: all([x.activation in GELUS for x in layers])),
     (
         "no dropout to be done",
         lambda layers: not any([layer.training or layer.drops() for layer in layers]),
@@ -212,7 +212,12 @@ def exit_loop(
             norm_on="out",
         )
         inner = product(
-            x, up.weight, norm_on="x", norm_stats=stats, folded=folded, activation="gelu"
+            x,
+            up.weight,
+            norm_on="x",
+            norm_stats=stats,
+            folded=folded,
+            activation="gelu_tanh" if layer.activation is gelu_tanh else "gelu",
         )
         x, stats = product(
             inner,

@@ -13,8 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from tokenexit.ops.bias_gelu import gelu_tanh
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,20 @@ def _roberta() -> Family:
         layer=_BERT_LAYER,
         config={"position_padding_id": "pad_token_id"},
     )
+
+
+_GELUS = {
+    **dict.fromkeys(("gelu", "gelu_python"), F.gelu),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+        gelu_tanh,
+    ),
+}
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation that Hugging Face calls so; of GELUs, that which the ops know."""
+    return _GELUS.get(name) or ACT2FN[name]
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(

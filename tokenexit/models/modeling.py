@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from tokenexit.dial import Dial, Speed, parse_speed
@@ -38,6 +37,7 @@ from tokenexit.models.checkpoint import (
 )
 from tokenexit.models.configuration import TokenExitConfig, check_config
 from tokenexit.models.embeddings import ExitEmbeddings
+from tokenexit.models.families import activation_of
 from tokenexit.models.loss import check_labels, exit_loss, final_loss
 from tokenexit.models.pipeline import call_of, run
 from tokenexit.models.rows import Rows, check_others
@@ -94,7 +94,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 config.hidden_size,
                 config.num_attention_heads,
                 config.intermediate_size,
-                F.gelu if config.hidden_act == "gelu" else ACT2FN[config.hidden_act],
+                activation_of(config.hidden_act),
                 config.layer_norm_eps,
                 config.hidden_dropout_prob,
                 config.attention_probs_dropout_prob,

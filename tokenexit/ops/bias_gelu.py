@@ -11,36 +11,50 @@ from tokenexit.ops import compiled_devices, register_fake, use_compiled, use_tri
 _DEVICES = compiled_devices("bias_gelu")
 
 
-def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
-    """`F.gelu(x + bias)`, by the error function. Differentiable.
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU approximated by tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+# The activations that the ops have, and what `F.gelu` calls their approximation.
+GELUS = {F.gelu: "none", gelu_tanh: "tanh"}
+
+
+def bias_gelu(
+    x: torch.Tensor, bias: torch.Tensor, approximate: str = "none", *, backend: str = "auto"
+) -> torch.Tensor:
+    """`F.gelu(x + bias, approximate=approximate)`. Differentiable.
 
     Args:
         x: `[A, f]`.
         bias: `[f]`.
+        approximate: "none", by the error function; or "tanh", what Hugging Face calls "gelu_new".
         backend: "auto", or "reference" for plain PyTorch.
 
     Returns:
         `[A, f]`, in the dtype of x.
 
     Raises:
-        ValueError: shapes that do not fit each other; an unknown backend.
+        ValueError: shapes that do not fit each other; an unknown approximation or backend.
 
     Source: Hendrycks and Gimpel 2016 (arXiv 1606.08415).
     """
     if x.dim() != 2 or bias.shape != x.shape[1:]:
         raise ValueError(f"got x {tuple(x.shape)}, bias {tuple(bias.shape)}; expected [A, f], [f]")
+    if approximate not in GELUS.values():
+        raise ValueError(f"approximate is {approximate!r}; expected one of {[*GELUS.values()]}")
     if use_triton(backend, x, bias):
-        return torch.ops.tokenexit_triton.bias_gelu(x, bias)
+        return torch.ops.tokenexit_triton.bias_gelu(x, bias, approximate == "tanh")
     fits = x.dtype == bias.dtype == torch.float32
     if use_compiled(backend, x.device, _DEVICES) and fits:
-        return torch.ops.tokenexit.bias_gelu(x, bias)
-    return F.gelu(x + bias)
+        return torch.ops.tokenexit.bias_gelu(x, bias, approximate == "tanh")
+    return F.gelu(x + bias, approximate=approximate)
 
 
 if _DEVICES:
 
     @register_fake("bias_gelu")
-    def _(x, bias):
+    def _(x, bias, tanh=False):
         return x.new_empty(x.shape)
 
     _backward, _setup = autograd.of_bias_gelu()

@@ -22,6 +22,7 @@ def exit_layer(
     scale: float,
     eps: float,
     pre_norm: bool = False,
+    tanh: bool = False,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """New states of the active tokens: `tokenexit.layers.ExitLayer` without gradient or dropout.
@@ -48,6 +49,7 @@ def exit_layer(
         scale: of the attention scores.
         eps: of both LayerNorms.
         pre_norm: leave out the last LayerNorm.
+        tanh: GELU approximated by it.
         bias: `[H, 2R+1]`, see `tokenexit.ops.exit_attention`.
 
     Returns:
@@ -82,6 +84,7 @@ def exit_layer(
         scale,
         eps,
         pre_norm,
+        tanh,
         bias,
         positions,
     )
