@@ -92,7 +92,7 @@ def quantize(model: nn.Module) -> nn.Module:
     if is_quantized(model):
         raise ValueError("got a model that is 8-bit already; expected one in fp32")
     rounded = []
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(dict.fromkeys(layers)):  # one may stand several times
         for name, part in layer.named_children():
             if isinstance(part, (nn.LayerNorm, nn.Dropout)):
                 continue

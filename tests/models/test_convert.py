@@ -84,6 +84,10 @@ def test_gradients_of_the_last_head_equal_hugging_face(family):
 @pytest.mark.parametrize(
     "family, changes",
     [
+        ("albert", {"num_hidden_groups": 2}),
+        ("albert", {"num_hidden_groups": 2, "num_hidden_layers": 3, "inner_group_num": 2}),
+        ("albert", {"num_hidden_groups": 4, "hidden_act": "gelu"}),
+        ("albert", {"embedding_size": 32, "type_vocab_size": 1}),
         ("electra", {"embedding_size": 32}),
         ("electra", {"embedding_size": 16}),
         ("ernie", {"use_task_id": True, "type_vocab_size": 3}),

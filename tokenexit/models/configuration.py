@@ -22,6 +22,9 @@ class TokenExitConfig(PreTrainedConfig):
         source_model_type: the Hugging Face family it was converted from.
         embedding_size: width of the embeddings, which are projected to `hidden_size` where they
             differ. None: `hidden_size`.
+        always_project: where they do not differ, too.
+        layer_of: for each layer the number, from 0, of the one whose weights it has: its own, or
+            one before it. None: each has its own.
         position_padding_id: families that number positions from a padding id: positions start
             after it, and that token itself does not count. None: from 0.
         relative_attention_buckets: rows of the relative-position bias table; 0 for none.
@@ -42,7 +45,9 @@ class TokenExitConfig(PreTrainedConfig):
     vocab_size: int = 30522
     hidden_size: int = 768
     embedding_size: int | None = None
+    always_project: bool = False
     num_hidden_layers: int = 12
+    layer_of: list[int] | None = None
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     hidden_act: str = "gelu"

@@ -27,7 +27,7 @@ class ExitEmbeddings(nn.Module):
         self.token_type = self.projection = None
         if config.type_vocab_size:
             self.token_type = nn.Embedding(config.type_vocab_size, width)
-        if width != config.hidden_size:
+        if width != config.hidden_size or config.always_project:
             self.projection = nn.Linear(width, config.hidden_size)
         self.norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)

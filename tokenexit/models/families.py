@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.ops.bias_gelu import gelu_tanh
 
 
@@ -30,18 +31,24 @@ class Family:
         outer: parameters outside the layers.
         layer: parameters of layer i, with `{i}` for its number from 0.
         layer_prefix: what their layer names start with.
+        shared_layers: of their configuration, what the names of each layer start with, in the order
+            of computation: one that stands twice is one layer, computed twice. None: each has its
+            own, `layer_prefix` with its number.
         config: our configuration's fields where names or meanings differ: the name of theirs, or a
             value that is no text.
         prepare: changes their weights, given by name, where values differ, and takes out those
             that ours needs no more; or None.
+        back: of our configuration, settings of theirs that `config` does not give.
     """
 
     prefix: str
     outer: Mapping[str, str]
     layer: Mapping[str, str | tuple[str, ...]]
     layer_prefix: str = "encoder.layer.{i}."
+    shared_layers: Callable[[PreTrainedConfig], list[str]] | None = None
     config: Mapping[str, object] = field(default_factory=dict)
     prepare: Callable[[dict[str, Tensor], PreTrainedConfig], None] | None = None
+    back: Callable[[TokenExitConfig], dict[str, object]] = lambda config: {}
 
     def names(self, config: PreTrainedConfig) -> dict[str, tuple[str, ...]]:
         """Our parameter, without `.weight` or `.bias`, to their names in the state dict.
@@ -49,17 +56,26 @@ class Family:
         Args:
             config: theirs.
         """
-        num_layers = config.num_hidden_layers
+        starts = self.layer_starts(config)
         names = {ours: (self.prefix + theirs,) for ours, theirs in self.outer.items()}
-        if getattr(config, "embedding_size", config.hidden_size) == config.hidden_size:
+        width = getattr(config, "embedding_size", config.hidden_size)
+        if width == config.hidden_size and not self.config.get("always_project"):
             names.pop("embeddings.projection", None)
-        for i in range(num_layers):
+        for i, start in enumerate(starts):
+            if start in starts[:i]:
+                continue
             for ours, theirs in self.layer.items():
                 parts = (theirs,) if isinstance(theirs, str) else theirs
-                start = self.prefix + self.layer_prefix.format(i=i)
                 names[f"encoder.layers.{i}.{ours}"] = tuple(start + part for part in parts)
-        names[f"encoder.heads.{num_layers - 1}"] = ("classifier",)
+        names[f"encoder.heads.{len(starts) - 1}"] = ("classifier",)
         return names
+
+    def layer_starts(self, config: PreTrainedConfig) -> list[str]:
+        """What their names of each layer start with, in the order of computation."""
+        if self.shared_layers is not None:
+            return [self.prefix + start for start in self.shared_layers(config)]
+        each = range(config.num_hidden_layers)
+        return [self.prefix + self.layer_prefix.format(i=i) for i in each]
 
 
 _FEED_FORWARD = {
@@ -94,6 +110,32 @@ def _add_task(weights: dict[str, Tensor], config: PreTrainedConfig):
         weights[types] = weights[types] + task
 
 
+def _albert_layers(config: PreTrainedConfig) -> list[str]:
+    """Groups of layers, each gone through some times in succession."""
+    times = config.num_hidden_layers / config.num_hidden_groups
+    return [
+        f"encoder.albert_layer_groups.{int(number / times)}.albert_layers.{inner}."
+        for number in range(config.num_hidden_layers)
+        for inner in range(config.inner_group_num)
+    ]
+
+
+def _albert_groups(config: TokenExitConfig) -> dict[str, object]:
+    """Groups that share layers as ours do: those of the shortest groups."""
+    wanted = [*range(config.num_hidden_layers)] if config.layer_of is None else config.layer_of
+    different = len(set(wanted))
+    for inner in range(1, different + 1):
+        settings = {
+            "num_hidden_layers": len(wanted) // inner,
+            "num_hidden_groups": different // inner,
+            "inner_group_num": inner,
+        }
+        starts = _albert_layers(SimpleNamespace(**settings))
+        if [starts.index(start) for start in starts] == wanted:
+            return settings
+    raise ValueError(f"no groups of layers are shared as config.layer_of says, {wanted}")
+
+
 def _roberta() -> Family:
     """RoBERTa, and those that only differ from it in vocabulary."""
     return Family(
@@ -120,6 +162,28 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
+        "albert": Family(
+            prefix="albert.",
+            outer={
+                **_BERT_EMBEDDINGS,
+                "embeddings.projection": "encoder.embedding_hidden_mapping_in",
+            },
+            layer={
+                "query": "attention.query",
+                "key_value": ("attention.key", "attention.value"),
+                "attention_output": "attention.dense",
+                "attention_norm": "attention.LayerNorm",
+                "up": "ffn",
+                "down": "ffn_output",
+                "output_norm": "full_layer_layer_norm",
+            },
+            shared_layers=_albert_layers,
+            config={
+                "always_project": True,
+                "classifier_dropout": "classifier_dropout_prob",
+            },
+            back=_albert_groups,
+        ),
         "bert": Family(
             prefix="bert.",
             outer=_BERT_EMBEDDINGS,

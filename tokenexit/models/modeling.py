@@ -25,10 +25,11 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from tokenexit.dial import Dial, Speed, parse_speed
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized, quantize
-from tokenexit.layers import ExitHead, ExitLayer
+from tokenexit.layers import ExitHead
 from tokenexit.loops import BACKENDS, tell
 from tokenexit.loops.eager import ExitEncoder, padded_logits
 from tokenexit.loops.graphs import Graphs
+from tokenexit.models.assembly import layers_of, other_names
 from tokenexit.models.checkpoint import (
     HUB_ARGUMENTS,
     check_dtype_of_int8,
@@ -37,7 +38,6 @@ from tokenexit.models.checkpoint import (
 )
 from tokenexit.models.configuration import TokenExitConfig, check_config
 from tokenexit.models.embeddings import ExitEmbeddings
-from tokenexit.models.families import activation_of
 from tokenexit.models.loss import check_labels, exit_loss, final_loss
 from tokenexit.models.pipeline import call_of, run
 from tokenexit.models.rows import Rows, check_others
@@ -89,18 +89,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         super().__init__(copy.deepcopy(config))  # the policy in it is this model's alone
         self.num_labels = config.num_labels
         self.embeddings = ExitEmbeddings(config)
-        layers = [
-            ExitLayer(
-                config.hidden_size,
-                config.num_attention_heads,
-                config.intermediate_size,
-                activation_of(config.hidden_act),
-                config.layer_norm_eps,
-                config.hidden_dropout_prob,
-                config.attention_probs_dropout_prob,
-            )
-            for _ in range(config.num_hidden_layers)
-        ]
+        layers = layers_of(config)
         heads = [
             ExitHead(config.hidden_size, config.num_labels, config.classifier_dropout)
             for _ in layers
@@ -125,6 +114,15 @@ class TokenExitForTokenClassification(PreTrainedModel):
         self.post_init()
         if config.int8:
             quantize(self)
+            self.all_tied_weights_keys = other_names(self)
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """Of layers that stand several times: they are saved once, and one again when loaded."""
+        return other_names(self)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        return other_names(self)
 
     @property
     def policy(self) -> ExitPolicy:

@@ -49,6 +49,10 @@ def config_of(model: PreTrainedModel) -> TokenExitConfig:
     }
     for name, value in family.config.items():
         shared[name] = getattr(theirs, value) if isinstance(value, str) else value
+    starts = family.layer_starts(theirs)
+    shared["num_hidden_layers"] = len(starts)
+    if len(set(starts)) < len(starts):
+        shared["layer_of"] = [starts.index(start) for start in starts]
     if shared.get("classifier_dropout") is None:
         shared["classifier_dropout"] = shared["hidden_dropout_prob"]
     for name in ("model_type", "architectures", "transformers_version"):
@@ -94,6 +98,7 @@ def their_config(config: TokenExitConfig) -> PreTrainedConfig:
         shared.pop(name, None)
     if shared.get("embedding_size", 0) is None:
         del shared["embedding_size"]
+    shared |= family.back(config)
     return transformers.AutoConfig.for_model(config.source_model_type, **shared)
 
 
@@ -101,7 +106,7 @@ _ONLY_OURS = frozenset(
     (
         *("model_type", "architectures", "transformers_version", "exit_policy", "dtype"),
         *("source_model_type", "position_padding_id", "relative_attention_buckets", "int8"),
-        "untrained_heads",
+        *("untrained_heads", "always_project", "layer_of"),
     )
 )
 

@@ -1,0 +1,53 @@
+"""The layers that a configuration describes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tokenexit.layers import ExitLayer
+from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.models.families import activation_of
+
+
+def layers_of(config: TokenExitConfig) -> list[nn.Module]:
+    """L layers; where some share their weights, one module stands several times.
+
+    Raises:
+        ValueError: `config.layer_of` says of a layer what can't be.
+    """
+    numbers = range(config.num_hidden_layers)
+    firsts = [*numbers] if config.layer_of is None else config.layer_of
+    if len(firsts) != len(numbers) or not all(
+        isinstance(first, int) and 0 <= first <= number
+        for number, first in zip(numbers, firsts, strict=True)
+    ):
+        raise ValueError(
+            f"config.layer_of is {firsts!r:.80}; expected of each of {len(numbers)} layers its own "
+            "number, from 0, or that of one before it"
+        )
+    layers: list[nn.Module] = []
+    for number, first in zip(numbers, firsts, strict=True):
+        layers.append(layers[first] if first < number else _layer(config))
+    return layers
+
+
+def _layer(config: TokenExitConfig) -> nn.Module:
+    return ExitLayer(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.intermediate_size,
+        activation_of(config.hidden_act),
+        config.layer_norm_eps,
+        config.hidden_dropout_prob,
+        config.attention_probs_dropout_prob,
+    )
+
+
+def other_names(module: nn.Module) -> dict[str, str]:
+    """Names of parameters and buffers that have another one before: to that."""
+    first, others = {}, {}
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if (known := first.setdefault(tensor, name)) != name:
+                others[name] = known
+    return others
