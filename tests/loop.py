@@ -41,6 +41,16 @@ def _threshold(policy, layer, num_layers):
     return policy.threshold
 
 
+def _of_distance(layer, state, which):
+    """Key or query of the state of a distance, by a product of its own, or that of tokens."""
+    own = getattr(layer, f"position_{which}")
+    if own is not None:
+        return _linear(own, state)
+    if which == "query":
+        return _linear(layer.query, state)
+    return _linear(layer.key_value, state)[: len(state)]
+
+
 def _attend(layer, states, i, bias):
     """New sum of token i, before the output LayerNorm."""
     d = len(states[0])
@@ -48,12 +58,27 @@ def _attend(layer, states, i, bias):
     query = _linear(layer.query, states[i])
     pairs = [_linear(layer.key_value, state) for state in states]
     context = []
+    far, terms = {}, 0
+    if callable(bias):
+        has_key, has_query = layer.terms
+        terms = has_key + has_query
+        for j in range(len(states)):
+            state = bias(i - j)
+            far[j] = [_of_distance(layer, state, "key")] if has_key else [None]
+            far[j] += [_of_distance(layer, state, "query")] if has_query else [None]
     for head in range(layer.num_heads):
         part = slice(head * size, (head + 1) * size)
         scores = []
         for j, pair in enumerate(pairs):
-            score = float(query[part] @ pair[:d][part]) / math.sqrt(size)
-            if bias is not None:
+            score = float(query[part] @ pair[:d][part])
+            if callable(bias):
+                its_key, its_query = far[j]
+                if its_key is not None:
+                    score += float(query[part] @ its_key[part])
+                if its_query is not None:
+                    score += float(its_query[part] @ pair[:d][part])
+            score /= math.sqrt(size * (1 + terms))
+            if bias is not None and not callable(bias):
                 reach = bias.shape[1] // 2
                 score += float(bias[head, max(-reach, min(reach, j - i)) + reach])
             scores.append(score)
@@ -70,6 +95,8 @@ def loop_forward(states, layers, heads, word_of, policy, bias=None):
 
     Args:
         states: list of n embeddings [d]; word_of: list of n word numbers, None for special tokens.
+        bias: [H, 2R+1] of relative positions; or, of disentangled attention, a function that gives
+            the state [d] of the distance from a key to a query.
 
     Returns:
         logits (list of n tensors [C]), exit layers (list of n ints), and the smallest distance of

@@ -8,6 +8,17 @@ from tokenexit.models import families
 
 FAMILIES = ("bert", "mpnet")  # those whose layers differ
 ALL_FAMILIES = tuple(families.FAMILIES)
+# What has a family's code run that its defaults leave out.
+SETTINGS = {
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+    }
+}
 
 
 def random_classifier(family="bert", layers=4, labels=5, hidden=32, heads=4, seed=0, **changes):
@@ -22,6 +33,7 @@ def random_classifier(family="bert", layers=4, labels=5, hidden=32, heads=4, see
         "max_position_embeddings": 160,
         **({} if labels is None else {"num_labels": labels}),
         "initializer_range": 0.4,
+        **SETTINGS.get(family, {}),
         **changes,
     }
     config = transformers.AutoConfig.for_model(family, **settings)

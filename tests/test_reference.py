@@ -6,6 +6,7 @@ import pytest
 import torch
 from loop import loop_forward
 from random_models import FAMILIES, random_batch, random_tagger
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from tokenexit import ExitPolicy, reference
 from tokenexit.models.embeddings import relative_buckets
@@ -26,17 +27,30 @@ POLICIES = [
 ]
 
 
+def bias_of(tagger):
+    """What `loop_forward` takes of relative positions."""
+    if tagger.relative_bias is not None:
+        return tagger.relative_bias(relative_buckets("cpu")).T
+    if tagger.relative_states is None:
+        return None
+    states = tagger.relative_states.norm(tagger.relative_states.embedding.weight)
+
+    def state_of(distance):
+        bucket = int(make_log_bucket_position(torch.tensor(distance), 8, 160))
+        return states[min(max(bucket + 8, 0), 15)]
+
+    return state_of
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2"])
 def test_exit_forward_is_the_contract(family, policy):
     tagger = random_tagger(family, seed=3)
     tagger.backend = "reference"
     batch = random_batch([1, 2, 7, 13], seed=5)
     with torch.no_grad():
         got = tagger(**batch, policy=policy)
-        bias = None
-        if tagger.relative_bias is not None:
-            bias = tagger.relative_bias(relative_buckets("cpu")).T
+        bias = bias_of(tagger)
         for row, n in enumerate(batch["attention_mask"].sum(1).tolist()):
             words = pack(torch.ones(1, n), batch["word_ids"][row : row + 1, :n]).word_of_token
             ids = batch["input_ids"][row, :n]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -14,6 +15,7 @@ from tokenexit.costs import costs
 from tokenexit.int8 import Int8Linear
 from tokenexit.ops.add_layer_norm import add_layer_norm
 from tokenexit.ops.bias_gelu import GELUS, bias_gelu, gelu_tanh
+from tokenexit.ops.disentangled_attention import disentangled_attention
 from tokenexit.ops.exit_attention import exit_attention
 from tokenexit.ops.exit_layer import DEVICES, exit_layer
 from tokenexit.ops.linear import linear
@@ -76,6 +78,7 @@ class ExitLayer(nn.Module):
                 f"hidden_size is {hidden_size}; expected a multiple of num_heads, {num_heads}"
             )
         self.num_heads = num_heads
+        self.scale = (hidden_size // num_heads) ** -0.5  # of attention scores
         self.attention_dropout = attention_dropout
         self.activation = activation
         self.query = nn.Linear(hidden_size, hidden_size)
@@ -91,7 +94,7 @@ class ExitLayer(nn.Module):
         self,
         h: torch.Tensor,
         active: Active,
-        bias: torch.Tensor | None = None,
+        bias: torch.Tensor | Relative | None = None,
         pre_norm: bool = False,
     ) -> torch.Tensor:
         """New states of the active tokens; the caller stores them.
@@ -115,7 +118,7 @@ class ExitLayer(nn.Module):
                     found.scales,
                     costs=costs_of(found, self),
                     num_heads=self.num_heads,
-                    scale=(h.shape[1] // self.num_heads) ** -0.5,
+                    scale=self.scale,
                     eps=self.output_norm.eps,
                     pre_norm=pre_norm,
                     tanh=self.activation is gelu_tanh,
@@ -127,18 +130,8 @@ class ExitLayer(nn.Module):
         seen = h if keys is None else h[keys]
         h = active.rows(h)
         k, v = self.key_value(seen).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        context = exit_attention(
-            self.query(h).unflatten(-1, (self.num_heads, -1)),
-            k,
-            v,
-            active.cu_tokens,
-            cu_keys,
-            k.shape[-1] ** -0.5,
-            bias,
-            None if bias is None else active.positions,
-            **self._attention_dropout(),
-            max_length=active.packed.shape[1],
-        )
+        q = self.query(h).unflatten(-1, (self.num_heads, -1))
+        context = self._attend(q, k, v, cu_keys, active, bias)
         attended = self.dropout(self.attention_output(context.flatten(1)))
         h = _add_norm(self.attention_norm, attended, h)
         if self.activation in GELUS and is_plain(self.up, nn.Linear):
@@ -175,6 +168,21 @@ class ExitLayer(nn.Module):
         """Whether both LayerNorms have the same."""
         return self._modules["attention_norm"].eps == self._modules["output_norm"].eps
 
+    def _attend(self, q, k, v, cu_keys, active, bias):
+        """`[A, H, D]` of queries `[A, H, D]`, keys and values `[K, H, D]`."""
+        return exit_attention(
+            q,
+            k,
+            v,
+            active.cu_tokens,
+            cu_keys,
+            self.scale,
+            bias,
+            None if bias is None else active.positions,
+            **self._attention_dropout(),
+            max_length=active.packed.shape[1],
+        )
+
     def _attention_dropout(self):
         if not self.training or not self.attention_dropout:
             return {}
@@ -182,6 +190,74 @@ class ExitLayer(nn.Module):
             "dropout_p": self.attention_dropout,
             "seed": int(torch.randint(2**31, (), device="cpu")),
         }
+
+
+@dataclass(frozen=True)
+class Relative:
+    """What layers of disentangled attention know of relative positions.
+
+    Attributes:
+        states: `[P, d]`, of buckets of relative positions.
+        buckets: `[2R+1]` int64, see `tokenexit.ops.disentangled_attention`.
+    """
+
+    states: torch.Tensor
+    buckets: torch.Tensor
+
+
+class DisentangledLayer(ExitLayer):
+    """`ExitLayer` whose scores have a term for a query and a distance, and one for a key and it.
+
+    In its forward, `bias` is a `Relative`; None: neither term, but the scale stays.
+
+    Args:
+        position_keys, position_queries: whether scores have the term of a query and the key of a
+            distance; and of a key and the query of a distance.
+        shared: keys and queries of distances are projected as those of tokens are.
+        args, kwargs: of `ExitLayer`.
+
+    Source: He et al. 2021 (arXiv 2006.03654), section 3.1.
+    """
+
+    def __init__(
+        self, *args, position_keys: bool, position_queries: bool, shared: bool = False, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
+        d = self.query.in_features
+        self.terms = position_keys, position_queries
+        self.scale *= (1 + sum(self.terms)) ** -0.5  # a score is the sum of so many products
+        self.position_key = nn.Linear(d, d) if position_keys and not shared else None
+        self.position_query = nn.Linear(d, d) if position_queries and not shared else None
+
+    def position_states(
+        self, relative: Relative
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Keys and queries `[P, H, D]` of distances; None for a term that scores do not have."""
+        states = self.dropout(relative.states)
+        keys = queries = None
+        if self.terms[0]:
+            project = self.position_key or (lambda x: self.key_value(x).chunk(2, -1)[0])
+            keys = project(states).unflatten(-1, (self.num_heads, -1))
+        if self.terms[1]:
+            project = self.position_query or self.query
+            queries = project(states).unflatten(-1, (self.num_heads, -1))
+        return keys, queries
+
+    def _attend(self, q, k, v, cu_keys, active, bias):
+        if bias is None:
+            return super()._attend(q, k, v, cu_keys, active, None)
+        return disentangled_attention(
+            q,
+            k,
+            v,
+            active.cu_tokens,
+            cu_keys,
+            self.scale,
+            bias.buckets,
+            active.positions,
+            *self.position_states(bias),
+            **self._attention_dropout(),
+        )
 
 
 def _add_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -174,13 +174,49 @@ def exit_attention(q, k, v, cu_q, cu_k, scale, bias=None, positions=None, dropou
         scores = torch.einsum("ahd,khd->hak", q[mine], k[seen]) * scale
         if bias is not None:
             scores = scores + relative_bias(bias, positions[mine], scores.shape[-1])
-        weights = scores.softmax(-1)
-        if dropout_p:
-            rows = torch.arange(len(q), device=q.device)[mine]
-            keep = dropout_keep(seed, rows, q.shape[1], cu_k[b], scores.shape[-1], dropout_p)
-            weights = weights * keep / (1 - dropout_p)
-        out[mine] = torch.einsum("hak,khd->ahd", weights, v[seen])
+        rows = torch.arange(len(q), device=q.device)[mine]
+        out[mine] = _mixed(scores, v[seen], rows, cu_k[b], dropout_p, seed)
     return out
+
+
+def disentangled_attention(
+    q,
+    k,
+    v,
+    cu_q,
+    cu_k,
+    scale,
+    buckets,
+    positions,
+    position_keys=None,
+    position_queries=None,
+    dropout_p=0.0,
+    seed=0,
+):
+    """Attention to what and how far tokens are; see `tokenexit.ops.disentangled_attention`."""
+    out = torch.zeros_like(q)
+    for b in range(len(cu_q) - 1):
+        mine, seen = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        scores = torch.einsum("ahd,khd->hak", q[mine], k[seen])
+        bucket = relative_bias(buckets[None], positions[mine], scores.shape[-1])
+        if position_keys is not None:
+            of_queries = torch.einsum("ahd,phd->hap", q[mine], position_keys)
+            scores = scores + of_queries.gather(2, bucket.expand_as(scores))
+        if position_queries is not None:
+            of_keys = torch.einsum("khd,phd->hpk", k[seen], position_queries)
+            scores = scores + of_keys.gather(1, bucket.expand_as(scores))
+        rows = torch.arange(len(q), device=q.device)[mine]
+        out[mine] = _mixed(scores * scale, v[seen], rows, cu_k[b], dropout_p, seed)
+    return out
+
+
+def _mixed(scores, v, rows, first_key, dropout_p, seed):
+    """`softmax(scores [H, A, K]) @ v [K, H, D]` with dropout of the weights: `[A, H, D]`."""
+    weights = scores.softmax(-1)
+    if dropout_p:
+        keep = dropout_keep(seed, rows, v.shape[1], first_key, len(v), dropout_p)
+        weights = weights * keep / (1 - dropout_p)
+    return torch.einsum("hak,khd->ahd", weights, v)
 
 
 def absorbed_attention(q, h, cu_q, cu_k, scale, bias=None, positions=None):
@@ -326,8 +362,12 @@ def layer_sum(layer, h, bias=None):
     q = layer.query(h).view(n, layer.num_heads, -1)
     k, v = layer.key_value(h).view(n, 2, layer.num_heads, -1).unbind(1)
     whole, positions = torch.tensor([0, n], device=h.device), torch.arange(n, device=h.device)
-    scale = q.shape[-1] ** -0.5
-    context = exit_attention(q, k, v, whole, whole, scale, bias, positions).flatten(1)
+    common = q, k, v, whole, whole, layer.scale
+    if bias is None or isinstance(bias, torch.Tensor):
+        context = exit_attention(*common, bias, positions).flatten(1)
+    else:
+        states = layer.position_states(bias)
+        context = disentangled_attention(*common, bias.buckets, positions, *states).flatten(1)
     h = layer.attention_norm(h + layer.attention_output(context))
     return h + layer.down(layer.activation(layer.up(h)))
 
@@ -341,7 +381,8 @@ def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None)
             dropout) and L functions `[n, d] -> [n, C]`.
         packed: `tokenexit.packing.Packed`, the offsets and words of the batch.
         schedule: `tokenexit.schedule.Schedule`, the policy of each sentence.
-        bias: `[H, 2R+1]` or None, relative-position bias of the scores.
+        bias: `[H, 2R+1]` or None, relative-position bias of the scores; or, for layers of
+            disentangled attention, `tokenexit.layers.Relative`.
         exit_layer: `[W]` or None; where given, words leave there, and the schedule is not asked.
 
     Returns:

@@ -88,6 +88,17 @@ def test_gradients_of_the_last_head_equal_hugging_face(family):
         ("albert", {"num_hidden_groups": 2, "num_hidden_layers": 3, "inner_group_num": 2}),
         ("albert", {"num_hidden_groups": 4, "hidden_act": "gelu"}),
         ("albert", {"embedding_size": 32, "type_vocab_size": 1}),
+        ("deberta-v2", {"share_att_key": False}),
+        ("deberta-v2", {"share_att_key": False, "pos_att_type": "c2p", "norm_rel_ebd": "none"}),
+        ("deberta-v2", {"pos_att_type": "p2c", "position_buckets": -1}),
+        ("deberta-v2", {"pos_att_type": None}),
+        ("deberta-v2", {"relative_attention": False, "norm_rel_ebd": "none"}),
+        (
+            "deberta-v2",
+            {"relative_attention": False, "pos_att_type": None, "norm_rel_ebd": "none"},
+        ),
+        ("deberta-v2", {"position_biased_input": True, "type_vocab_size": 2}),
+        ("deberta-v2", {"embedding_size": 16, "max_relative_positions": 20}),
         ("electra", {"embedding_size": 32}),
         ("electra", {"embedding_size": 16}),
         ("ernie", {"use_task_id": True, "type_vocab_size": 3}),
@@ -100,7 +111,7 @@ def test_gradients_of_the_last_head_equal_hugging_face(family):
 )
 def test_settings_that_change_the_computation(family, changes):
     theirs = random_classifier(family, **changes)
-    ids = torch.tensor([[5, 6, 7, 59], [8, 9, 1, 2]])
+    ids = torch.tensor([[5, 6, 7, 59], [8, 9, 1, 2]]).repeat(1, 8)
     got = tokenexit.convert(theirs)(ids).logits
     torch.testing.assert_close(got, theirs(ids, torch.ones_like(ids)).logits, atol=1e-4, rtol=0)
 

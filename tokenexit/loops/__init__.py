@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 
 from tokenexit.conditions import CALLS, TENSORS, Condition, Reads, unmet
-from tokenexit.layers import LAYERS, STATES, ExitLayer, reads
+from tokenexit.layers import LAYERS, STATES, DisentangledLayer, ExitLayer, reads
 from tokenexit.loops import cpu, eager, gpu
 from tokenexit.loops.eager import ExitEncoder, Outcome
 from tokenexit.ops.pack_tokens import pack
@@ -116,6 +116,10 @@ _FAST: list[Condition] = [
     _NO_STATES,
     ("copy 'post_norm'", lambda call: not call.schedule.pre_norm),
     ("neighbors 'frozen'", lambda call: not call.schedule.recompute),
+    (
+        "layers as BERT's, without disentangled attention",
+        lambda call: not any([isinstance(x, DisentangledLayer) for x in call.layers]),
+    ),
 ]
 # The op of the CPU sees to tensors itself, but where it is only traced; see `conditions.refused`.
 _TRACED: list[Condition] = [

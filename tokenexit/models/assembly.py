@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from tokenexit.layers import ExitLayer
+from tokenexit.layers import DisentangledLayer, ExitLayer
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import activation_of
 
@@ -32,7 +32,7 @@ def layers_of(config: TokenExitConfig) -> list[nn.Module]:
 
 
 def _layer(config: TokenExitConfig) -> nn.Module:
-    return ExitLayer(
+    common = (
         config.hidden_size,
         config.num_attention_heads,
         config.intermediate_size,
@@ -40,6 +40,15 @@ def _layer(config: TokenExitConfig) -> nn.Module:
         config.layer_norm_eps,
         config.hidden_dropout_prob,
         config.attention_probs_dropout_prob,
+    )
+    terms = config.pos_att_type or ()
+    if not (config.relative_attention or terms):
+        return ExitLayer(*common)
+    return DisentangledLayer(
+        *common,
+        position_keys="c2p" in terms,
+        position_queries="p2c" in terms,
+        shared=config.share_att_key,
     )
 
 

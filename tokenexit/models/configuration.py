@@ -25,6 +25,11 @@ class TokenExitConfig(PreTrainedConfig):
         always_project: where they do not differ, too.
         layer_of: for each layer the number, from 0, of the one whose weights it has: its own, or
             one before it. None: each has its own.
+        norm_after_projection: the embeddings' LayerNorm comes after a projection, which then has no
+            bias.
+        position_biased_input: whether embeddings have those of positions in them.
+        relative_attention, max_relative_positions, position_buckets, pos_att_type, share_att_key,
+            norm_rel_ebd: of disentangled attention, as a DeBERTa-v2 configuration has them.
         position_padding_id: families that number positions from a padding id: positions start
             after it, and that token itself does not count. None: from 0.
         relative_attention_buckets: rows of the relative-position bias table; 0 for none.
@@ -46,6 +51,7 @@ class TokenExitConfig(PreTrainedConfig):
     hidden_size: int = 768
     embedding_size: int | None = None
     always_project: bool = False
+    norm_after_projection: bool = False
     num_hidden_layers: int = 12
     layer_of: list[int] | None = None
     num_attention_heads: int = 12
@@ -56,6 +62,13 @@ class TokenExitConfig(PreTrainedConfig):
     classifier_dropout: float = 0.1
     max_position_embeddings: int = 512
     position_padding_id: int | None = None
+    position_biased_input: bool = True
+    relative_attention: bool = False
+    max_relative_positions: int = -1
+    position_buckets: int = -1
+    pos_att_type: list[str] | None = None
+    share_att_key: bool = False
+    norm_rel_ebd: str = "none"
     type_vocab_size: int = 2
     relative_attention_buckets: int = 0
     initializer_range: float = 0.02

@@ -23,22 +23,31 @@ class ExitEmbeddings(nn.Module):
         super().__init__()
         width = config.embedding_size or config.hidden_size
         self.word = nn.Embedding(config.vocab_size, width)
-        self.position = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type = self.projection = None
+        self.position = self.token_type = self.projection = None
+        if config.position_biased_input:
+            self.position = nn.Embedding(config.max_position_embeddings, width)
         if config.type_vocab_size:
             self.token_type = nn.Embedding(config.type_vocab_size, width)
         if width != config.hidden_size or config.always_project:
-            self.projection = nn.Linear(width, config.hidden_size)
+            bias = not config.norm_after_projection
+            self.projection = nn.Linear(width, config.hidden_size, bias=bias)
+        self.projects_last = not config.norm_after_projection
+        width = width if self.projects_last else config.hidden_size
         self.norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, positions, token_type_ids, words=None):
         """`[T]` of each to `[T, d]`; words: `[T, d]` in place of the word embeddings."""
-        h = (self.word(input_ids) if words is None else words) + self.position(positions)
+        h = self.word(input_ids) if words is None else words
+        if self.position is not None:
+            h = h + self.position(positions)
         if self.token_type is not None:
             h = h + self.token_type(token_type_ids)
-        h = self.dropout(self.norm(h))
-        return h if self.projection is None else self.projection(h)
+        if self.projection is None:
+            return self.dropout(self.norm(h))
+        if self.projects_last:
+            return self.projection(self.dropout(self.norm(h)))
+        return self.dropout(self.norm(self.projection(h)))
 
 
 def positions_of(

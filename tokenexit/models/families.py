@@ -39,6 +39,8 @@ class Family:
         prepare: changes their weights, given by name, where values differ, and takes out those
             that ours needs no more; or None.
         back: of our configuration, settings of theirs that `config` does not give.
+        unsupported_because: what of their configuration there is no layer for, and what is
+            expected; None where there is.
     """
 
     prefix: str
@@ -49,6 +51,7 @@ class Family:
     config: Mapping[str, object] = field(default_factory=dict)
     prepare: Callable[[dict[str, Tensor], PreTrainedConfig], None] | None = None
     back: Callable[[TokenExitConfig], dict[str, object]] = lambda config: {}
+    unsupported_because: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
     def names(self, config: PreTrainedConfig) -> dict[str, tuple[str, ...]]:
         """Our parameter, without `.weight` or `.bias`, to their names in the state dict.
@@ -136,6 +139,28 @@ def _albert_groups(config: TokenExitConfig) -> dict[str, object]:
     raise ValueError(f"no groups of layers are shared as config.layer_of says, {wanted}")
 
 
+def _idle_groups(config: PreTrainedConfig) -> str | None:
+    groups, layers = config.num_hidden_groups, config.num_hidden_layers
+    if 1 <= groups <= layers and config.inner_group_num >= 1:
+        return None
+    return (
+        f"config has num_hidden_groups {groups} and inner_group_num {config.inner_group_num} for "
+        f"{layers} layers; expected 1 or more, and groups that are all used"
+    )
+
+
+def _unlike_deberta_v3(config: PreTrainedConfig) -> str | None:
+    width = config.hidden_size // config.num_attention_heads
+    expected = {"conv_kernel_size": 0, "attention_head_size": width}
+    for name, value in expected.items():
+        if (got := getattr(config, name, value)) != value:
+            return f"config.{name} is {got}; expected {value}"
+    if getattr(config, "position_buckets", -1) == 1:
+        return "config.position_buckets is 1; expected none (-1) or 2 or more"
+    unknown = sorted({*(config.pos_att_type or ())} - {"c2p", "p2c"})
+    return f"config.pos_att_type has {unknown}; expected 'c2p' and 'p2c'" if unknown else None
+
+
 def _roberta() -> Family:
     """RoBERTa, and those that only differ from it in vocabulary."""
     return Family(
@@ -178,6 +203,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "output_norm": "full_layer_layer_norm",
             },
             shared_layers=_albert_layers,
+            unsupported_because=_idle_groups,
             config={
                 "always_project": True,
                 "classifier_dropout": "classifier_dropout_prob",
@@ -190,6 +216,26 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             layer=_BERT_LAYER,
         ),
         "camembert": _roberta(),
+        "deberta-v2": Family(
+            prefix="deberta.",
+            outer={
+                **_BERT_EMBEDDINGS,
+                "embeddings.projection": "embeddings.embed_proj",
+                "relative_states.embedding": "encoder.rel_embeddings",
+                "relative_states.norm": "encoder.LayerNorm",
+            },
+            layer={
+                "query": "attention.self.query_proj",
+                "key_value": ("attention.self.key_proj", "attention.self.value_proj"),
+                "position_key": "attention.self.pos_key_proj",
+                "position_query": "attention.self.pos_query_proj",
+                "attention_output": "attention.output.dense",
+                "attention_norm": "attention.output.LayerNorm",
+                **_FEED_FORWARD,
+            },
+            config={"norm_after_projection": True},
+            unsupported_because=_unlike_deberta_v3,
+        ),
         "distilbert": Family(
             prefix="distilbert.",
             outer=_EMBEDDINGS,

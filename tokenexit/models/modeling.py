@@ -40,6 +40,7 @@ from tokenexit.models.configuration import TokenExitConfig, check_config
 from tokenexit.models.embeddings import ExitEmbeddings
 from tokenexit.models.loss import check_labels, exit_loss, final_loss
 from tokenexit.models.pipeline import call_of, run
+from tokenexit.models.relative import RelativeStates
 from tokenexit.models.rows import Rows, check_others
 from tokenexit.models.translation import check_checkpoint, check_supported, config_of, copy_weights
 from tokenexit.packing import STARTS_WORD
@@ -82,7 +83,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # forward takes num_items_in_batch
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["ExitEmbeddings", "ExitLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["ExitEmbeddings", "ExitLayer", "DisentangledLayer"]
 
     def __init__(self, config: TokenExitConfig):
         check_config(config)
@@ -101,6 +102,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
             )
         else:
             self.relative_bias = None
+        self.relative_states = RelativeStates(config) if config.relative_attention else None
         kinds = torch.full((config.vocab_size,), STARTS_WORD, dtype=torch.uint8)
         self.register_buffer("token_kinds", kinds)
         self._backend = "auto"

@@ -132,6 +132,8 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
     bias = None
     if model.relative_bias is not None:
         bias = model.relative_bias(relative_buckets(h.device)).T
+    elif model.relative_states is not None:
+        bias = model.relative_states(packed.shape[1])
     outcome = loop.run(call, h, packed, call.schedule.to(h), bias, exits)
     if not model.training:
         sound = sound & outcome.is_sound()

@@ -92,6 +92,10 @@ def their_config(config: TokenExitConfig) -> PreTrainedConfig:
     """The configuration of the token classifier of Hugging Face that a tagger's full depth is."""
     family = FAMILIES[config.source_model_type]
     shared = {name: value for name, value in config.to_dict().items() if name not in _ONLY_OURS}
+    default = TokenExitConfig()
+    for name in _ONE_FAMILY:
+        if shared[name] == getattr(default, name):
+            del shared[name]
     named = {name: value for name, value in family.config.items() if isinstance(value, str)}
     shared |= {theirs: getattr(config, ours) for ours, theirs in reversed(named.items())}
     for name in family.config:
@@ -106,8 +110,20 @@ _ONLY_OURS = frozenset(
     (
         *("model_type", "architectures", "transformers_version", "exit_policy", "dtype"),
         *("source_model_type", "position_padding_id", "relative_attention_buckets", "int8"),
-        *("untrained_heads", "always_project", "layer_of"),
+        *("untrained_heads", "always_project", "layer_of", "norm_after_projection"),
     )
+)
+
+
+# What only some families have; in the others, as by default.
+_ONE_FAMILY = (
+    "position_biased_input",
+    "relative_attention",
+    "max_relative_positions",
+    "position_buckets",
+    "pos_att_type",
+    "share_att_key",
+    "norm_rel_ebd",
 )
 
 
@@ -154,6 +170,13 @@ def check_supported(config: PreTrainedConfig):
     activation = getattr(config, name)
     if not isinstance(activation, str) or activation not in ACT2FN:
         raise ValueError(f"config.{name} is {activation!r}; expected one of {[*ACT2FN]}")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"config.hidden_size is {config.hidden_size}; expected a multiple of "
+            f"num_attention_heads, {config.num_attention_heads}"
+        )
+    if reason := family.unsupported_because(config):
+        raise ValueError(reason)
 
 
 def token_classifier(config: PreTrainedConfig) -> str:

@@ -1,0 +1,107 @@
+"""Attention whose scores tell what a token is from how far away it is."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tokenexit import reference
+
+
+def disentangled_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    scale: float,
+    buckets: torch.Tensor,
+    positions: torch.Tensor,
+    position_keys: torch.Tensor | None = None,
+    position_queries: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Softmax attention within each packed sentence, content to position and back.
+
+    With p the bucket of their relative position, the score of query i for key j is::
+
+        scale * (q[i] @ k[j] + q[i] @ position_keys[p] + position_queries[p] @ k[j])
+
+    head by head. Differentiable in q, k, v, position_keys and position_queries. In plain PyTorch on
+    every device, a call of its attention for each sentence.
+
+    Args:
+        q, k, v, cu_q, cu_k, scale: see `tokenexit.ops.exit_attention`.
+        buckets: `[2R+1]` int64, the bucket of each relative position: entry `r + R` for a key r
+            tokens after the query, distances beyond R counting as R.
+        positions: `[A]` int64, each query's position in its sentence.
+        position_keys, position_queries: `[P, H, D]`, of each bucket; None: the score has no such
+            term.
+        dropout_p, seed: see `tokenexit.ops.exit_attention`.
+        backend: "auto", or "reference" for plain PyTorch without its attention.
+
+    Returns:
+        `[A, H, D]`, in the dtype of q.
+
+    Raises:
+        ValueError: shapes that do not fit each other; a probability outside [0, 1); an unknown
+            backend.
+
+    Source: He et al. 2021 (arXiv 2006.03654), section 3.1.
+    """
+    if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or q.shape[1:] != k.shape[1:]:
+        raise ValueError(
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
+            "expected [A, H, D], [K, H, D], [K, H, D]"
+        )
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(
+            f"got {len(cu_q)} offsets of queries and {len(cu_k)} of keys; expected B + 1 of both"
+        )
+    if positions.shape != q.shape[:1] or buckets.dim() != 1 or len(buckets) % 2 == 0:
+        raise ValueError(
+            f"got positions {tuple(positions.shape)} and buckets {tuple(buckets.shape)}; expected "
+            f"[{len(q)}], [2R+1]"
+        )
+    for name, states in (("keys", position_keys), ("queries", position_queries)):
+        if states is not None and (states.dim() != 3 or states.shape[1:] != q.shape[1:]):
+            raise ValueError(
+                f"got position_{name} {tuple(states.shape)}; expected [P, *{[*q.shape[1:]]}]"
+            )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"got dropout_p={dropout_p}; expected a probability below 1")
+    if backend not in ("auto", "reference"):
+        raise ValueError(f'got backend {backend!r}; expected "auto" or "reference"')
+    terms = buckets, positions, position_keys, position_queries
+    if backend == "reference" or dropout_p:
+        return reference.disentangled_attention(q, k, v, cu_q, cu_k, scale, *terms, dropout_p, seed)
+    return _by_sentence(q, k, v, cu_q, cu_k, scale, *terms)
+
+
+def _by_sentence(q, k, v, cu_q, cu_k, scale, buckets, positions, position_keys, position_queries):
+    """A call of PyTorch's attention for each sentence, the terms of positions as its mask."""
+    of_queries = of_keys = None
+    if position_keys is not None:
+        of_queries = torch.einsum("ahd,phd->hap", q, position_keys) * scale
+    if position_queries is not None:
+        of_keys = torch.einsum("khd,phd->hpk", k, position_queries) * scale
+    parts, first_q, first_k = [], 0, 0
+    for num_q, num_k in zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True):
+        mine, seen = slice(first_q, first_q + num_q), slice(first_k, first_k + num_k)
+        first_q, first_k = mine.stop, seen.stop
+        if not num_q:
+            continue
+        mask, bucket = None, reference.relative_bias(buckets[None], positions[mine], num_k)
+        bucket = bucket.expand(q.shape[1], -1, -1)
+        if of_queries is not None:
+            mask = of_queries[:, mine].gather(2, bucket)
+        if of_keys is not None:
+            other = of_keys[:, :, seen].gather(1, bucket)
+            mask = other if mask is None else mask + other
+        rows = (x.transpose(0, 1)[None] for x in (q[mine], k[seen], v[seen]))
+        out = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts) if parts else torch.empty_like(q)
