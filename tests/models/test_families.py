@@ -35,7 +35,7 @@ torch.save((out.logits, len(list(model.parameters()))), {str(folder / "out.pt")!
     return torch.load(folder / "out.pt")
 
 
-@pytest.mark.parametrize("changes, layer_of", zip(GROUPS, LAYER_OF, strict=True), ids=str)
+@pytest.mark.parametrize("changes, layer_of", [*zip(GROUPS, LAYER_OF, strict=True)], ids=str)
 def test_shared_layers_are_one_in_memory_and_in_the_file(changes, layer_of, tmp_path):
     tagger = random_tagger("albert", dtype=torch.float32, **changes)
     different = len(set(layer_of))

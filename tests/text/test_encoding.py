@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, proces
 from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
-from tokenexit.text.encoding import Window, collate, encode, merge
+from tokenexit.text.encoding import Window, WordTokenizer, collate, encode, merge
 
 ZERO_WIDTH_SPACE, CONTROL = "\u200b", "\x01"
 
@@ -212,8 +212,8 @@ def test_byte_level_tokenizer():
     assert collate([window], tokenizer).keys() == {"input_ids", "attention_mask", "word_ids"}
     with pytest.raises(ValueError, match="without an unknown token.*word 1 of sentence 0, ''"):
         encode(tokenizer, [["a", ""]], max_length=8)
-    with pytest.raises(ValueError, match="add_prefix_space=True"):
-        encode(byte_level_tokenizer(add_prefix_space=False), [["a"]], max_length=8)
+    (same,) = encode(byte_level_tokenizer(add_prefix_space=False), [["a", "aa"]], max_length=8)
+    assert same == window
 
 
 TEXT = [
@@ -311,9 +311,26 @@ JOINED = {
 
 
 @pytest.mark.parametrize("kind", JOINED)
-def test_a_tokenizer_that_joins_words_is_refused(kind):
+def test_a_tokenizer_that_joins_words_gets_them_with_a_space(kind):
+    """Each word has the pieces that it has amid a text, with what stands within a word."""
+    tokenizer, sentence = JOINED[kind](), ["the", "words", "it's", "leaves"]
+    assert WordTokenizer(tokenizer).space
+    (window,) = encode(tokenizer, [sentence], max_length=64)
+    pieces = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in sentence]
+    assert window.input_ids == sum(pieces, [])
+    assert window.word_ids == [i for i, its_pieces in enumerate(pieces) for _ in its_pieces]
+    if "normalizer" not in kind:  # without a pre-tokenizer a piece may have parts of two words
+        text = tokenizer(" " + " ".join(sentence), add_special_tokens=False)["input_ids"]
+        assert window.input_ids == text
+    (spaced,) = encode(tokenizer, [[f" {word}" for word in sentence]], max_length=64)
+    assert spaced.input_ids == window.input_ids
+
+
+def test_a_tokenizer_that_joins_words_whatever_is_done_is_refused():
+    tokenizer = bpe(pre.ByteLevel(**WITHOUT))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()  # of a word, what stands before it
     with pytest.raises(ValueError, match="joins words to those before; expected one loaded with"):
-        encode(JOINED[kind](), [["the", "words"]], max_length=64)
+        encode(tokenizer, [["the", "words"]], max_length=64)
 
 
 def test_a_tokenizer_that_knows_few_words():

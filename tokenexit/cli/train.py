@@ -70,11 +70,10 @@ def train(
 
     Example: `tokenexit train -m bert-base-cased -d train.conll --dev dev.conll -o tagger`
     """
-    from transformers import AutoTokenizer
-
     be_quiet()
     from tokenexit.models.checkpoint import load_config
     from tokenexit.text.data import label_names
+    from tokenexit.text.encoding import load_tokenizer
     from tokenexit.training.start import load_to_train
 
     run = _planned(
@@ -93,7 +92,7 @@ def train(
     load_config(model)  # told before the data is read, if there is none
     train_data = read_data(data, column, format)
     dev_data = dev and read_data(dev, column, format)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     tagger_model = load_to_train(model, tokenizer, label_names(train_data), new_classifier)
     run(tagger_model, tokenizer, train_data, dev_data, ExitPolicy.never())
 

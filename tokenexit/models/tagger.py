@@ -11,7 +11,7 @@ from itertools import accumulate, islice
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized, quantize
@@ -20,7 +20,7 @@ from tokenexit.models.checkpoint import check_dtype_of_int8
 from tokenexit.models.evaluation import evaluating
 from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
 from tokenexit.policy import ExitPolicy
-from tokenexit.text.encoding import Window, WordTokenizer, collate, encode, merge
+from tokenexit.text.encoding import Window, WordTokenizer, collate, encode, load_tokenizer, merge
 from tokenexit.text.scoring import detect_metric, spans
 from tokenexit.text.splitting import Splitter
 
@@ -191,7 +191,7 @@ class Tagger:
             quantize(model)
         if device is not None:
             model.to(device)
-        return cls(model, AutoTokenizer.from_pretrained(name, **hub), **kwargs)
+        return cls(model, load_tokenizer(name, **hub), **kwargs)
 
     def save_pretrained(self, folder: str | os.PathLike):
         """Save model, policy and tokenizer; a failure leaves nothing half-written."""

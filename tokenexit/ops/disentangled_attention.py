@@ -66,10 +66,11 @@ def disentangled_attention(
             f"got positions {tuple(positions.shape)} and buckets {tuple(buckets.shape)}; expected "
             f"[{len(q)}], [2R+1]"
         )
+    heads, dim = q.shape[1:]
     for name, states in (("keys", position_keys), ("queries", position_queries)):
         if states is not None and (states.dim() != 3 or states.shape[1:] != q.shape[1:]):
             raise ValueError(
-                f"got position_{name} {tuple(states.shape)}; expected [P, *{[*q.shape[1:]]}]"
+                f"got position_{name} {tuple(states.shape)}; expected [P, {heads}, {dim}]"
             )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"got dropout_p={dropout_p}; expected a probability below 1")
@@ -104,4 +105,4 @@ def _by_sentence(q, k, v, cu_q, cu_k, scale, buckets, positions, position_keys, 
         rows = (x.transpose(0, 1)[None] for x in (q[mine], k[seen], v[seen]))
         out = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale)
         parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts) if parts else torch.empty_like(q)
+    return torch.cat(parts) if parts else q.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from itertools import accumulate
 from typing import TypeVar
 
 import torch
-from tokenizers import Encoding, Tokenizer, models
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Encoding, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenexit.text.vocabulary import own_backend, require_fast, some_words
 
@@ -58,13 +59,15 @@ class WordTokenizer:
     """A fast tokenizer's own copy for sentences given as words: nothing but the words matters.
 
     Padding and truncation, which any call of a tokenizer sets for all who share it, and BPE
-    dropout are off. What is done to the tokenizer afterwards does not come here.
+    dropout are off. What is done to the tokenizer afterwards does not come here. A word has the
+    pieces that it has amid a text: where the tokenizer would join it to the one before, as
+    byte-level ones do without `add_prefix_space=True`, it is given with a space.
 
     Args:
         tokenizer: a fast tokenizer.
 
     Raises:
-        ValueError: one that is not fast, or joins words to those before.
+        ValueError: one that is not fast, or joins words to those before whatever is done.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -76,7 +79,11 @@ class WordTokenizer:
         if self.unk_token_id is None and (unk := getattr(self.backend.model, "unk_token", None)):
             self.unk_token_id = self.backend.token_to_id(unk)
         self.frame = _Frame.of(tokenizer)
-        self._refuse_joined_words()
+        self.space = ""  # before a word
+        if joined := self._joined_words():
+            self.space = " "
+            if self._joined_words():
+                raise ValueError(joined)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase | WordTokenizer) -> WordTokenizer:
@@ -107,10 +114,15 @@ class WordTokenizer:
         return [its_pieces or [self.unk_token_id] for its_pieces in pieces]
 
     def _encode(self, texts: list, words: bool) -> list[Encoding]:
+        if words and self.space:
+            texts = [[self._spaced(word) for word in words] for words in texts]
         return self.backend.encode_batch(texts, is_pretokenized=words, add_special_tokens=False)
 
-    def _refuse_joined_words(self):
-        """Raise unless a word given after another has the pieces that it has in a text.
+    def _spaced(self, word: str) -> str:
+        return word if not word or word[0].isspace() else self.space + word
+
+    def _joined_words(self) -> str | None:
+        """Unless a word given after another has the pieces that it has in a text: which has not.
 
         Byte-level and SentencePiece vocabularies mark the space before a word. Whether a word
         that comes alone gets that mark is up to several settings of several parts; so ask.
@@ -132,11 +144,32 @@ class WordTokenizer:
                 got, expected = (
                     [self.backend.id_to_token(i) for i in ids] for ids in (got, expected[1])
                 )
-                raise ValueError(
+                return (
                     f"got a {self.name} that joins words to those before; expected one loaded "
                     f"with add_prefix_space=True or whose pre-tokenizer marks each word: given "
                     f"after another one, {word!r} becomes {got}; in a text, {expected}"
                 )
+        return None
+
+
+def load_tokenizer(name: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase:
+    """The tokenizer at a folder or hub name; a byte-level one with `add_prefix_space=True`.
+
+    Then a text's first word has the pieces that it has later in the text, and words that are given
+    one by one have those that `WordTokenizer` gives them, wherever the tokenizer is used.
+
+    Args:
+        kwargs: of `AutoTokenizer.from_pretrained`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    if not getattr(tokenizer, "is_fast", False) or not WordTokenizer(tokenizer).space:
+        return tokenizer
+    spaced = AutoTokenizer.from_pretrained(name, **{**kwargs, "add_prefix_space": True})
+    part = spaced.backend_tokenizer.pre_tokenizer
+    if isinstance(part, pre_tokenizers.ByteLevel) and part.use_regex:
+        part.add_prefix_space = True  # not all classes of tokenizers do it themselves
+        spaced.backend_tokenizer.pre_tokenizer = part
+    return tokenizer if WordTokenizer(spaced).space else spaced
 
 
 def encode(
