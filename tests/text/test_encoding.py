@@ -1,12 +1,32 @@
+import json
 import random
 
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, processors
 from tokenizers import pre_tokenizers as pre
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AlbertTokenizer,
+    AutoTokenizer,
+    BertTokenizer,
+    CamembertTokenizer,
+    DebertaV2Tokenizer,
+    MPNetTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaTokenizer,
+    XLMRobertaTokenizer,
+)
 
-from tokenexit.text.encoding import Window, WordTokenizer, collate, encode, merge
+from tokenexit.packing import word_ids_from_kinds
+from tokenexit.text.encoding import (
+    Window,
+    WordTokenizer,
+    collate,
+    encode,
+    load_tokenizer,
+    merge,
+)
+from tokenexit.text.vocabulary import token_kinds
 
 ZERO_WIDTH_SPACE, CONTROL = "\u200b", "\x01"
 
@@ -478,3 +498,91 @@ def test_a_window_cannot_be_changed():
     window = Window(0, 0, 0, (0, 0), [], [])
     with pytest.raises(AttributeError):
         window.keep = (0, 1)
+
+
+def vocabulary(tokenizer, *special):
+    """Of a trained tokenizer, with special ones first: ids or, of Unigram, scores; and merges."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    scores = state["vocab"] if isinstance(state["vocab"], list) else [[t] for t in state["vocab"]]
+    others = [entry for entry in scores if entry[0] not in (*special, "<pad>", "<unk>")]
+    if len(others[0]) == 2:
+        return {"vocab": [*((token, 0.0) for token in special), *map(tuple, others)]}
+    tokens = [*special, *(token for (token,) in others)]
+    merges = {"merges": [tuple(m) for m in state["merges"]]} if "merges" in state else {}
+    return {"vocab": {token: i for i, token in enumerate(tokens)}, **merges}
+
+
+BERTS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ROBERTAS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+def word_pieces():
+    return trained(models.WordPiece(unk_token="<unk>"), pre.BertPreTokenizer())
+
+
+def unigram(pre_tokenizer=None):
+    words = pre.Sequence([pre.WhitespaceSplit(), pre.Metaspace()])
+    return trained(models.Unigram(), pre_tokenizer or words)
+
+
+def with_nfkc():
+    """As XLM-RoBERTa's from its file, whose normalizer is one of SentencePiece's, by NFKC."""
+    tokenizer = unigram()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    return tokenizer
+
+
+REAL = {
+    "BERT": lambda: BertTokenizer(**vocabulary(word_pieces(), *BERTS)),
+    "MPNet": lambda: MPNetTokenizer(**vocabulary(word_pieces(), *ROBERTAS, "[UNK]")),
+    "RoBERTa": lambda: RobertaTokenizer(**vocabulary(bpe(pre.ByteLevel()), *ROBERTAS)),
+    "ModernBERT": lambda: bpe(pre.ByteLevel(**WITHOUT)),
+    "XLM-RoBERTa": lambda: XLMRobertaTokenizer(**vocabulary(unigram(), *ROBERTAS)),
+    "XLM-RoBERTa, NFKC": with_nfkc,
+    "CamemBERT": lambda: CamembertTokenizer(**vocabulary(unigram(), *ROBERTAS)),
+    "ALBERT": lambda: AlbertTokenizer(**vocabulary(unigram(), "<pad>", "<unk>", *BERTS[2:])),
+    "DeBERTa-v3": lambda: DebertaV2Tokenizer(**vocabulary(unigram(pre.Metaspace()), *BERTS)),
+}
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_words_of_real_tokenizers(kind, tmp_path):
+    """Saved and loaded as `train` loads them: pieces as in a text, and words by the marks alone."""
+    REAL[kind]().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert not WordTokenizer(tokenizer).space
+    # The ligature and the accent are normalized by some, and unknown to others.
+    sentence = ["words", "leaves", "sure", "ﬁnd", "thére", "the", "Seen"]
+    (window,) = encode(tokenizer, [sentence], max_length=64)
+    assert set(window.word_ids) == {-1, *range(7)} - ({-1} if not window.word_ids[0] else set())
+    text = tokenizer(" ".join(sentence))["input_ids"]
+    assert window.input_ids == text
+    kinds = token_kinds(tokenizer, len(tokenizer))[torch.tensor([text])]
+    assert word_ids_from_kinds(kinds, torch.ones(1, len(text))).tolist() == [window.word_ids]
+    if kind != "BERT" and kind != "MPNet":  # their words are cut at punctuation
+        (window,) = encode(tokenizer, [["it's", "(the", "words)"]], max_length=64)
+        assert window.input_ids == tokenizer("it's (the words)")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["RoBERTa", "ModernBERT"])
+def test_byte_level_tokenizers_are_loaded_with_a_space_before_texts(kind, tmp_path):
+    REAL[kind]().save_pretrained(tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    assert plain.tokenize("the words") == ["the", "Ġwords"]
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.save_pretrained(tmp_path / "again")
+    for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "again")):
+        assert loaded.tokenize("the words") == ["Ġthe", "Ġwords"]
+        assert loaded.tokenize(["the", "words"], is_split_into_words=True) == ["Ġthe", "Ġwords"]
+    # A tagger made with the plain one gives words the same pieces.
+    pieces = [encode(each, [["the", "words"]], 64)[0].input_ids for each in (plain, tokenizer)]
+    assert pieces[0] == pieces[1]
+
+
+def test_a_tokenizer_that_cuts_words_before_its_bytes_is_loaded_as_it_is(tmp_path):
+    """There `add_prefix_space` would put a space before each part of a word."""
+    JOINED["split"]().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.tokenize("the words") == ["the", "Ġwords"]
+    (window,) = encode(tokenizer, [["it's", "words"]], max_length=64)
+    assert window.input_ids == tokenizer(" it's words")["input_ids"]
