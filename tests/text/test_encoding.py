@@ -568,7 +568,7 @@ def test_words_of_real_tokenizers(kind, tmp_path):
 def test_byte_level_tokenizers_are_loaded_with_a_space_before_texts(kind, tmp_path):
     REAL[kind]().save_pretrained(tmp_path)
     plain = AutoTokenizer.from_pretrained(tmp_path)
-    assert plain.tokenize("the words") == ["the", "Ġwords"]
+    assert plain.tokenize("the words")[0] != "Ġthe"
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.save_pretrained(tmp_path / "again")
     for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "again")):

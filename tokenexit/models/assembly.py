@@ -52,10 +52,10 @@ def _layer(config: TokenExitConfig) -> nn.Module:
     )
 
 
-def other_names(module: nn.Module) -> dict[str, str]:
-    """Names of parameters and buffers that have another one before: to that."""
+def other_names(module: nn.Module, buffers: bool = True) -> dict[str, str]:
+    """Names of parameters, and of buffers, that have another one before: to that."""
     first, others = {}, {}
-    for named in (module.named_parameters, module.named_buffers):
+    for named in (module.named_parameters, *[module.named_buffers] * buffers):
         for name, tensor in named(remove_duplicate=False):
             if (known := first.setdefault(tensor, name)) != name:
                 others[name] = known

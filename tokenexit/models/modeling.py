@@ -116,7 +116,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         self.post_init()
         if config.int8:
             quantize(self)
-            self.all_tied_weights_keys = other_names(self)
+            self.all_tied_weights_keys = other_names(self, buffers=False)
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
@@ -124,7 +124,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         return other_names(self)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        return other_names(self)
+        return other_names(self, buffers=False)  # of those, it takes none
 
     @property
     def policy(self) -> ExitPolicy:
