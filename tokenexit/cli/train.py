@@ -400,9 +400,9 @@ def adapt(
     from tokenexit.files import disk_errors
     from tokenexit.models.checkpoint import check_output_folder, load_config
     from tokenexit.promise import check_share
+    from tokenexit.text.encoding import load_tokenizer
     from tokenexit.text.scoring import check_metric
     from tokenexit.training.adapt import adapt as run
-    from tokenexit.training.adapt import load_tokenizer
 
     be_quiet()
     if json_output:

@@ -16,7 +16,6 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForTokenClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -29,7 +28,7 @@ from tokenexit.models.convert import convert
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
-from tokenexit.text.encoding import Window, WordTokenizer, collate
+from tokenexit.text.encoding import Window, collate, load_tokenizer
 from tokenexit.training.heads import distill_heads
 from tokenexit.training.self_sampling import SelfSampling
 from tokenexit.training.trainer import (
@@ -183,16 +182,6 @@ def adapt(
         some = tagger.windows(apart[-TIMED_SENTENCES:])
         original_wall = _time_original(original, tagger, some, timing_runs)
     return Adapted(tagger, found, scores, metric if scores else None, original_wall)
-
-
-def load_tokenizer(name: str | os.PathLike, **hub) -> PreTrainedTokenizerBase:
-    """The tokenizer at a folder or a name; one that joins words is told to set them apart."""
-    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
-    try:
-        WordTokenizer(tokenizer)
-    except ValueError:
-        tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True, **hub)
-    return tokenizer
 
 
 def _held_out(sentences: int, max_disagreement: float, confidence: float) -> int:
