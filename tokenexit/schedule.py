@@ -59,8 +59,8 @@ class Schedule:
         with torch.inference_mode(False):  # else it could be used in that mode only
             made = cls._made(policies, num_layers, num_sentences, like)
         if may_keep and _is_plain(made.threshold):
-            while len(_KEPT) >= _MOST_KEPT:
-                _KEPT.pop(next(iter(_KEPT)), None)
+            if len(_KEPT) >= _MOST_KEPT:  # nothing of one by one, beside other threads
+                _KEPT.clear()
             _KEPT[key] = made
         return made
 
