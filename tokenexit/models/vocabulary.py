@@ -1,0 +1,3 @@
+"""The name that `tokenexit.text.vocabulary` had before."""
+
+from tokenexit.text.vocabulary import *  # noqa: F403
