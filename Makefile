@@ -29,12 +29,13 @@ gpu-check:
 # instruction set that it has but for the best, which is in `make test`.
 CORES = $(shell $(BIN)/python tests/matrix.py cores)
 SETS = $(shell $(BIN)/python tests/matrix.py sets)
+PRODUCTS := $(addprefix tests/kernels/test_,attention.py linear.py static.py)
+OPS := tests/ops tests/loops/test_cpu.py tests/test_int8.py $(addprefix --ignore=tests/ops/test_,tiles.py instruction_sets.py)
 test-matrix: $(VENV)/.installed
 	for core in $(CORES); do echo "OPENBLAS_CORETYPE=$$core" && OPENBLAS_CORETYPE=$$core \
-		$(BIN)/python -m pytest -q -n 2 tests/kernels -k in_the_interpreter || exit; done
+		$(BIN)/python -m pytest -q -n 2 $(PRODUCTS) -k in_the_interpreter || exit; done
 	for set in $(SETS); do echo "TOKENEXIT_CPU=$$set" && TOKENEXIT_CPU=$$set \
-		$(BIN)/python -m pytest -q -n 2 -m "not slow" tests/ops tests/loops/test_cpu.py tests/test_int8.py \
-		|| exit; done
+		$(BIN)/python -m pytest -q -n 2 -m "not slow" $(OPS) || exit; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
