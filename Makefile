@@ -29,7 +29,7 @@ gpu-check:
 # instruction set that it has but for the best, which is in `make test`.
 CORES = $(shell $(BIN)/python tests/matrix.py cores)
 SETS = $(shell $(BIN)/python tests/matrix.py sets)
-PRODUCTS := $(addprefix tests/kernels/test_,attention.py linear.py static.py)
+PRODUCTS := $(addprefix tests/kernels/test_,attention.py linear.py gpu_loop.py)
 OPS := tests/ops tests/loops/test_cpu.py tests/test_int8.py $(addprefix --ignore=tests/ops/test_,tiles.py instruction_sets.py)
 test-matrix: $(VENV)/.installed
 	for core in $(CORES); do echo "OPENBLAS_CORETYPE=$$core" && OPENBLAS_CORETYPE=$$core \
