@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import recording
 import torch
-from assertions import assert_as_exact
 from random_models import FAMILIES, random_batch, random_tagger
 from test_reference import POLICIES
 
@@ -94,7 +93,10 @@ def test_given_exits(device, taken):
 
 @torch.no_grad()
 def test_half_precision(device, taken):
-    """The whole loop in fp16, with given exits, errs little more than the reference in fp16."""
+    """The whole loop in fp16, with given exits, errs little more than the reference in fp16.
+
+    Layers make more of a rounding in some tokens than in others, so errors are compared as a whole.
+    """
     half = random_tagger(dtype=torch.float16).to(device)
     truth = random_tagger(dtype=torch.float16).double().to(device)  # of the same rounded weights
     batch = {name: value.to(device) for name, value in random_batch(LENGTHS).items()}
@@ -105,7 +107,8 @@ def test_half_precision(device, taken):
     truth.backend = "reference"
     exact = truth(**batch, exit_layers=layers)
     assert torch.equal(ours.exit_layers, exact.exit_layers)
-    assert_as_exact(ours.logits, exact.logits, plain.logits)
+    error, of_plain = ((x.logits.double() - exact.logits).abs() for x in (ours, plain))
+    assert error.max() <= 2 * of_plain.max() and error.mean() <= 1.5 * of_plain.mean()
 
 
 @torch.no_grad()
