@@ -13,7 +13,7 @@ from random_models import random_batch, random_classifier, random_tagger
 import tokenexit
 from tokenexit import Dial, ExitPolicy, Speed, Tagger
 from tokenexit import calibrate as calibration
-from tokenexit.calibrate import calibrate, for_path, make_dial, policy_grid
+from tokenexit.calibrate import Point, _rising, calibrate, for_path, make_dial, policy_grid
 from tokenexit.promise import fixed_sequence, needed, upper_bound
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +124,29 @@ def test_nothing_is_chosen_by_what_is_tested(tagger, found, monkeypatch):
     assert [policy for policy, text in seen if text == texts[1]] == path
     assert seen[-len(path) :] == [(policy, texts[1]) for policy in path]
     assert all(text == texts[0] for _, text in seen[1 : -len(path)])
+
+
+def test_the_path_may_be_found_with_other_sentences(tagger, found):
+    """Then all are tested on, and those of the path not."""
+    first, apart = parts(200)
+    dial = make_dial(tagger, [*apart, []], BOUND, 0.9, policies=GRID, known=first).dial
+    assert dial.sentences == 140
+    assert [s.policy for s in dial.speeds] == [s.policy for s in found.dial.speeds]
+    for one, other in zip(dial.speeds, found.dial.speeds, strict=True):
+        assert one.disagreement == pytest.approx(other.disagreement)
+    labels = [[t.labels for t in tagger.tag(x, ExitPolicy.never())] for x in (apart, first)]
+    again = make_dial(
+        tagger, apart, BOUND, 0.9, policies=GRID, known=[*first, []], reference=labels[0],
+        known_reference=[*labels[1], []],
+    ).dial  # fmt: skip
+    assert [s.policy for s in again.speeds] == [s.policy for s in dial.speeds]
+    assert [s.disagreement for s in again.speeds] == [s.disagreement for s in dial.speeds]
+
+
+def test_steps_that_a_faster_one_beats_by_chance_stay():
+    policy = ExitPolicy()
+    points = [Point(policy, s, v) for s, v in ((0.99, 3), (0.98, 1), (0.988, 2), (0.995, 2.5))]
+    assert [p.speedup for p in _rising(points, 0.01)] == [2, 2.5, 3]
 
 
 def test_another_model_may_be_what_is_held_against(tagger, found):

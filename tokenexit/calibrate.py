@@ -29,6 +29,7 @@ CHEAP = 1_000_000  # words to be tagged with real exits, all policies together
 FINE = tuple(float(f"{t:.2g}") for t in np.geomspace(1e-4, 0.7, 40))
 STEPS = 16, 8  # of a path, at most: around what is promised, and beyond
 TIMED_SENTENCES = 200
+_MOST_FOR_PATH = 1000
 
 Progress = Callable[[str, int, int], None]
 
@@ -265,6 +266,8 @@ def make_dial(
     confidence: float = 0.9,
     *,
     reference: Sequence[Sequence[str]] | None = None,
+    known: Sequence[Sequence[str]] | None = None,
+    known_reference: Sequence[Sequence[str]] | None = None,
     policies: Sequence[ExitPolicy] | None = None,
     timing_runs: int = 0,
     seed: int = 0,
@@ -285,6 +288,8 @@ def make_dial(
             out.
         reference: for each sentence the labels that count as right, as those of another model.
             None: the tagger's own at full depth.
+        known, known_reference: sentences to find the path with, and their labels, such as those
+            that classifiers learnt from; then all others test it. None: three tenths, as above.
         policies: to take the path from. None: `policy_grid` with `FINE` thresholds.
         timing_runs: measure the wall clock of each step, over 200 sentences, so often.
         seed: of the shuffling.
@@ -303,8 +308,9 @@ def make_dial(
     least = promise.needed(max_disagreement, confidence)
     _check_trained(tagger)
     kept = [i for i, words in enumerate(sentences) if len(words)]
-    if len(kept) - for_path(len(kept)) < least:
-        enough = next(n for n in count(least) if n - for_path(n) >= least)
+    used = for_path if known is None else lambda count: 0
+    if len(kept) - used(len(kept)) < least:
+        enough = next(n for n in count(least) if n - used(n) >= least)
         raise ValueError(
             f"got {len(kept)} sentences with words; expected at least {enough}: fewer do not show, "
             f"with a confidence of {confidence:g}, that less than {max_disagreement:.2%} of labels "
@@ -312,16 +318,17 @@ def make_dial(
         )
     order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed), device="cpu")
     kept = [kept[i] for i in order.tolist()]
-    words = [list(sentences[i]) for i in kept]
+    words, cut = [list(sentences[i]) for i in kept], for_path(len(kept))
+    labels = None if reference is None else [list(reference[i]) for i in kept]
+    if known is not None:
+        first = [i for i, its_words in enumerate(known) if len(its_words)][:_MOST_FOR_PATH]
+        words, cut = [list(known[i]) for i in first] + words, len(first)
+        if labels is not None:
+            labels = [list(known_reference[i]) for i in first] + labels
     if policies is None:
         policies = policy_grid(thresholds=FINE)
     full = policies[0].replace(level="token", threshold=0.0, schedule="constant", min_active=1)
-    if reference is None:
-        whole = tag_windows(tagger, tagger.windows(words), full).labels
-    else:
-        whole = [list(reference[i]) for i in kept]
-
-    cut = for_path(len(kept))
+    whole = labels or tag_windows(tagger, tagger.windows(words), full).labels
     data = Dataset.from_dict({"words": words[:cut], "labels": whole[:cut]})
     sweep = Sweep(tagger, data, policies[0].criterion, "accuracy")
     simulated = []
@@ -338,7 +345,7 @@ def make_dial(
         losses, real = _run(tagger, sweep.windows, point.policy, whole[:cut])
         tried.append(Point(point.policy, 1 - losses.mean(), real.speedup))
         progress("find the path", number, len(likely))
-    path = [full, *(p.policy for p in pareto_front(tried) if p.speedup > 1)]
+    path = [full, *(p.policy for p in _rising(tried, max_disagreement / 2) if p.speedup > 1)]
 
     windows, tested, losses = tagger.windows(words[cut:]), [], []
     for number, policy in enumerate(path, 1):
@@ -362,7 +369,7 @@ def make_dial(
             promise.needed(max_disagreement, confidence, its_losses) for its_losses in losses[1:]
         )
         fewest = min((n for n in found if n is not None), default=None)
-        needed = fewest and next(n for n in count(fewest) if n - for_path(n) >= fewest)
+        needed = fewest and next(n for n in count(fewest) if n - used(n) >= fewest)
     if timing_runs:
         some = [window for window in windows if window.sentence < TIMED_SENTENCES]
         times = time_policies(tagger, some, path, timing_runs)
@@ -382,7 +389,7 @@ def make_dial(
             promised=passed - 1 if passed else None,
             max_disagreement=max_disagreement,
             confidence=confidence,
-            sentences=len(kept) - cut,
+            sentences=len(words) - cut,
         ),
         needed=needed,
     )
@@ -398,7 +405,7 @@ def _check_trained(tagger: Tagger):
 
 def for_path(sentences: int) -> int:
     """How many of the sentences the path is chosen by."""
-    return min(3 * sentences // 10, 1000)
+    return min(3 * sentences // 10, _MOST_FOR_PATH)
 
 
 def _run(
@@ -411,6 +418,16 @@ def _run(
         for labels, wanted in zip(outcome.labels, whole, strict=True)
     ]
     return np.array(losses), outcome
+
+
+def _rising(points: Iterable[Point], margin: float) -> list[Point]:
+    """By speed-up; without those that a faster one beats by more than chance, a margin of score."""
+    kept, best = [], -np.inf
+    for point in sorted(points, key=lambda p: (p.speedup, p.score), reverse=True):
+        if point.score >= best - margin:
+            kept.append(point)
+        best = max(best, point.score)
+    return kept[::-1]
 
 
 def _thinned(front: list[Point], most: int) -> list[Point]:

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from tokenexit import promise
-from tokenexit.calibrate import TIMED_SENTENCES, Calibration, for_path, make_dial
+from tokenexit.calibrate import TIMED_SENTENCES, Calibration, make_dial
 from tokenexit.evaluate import check_annotated, evaluate
 from tokenexit.models.convert import convert
 from tokenexit.models.modeling import TokenExitForTokenClassification
@@ -92,8 +91,9 @@ def adapt(
     """Make a fine-tuned token classifier one whose tokens leave early; no labels are needed.
 
     The encoder and the classifier stay as they are, so at full depth the result is the model. The
-    heads below are trained on a part of the texts to say what the classifier says. By the other
-    part, policies are chosen and promised, see `tokenexit.calibrate.make_dial`.
+    heads below are trained on a part of the texts to say what the classifier says; by this part,
+    too, a path of policies is found. The other part tests it, see
+    `tokenexit.calibrate.make_dial`.
 
     Args:
         model: a fine-tuned Hugging Face token classifier, or its folder or name on the hub. It is
@@ -148,7 +148,7 @@ def adapt(
     words = [words[i] for i in order]
     apart, words = words[:held], words[held:]
 
-    reference = None
+    reference = labels = None
     if tune:
         labels = [x.labels for x in tagger.stream(words)]
         reference = [x.labels for x in tagger.stream(apart)]
@@ -164,6 +164,8 @@ def adapt(
         max_disagreement,
         confidence,
         reference=reference,
+        known=words,
+        known_reference=labels,
         timing_runs=timing_runs,
         seed=seed,
         progress=progress,
@@ -187,7 +189,6 @@ def adapt(
 def _held_out(sentences: int, max_disagreement: float, confidence: float) -> int:
     """How many of the sentences are kept aside for calibration: half, more for few."""
     least = promise.needed(max_disagreement, confidence)
-    least = next(n for n in count(least) if n - for_path(n) >= least)
     held = max(min(sentences // 2, _MOST_HELD_OUT), least)
     if 5 * held > 4 * sentences:
         raise ValueError(
