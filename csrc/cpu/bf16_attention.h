@@ -6,11 +6,25 @@
 namespace tokenexit {
 
 // Keys are filled up to whole tiles.
-constexpr int64_t filled(int64_t keys) { return (keys + 31) / 32 * 32; }
+constexpr int64_t TILE = 32;
+constexpr int64_t filled(int64_t keys) { return (keys + TILE - 1) / TILE * TILE; }
 
 INLINE Word* words_of(float* x) { return reinterpret_cast<Word*>(x); }
 INLINE const Word* words_of(const float* x) { return reinterpret_cast<const Word*>(x); }
 INLINE uint16_t* halves_of(float* x) { return reinterpret_cast<uint16_t*>(x); }
+
+// Lanes from .. to - 1 of a panel's row; the others are another's to write.
+template <class S>
+INLINE void store_lanes(float* row, const float* x, int64_t from, int64_t to) {
+#ifdef __x86_64__
+  if constexpr (S::WIDTH == LANES) {
+    const uint16_t lanes = (1 << to) - (1 << from);
+    asm volatile("vmovups %1, (%0)%{%2%}" : : "r"(row), "v"(S::load(x)), "Yk"(lanes) : "memory");
+    return;
+  }
+#endif
+  for (int64_t i = from; i < to; ++i) row[i] = x[i];
+}
 
 // As UnpackKeys: keys [heads][rows][dim]. Values stay where they are.
 struct UnpackKeysInBf16 {
@@ -43,14 +57,15 @@ struct AttendInBf16 {
     float *q = values + dim * keys / 2, *scores = q + 2 * half * LANES;
     float *weights = scores + 2 * keys * LANES, *out = weights + keys * LANES;
     const int64_t last = s.first + s.tokens;
+    // Whole vectors, the end of which the next one, or zeros, are written over.
     for (int64_t c = 0; c < dim; ++c) {
       uint16_t* to = halves_of(values) + c * keys;
       for (int64_t p = s.first / LANES; p * LANES < last; ++p) {
         const float* from = w->kv_panels + ((p * 2 + 1) * w->d + head * dim + c) * LANES;
         const int64_t first = std::max(s.first, p * LANES);
-        bf16_of<S>(from + first - p * LANES, std::min(last, (p + 1) * LANES) - first, to + first - s.first);
+        bf16_of<S>(from + first - p * LANES, LANES, to + first - s.first);
       }
-      std::fill(to + s.tokens, to + keys, 0);
+      std::memset(to + s.tokens, 0, TILE * sizeof(*to));
     }
     const Word* k = words_of(w->kv) + (head * w->keys.size() + s.first) * half;
     const int64_t end = s.first_active + s.active;
@@ -87,9 +102,7 @@ struct AttendInBf16 {
         const int64_t to = std::min(LANES, end - (p + i) * LANES);
         float* ctx = w->ctx.x + ((p + i) * w->d + head * dim) * LANES;
         const float* mine = out + i * dim * LANES;
-        for (int64_t c = 0; c < dim; ++c) {
-          std::copy(mine + c * LANES + from, mine + c * LANES + to, ctx + c * LANES + from);
-        }
+        for (int64_t c = 0; c < dim; ++c) store_lanes<S>(ctx + c * LANES, mine + c * LANES, from, to);
       }
     }
   }

@@ -1,19 +1,21 @@
 // A whole layer of inference, for the active tokens of a packed batch, panel by panel: what a product
 // leaves is what the next one reads. See tokenexit/ops/exit_layer.py.
-#include <atomic>
-
 #include <torch/csrc/stable/library.h>
 
 #include "bf16_attention.h"
 #include "layer.h"
+#include "threads.h"
 
 namespace tokenexit {
 namespace {
 
-// Computed beside each other, of a batch of any size: what keeps the workspace small.
-constexpr int64_t MOST_ROWS = 512, MOST_TOKENS = 2048;
+// Rows computed beside each other, of a batch of any size: what keeps the workspace small. Where there
+// is AMX, the third-level cache lies far, and what phases hand on is to stay in the second.
+int64_t most_rows() { return cpu() >= Cpu::amx ? 256 : 512; }
+int64_t most_tokens() { return 4 * most_rows(); }
 
 constexpr int64_t WHOLE_TILES = 12;  // features, of any Isa
+constexpr int64_t LEAST = 500000;    // multiply-adds that a thread takes
 
 // Each phase of the layer runs over a range of its items: panels, units of features, heads, ...
 
@@ -294,15 +296,34 @@ struct Normalize {
 struct Up {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    Word* tops = nullptr;
+    const int64_t rows = w->panels() * LANES;
+    if (w->int8()) std::fill_n(tops = words_of(scratch.get(rows)), rows, 0);
     linear<S>(w->w[UP], w->d, w->y, w->rows, w->u.x, w->inner, begin * w->unit,
-              std::min(w->inner, end * w->unit), nullptr, w->gelu, w->bf16() ? w->u.words : nullptr);
+              std::min(w->inner, end * w->unit), nullptr, w->gelu, w->bf16() ? w->u.words : nullptr,
+              tops);
+    for (int64_t i = 0; i < rows && tops; ++i) {
+      Word most = w->u_tops[i];
+      while (most < tops[i] && !w->u_tops[i].compare_exchange_weak(most, tops[i])) {
+      }
+    }
   }
 };
 
+// What a thread has made it turns to bytes, too: it is near.
 struct NarrowInner {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) narrow<S>(w->u, p, w->rows, w->inner);
+    const int64_t from = begin * w->unit, to = std::min(w->inner, end * w->unit);
+    for (int64_t p = 0; p < w->panels(); ++p) {
+      alignas(64) Word tops[LANES];
+      for (int64_t i = 0; i < LANES; ++i) tops[i] = w->u_tops[p * LANES + i];
+      const int64_t lanes = std::min(LANES, w->rows - p * LANES);
+      to_bytes<S>(w->u.x + p * w->inner * LANES, tops, lanes, by_rows(w->rows), w->inner, from, to,
+                  reinterpret_cast<uint8_t*>(w->u.words + p * w->inner / 4 * LANES));
+      if (from == 0) to_scales<S>(tops, lanes, w->u.scale + p * LANES);
+    }
   }
 };
 
@@ -334,36 +355,6 @@ struct Finish {
     }
   }
 };
-
-// Threads take part after part until none is left, ever smaller ones: they wait for each other after
-// every phase, and equal shares would leave all waiting for the one that is held up. Few rows wait
-// for weights from memory, and what a thread asks for ahead is to be its own: equal shares.
-template <class Body>
-void parallel(const Work& work, int64_t items, int64_t grain = 1) {
-  const Work* w = &work;
-  const int64_t most = torch::stable::get_num_threads();
-  const int64_t threads = std::min(most, (items + grain - 1) / grain);
-  if (threads <= 1) return dispatch<Body>(w, int64_t(0), items);
-  const int64_t equal = (items + threads - 1) / threads, least = w->rows > LANES / 2 ? grain : equal;
-  std::atomic<int64_t> next = 0;
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    int64_t begin = next;
-    while (begin < items) {
-      const int64_t part = std::max(least, (items - begin) / (2 * threads));
-      const int64_t end = std::min(items, begin + part);
-      if (!next.compare_exchange_weak(begin, end)) continue;
-      dispatch<Body>(w, begin, end);
-      begin = next;
-    }
-  });
-}
-
-// Units of features; a thread takes some hundred thousand multiply-adds at least.
-template <class Body>
-void parallel_units(const Work& work, int64_t features, int64_t depth, int64_t panels) {
-  const int64_t cost = work.unit * depth * panels * LANES;
-  parallel<Body>(work, (features + work.unit - 1) / work.unit, std::max<int64_t>(1, 500000 / cost));
-}
 
 // The sentences of a group, those whose attention is cheaper absorbed apart from the others. Each is
 // judged by itself, so that its result does not depend on its batch.
@@ -427,55 +418,77 @@ void run_group(Work& w, bool all_active) {
   w.carried = take(absorbed * w.heads * w.wide);
   w.mixed = take(absorbed * w.heads * d);
   w.mixed_scale = take(w.heads * panels_of(absorbed) * LANES);
+  std::vector<std::atomic<Word>> tops(w.int8() ? panels * LANES : 0);
+  w.u_tops = tops.data();
 
-  parallel<PackActive>(w, panels);
-  if (!shared && keys) parallel<PackKeys>(w, key_panels);
-  parallel_units<Project>(w, keys ? (d + w.unit - 1) / w.unit * w.unit + 2 * d : d, d,
-                          std::max(panels, key_panels));
-  if (keys) {
-    w.attends_in_bf16 ? parallel<UnpackKeysInBf16>(w, key_panels) : parallel<UnpackKeys>(w, key_panels);
-    std::vector<int64_t> start = {0};
-    for (const Sentence& s : w.projected) {
-      for (int64_t i = 0; i < w.heads; ++i) {
-        start.push_back(start.back() + (panels_of(s.active) + 1) * s.tokens * w.dim);
-      }
-    }
-    const Work* work = &w;
-    parallel_items(start, 4096, [work](int64_t i) {
-      work->attends_in_bf16 ? dispatch<AttendInBf16>(work, i) : dispatch<AttendProjected>(work, i);
-    });
+  struct Block {
+    const Sentence* sentence;
+    int64_t number;
+  };
+  std::vector<Block> blocks;
+  const int64_t most = torch::stable::get_num_threads(), half = LANES / 2;
+  // Smaller blocks are slower, but each thread is to have one.
+  w.block = std::min(PAIRS, ((absorbed * w.heads + most - 1) / most + half - 1) / half * half);
+  for (const Sentence& s : w.absorbed) {
+    for (int64_t i = 0; i * w.block < s.active * w.heads; ++i) blocks.push_back({&s, i});
   }
-  if (absorbed) {
-    parallel<UnpackQueries>(w, absorbed, LANES);
-    const int64_t strips = w.heads * ((d + 63) / 64);
-    w.attends_in_bf16 ? parallel<CarryInBf16>(w, strips) : parallel<CarryQueries>(w, strips);
-    std::vector<int64_t> start = {0};
-    std::vector<std::pair<const Sentence*, int64_t>> blocks;
-    // Smaller blocks are slower, but each thread is to have one.
-    const int64_t threads = torch::stable::get_num_threads(), half = LANES / 2;
-    const int64_t share = (absorbed * w.heads + threads - 1) / threads;
-    w.block = std::min(PAIRS, (share + half - 1) / half * half);
-    for (const Sentence& s : w.absorbed) {
-      const int64_t pairs = s.active * w.heads;
-      for (int64_t i = 0; i * w.block < pairs; ++i) {
-        blocks.emplace_back(&s, i);
-        start.push_back(start.back() + (s.tokens + 1) * d * std::min(w.block, pairs - i * w.block));
-      }
+
+  const int64_t work = std::max(2 * d * d * key_panels, w.inner * d * panels) * LANES;
+  const int64_t threads = std::clamp<int64_t>(work / LEAST, 1, most);
+  // Few rows wait for weights from memory, and what a thread asks for ahead is to be its own: equal
+  // shares.
+  const auto least = [&](int64_t items, int64_t cost) {
+    const int64_t equal = (items + threads - 1) / threads, grain = std::max<int64_t>(1, LEAST / cost);
+    return w.rows > LANES / 2 ? grain : std::max(grain, equal);
+  };
+  const Work* work_ = &w;
+  const auto phases = [&](Team::Member team) {
+    const auto each = [&]<class Body>(Body, int64_t items, int64_t cost = LEAST) {
+      team.share(items, least(items, cost), [&](int64_t begin, int64_t end) {
+        dispatch<Body>(work_, begin, end);
+      });
+    };
+    // Units of features.
+    const auto product = [&]<class Body>(Body body, int64_t features, int64_t depth, int64_t count) {
+      each(body, (features + w.unit - 1) / w.unit, w.unit * depth * count * LANES);
+    };
+    each(PackActive(), panels);
+    if (!shared && keys) each(PackKeys(), key_panels);
+    product(Project(), keys ? (d + w.unit - 1) / w.unit * w.unit + 2 * d : d, d,
+            std::max(panels, key_panels));
+    if (keys) {
+      w.attends_in_bf16 ? each(UnpackKeysInBf16(), key_panels) : each(UnpackKeys(), key_panels);
+      const int64_t items = w.projected.size() * w.heads;
+      team.share(items, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          w.attends_in_bf16 ? dispatch<AttendInBf16>(work_, i) : dispatch<AttendProjected>(work_, i);
+        }
+      });
     }
-    const Work* work = &w;
-    const auto* block = blocks.data();
-    parallel_items(start, 4096, [work, block](int64_t i) {
-      dispatch<AttendAbsorbed>(work, block[i].first, block[i].second);
-    });
-    parallel<BringBack>(w, w.heads);
-  }
-  if (w.numbers != Numbers::fp32) parallel<NarrowContext>(w, panels);
-  parallel_units<Output>(w, d, d, panels);
-  parallel<Normalize>(w, panels);
-  parallel_units<Up>(w, w.inner, d, panels);
-  if (w.int8()) parallel<NarrowInner>(w, panels);
-  parallel_units<Down>(w, d, w.inner, panels);
-  parallel<Finish>(w, panels);
+    if (absorbed) {
+      each(UnpackQueries(), absorbed, LEAST / LANES);
+      const int64_t strips = w.heads * ((d + 63) / 64);
+      w.attends_in_bf16 ? each(CarryInBf16(), strips) : each(CarryQueries(), strips);
+      team.share(blocks.size(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          dispatch<AttendAbsorbed>(work_, blocks[i].sentence, blocks[i].number);
+        }
+      });
+      each(BringBack(), w.heads);
+    }
+    if (w.numbers != Numbers::fp32) each(NarrowContext(), panels);
+    product(Output(), d, d, panels);
+    each(Normalize(), panels);
+    product(Up(), w.inner, d, panels);
+    if (w.int8()) {
+      team.again([&](int64_t begin, int64_t end) { dispatch<NarrowInner>(work_, begin, end); });
+    }
+    product(Down(), d, w.inner, panels);
+    each(Finish(), panels);
+  };
+  Team(threads).run(phases, [](int64_t count, const auto& f) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) { f(); });
+  });
 }
 
 Tensor exit_layer_op(
@@ -619,7 +632,7 @@ void exit_layer(
     const int64_t start = call.cu_tokens[b], length = call.cu_tokens[b + 1] - start;
     const int64_t count = cu_active[b + 1] - cu_active[b];
     if (!count) continue;
-    if (cu_active[b + 1] - from > MOST_ROWS || tokens + length > MOST_TOKENS) flush();
+    if (cu_active[b + 1] - from > most_rows() || tokens + length > most_tokens()) flush();
     group.push_back({cu_active[b] - from, count, h + start * w.state, length, 0});
     tokens += length;
   }

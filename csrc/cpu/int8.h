@@ -13,34 +13,43 @@
 
 namespace tokenexit {
 
-// The first lanes of a panel [depth][16] to bytes, and each lane's scale; NaN if the lane has a NaN
-// or an infinity.
+// The larger of sizes as bits: of floats without their sign the order is that of integers, in which
+// infinities and NaN come last.
 template <class S>
-INLINE void quantize_panel(
-    const float* panel, int64_t lanes, bool rows, int64_t depth, uint8_t* bytes, float* scales) {
-  using V = typename S::Vec;
+INLINE typename S::Int larger(typename S::Int top, typename S::Vec x) {
+  const typename S::Int size = (typename S::Int)x & 0x7FFFFFFF;
+  return size > top ? size : top;
+}
+
+// What a row's values are multiplied by to become bytes, and back, by its largest size. NaN if that
+// is none or infinite.
+template <class S>
+INLINE typename S::Vec inverse_of(typename S::Int top) {
+  const typename S::Vec size = (typename S::Vec)top;
+  return size > 0 ? 127.0f / size : typename S::Vec{};
+}
+template <class S>
+INLINE typename S::Vec scale_of(typename S::Int top) {
+  const typename S::Vec size = (typename S::Vec)top;
+  return size * (1.0f / 127) + size * 0.0f;
+}
+
+// Features from .. to - 1 of the first lanes of a panel [depth][16] to bytes, by the largest size of
+// each lane.
+template <class S>
+INLINE void to_bytes(
+    const float* panel, const Word* tops, int64_t lanes, bool rows, int64_t depth, int64_t from,
+    int64_t to, uint8_t* bytes) {
   using U = typename S::UInt;
-  std::fill_n(scales, LANES, 0.0f);
   for (int64_t at = 0; at < lanes; at += S::WIDTH) {
-    V tops[4] = {}, nans[4] = {};  // four, so that one need not wait for the one before
-    for (int64_t k = 0; k < depth; k += 4) {
-      for (int64_t j = 0; j < 4; ++j) {
-        const V x = S::load(panel + (k + j) * LANES + at);
-        const V size = x < 0 ? -x : x;
-        tops[j] = size > tops[j] ? size : tops[j];
-        nans[j] += x * 0.0f;
-      }
-    }
-    V top = tops[0];
-    for (int64_t j = 1; j < 4; ++j) top = tops[j] > top ? tops[j] : top;
-    const V scale = top * (1.0f / 127) + (nans[0] + nans[1] + nans[2] + nans[3]);
-    const V inverse = top > 0 ? 127.0f / top : V{};
-    S::store(scales + at, scale);
+    typename S::Int top;
+    std::memcpy(&top, tops + at, sizeof(top));
+    const typename S::Vec inverse = inverse_of<S>(top);
     // Added to a float, 1.5 * 2^23 leaves the nearest integer in its last bits.
     const auto byte = [&](int64_t k) __attribute__((always_inline)) {
       return (U)(S::load(panel + k * LANES + at) * inverse + (12582912.0f + 128)) & 0xFF;
     };
-    for (int64_t k = 0; k < depth; k += 4) {
+    for (int64_t k = from; k < to; k += 4) {
       const U four = byte(k) | byte(k + 1) << 8 | byte(k + 2) << 16 | byte(k + 3) << 24;
       if (!rows) {
         std::memcpy(bytes + (k * LANES + at * 4), &four, sizeof(four));
@@ -52,6 +61,34 @@ INLINE void quantize_panel(
       }
     }
   }
+}
+
+// Each lane's scale, of 16; 0 of those that are not there.
+template <class S>
+INLINE void to_scales(const Word* tops, int64_t lanes, float* scales) {
+  for (int64_t at = 0; at < LANES; at += S::WIDTH) {
+    typename S::Int top;
+    std::memcpy(&top, tops + at, sizeof(top));
+    S::store(scales + at, scale_of<S>(top));
+  }
+  std::fill(scales + lanes, scales + LANES, 0.0f);
+}
+
+// The first lanes of a panel to bytes, and their scales.
+template <class S>
+INLINE void quantize_panel(
+    const float* panel, int64_t lanes, bool rows, int64_t depth, uint8_t* bytes, float* scales) {
+  alignas(64) Word tops[LANES];
+  for (int64_t at = 0; at < LANES; at += S::WIDTH) {
+    typename S::Int top[4] = {};  // four, so that one need not wait for the one before
+    for (int64_t k = 0; k < depth; k += 4) {
+      for (int64_t j = 0; j < 4; ++j) top[j] = larger<S>(top[j], S::load(panel + (k + j) * LANES + at));
+    }
+    for (int64_t j = 1; j < 4; ++j) top[0] = larger<S>(top[0], (typename S::Vec)top[j]);
+    std::memcpy(tops + at, top, sizeof(*top));
+  }
+  to_bytes<S>(panel, tops, lanes, rows, depth, 0, depth, bytes);
+  to_scales<S>(tops, lanes, scales);
 }
 
 #ifdef __x86_64__
@@ -192,23 +229,34 @@ struct Product8 {
   static INLINE void run(
       const Matrix8* m, int64_t depth, const Word* x, const float* scale, int64_t rows, float* y, int64_t out,
       int64_t n0, int64_t n1, const Epilogue* epilogue) {
-    const auto take = [&](const Word* sums, int64_t n, int64_t count, int64_t p)
+    const float *offset = m->offset, *unit = m->scale, *bias = epilogue->bias;
+    const float* residual = epilogue->residual;
+    const Gelu kind = epilogue->gelu;
+    Word* const tops = epilogue->tops;
+    const auto take = [=](const Word* sums, int64_t n, int64_t count, int64_t p)
                           __attribute__((always_inline)) {
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t at = (p * out + n + r) * LANES;
-        const float bias = epilogue->bias ? epilogue->bias[n + r] : 0;
-        const int64_t lanes = std::min(LANES, rows - p * LANES);
-        for (int64_t i = lanes; i < LANES; ++i) y[at + i] = 0;
-        for (int64_t i = 0; i < lanes; i += S::WIDTH) {
+      const int64_t at = (p * out + n) * LANES, lanes = std::min(LANES, rows - p * LANES);
+      for (int64_t i = 0; i < lanes; i += S::WIDTH) {
+        const auto own = S::load(scale + p * LANES + i);
+        typename S::Int top = {};
+        for (int64_t r = 0; r < count; ++r) {
           typename S::Int exact;
           std::memcpy(&exact, sums + r * LANES + i, sizeof(exact));
           const auto sum = __builtin_convertvector(exact, typename S::Vec);
-          typename S::Vec value =
-              (sum * m->scale[n + r] - m->offset[n + r]) * S::load(scale + p * LANES + i) + bias;
-          if (epilogue->residual) value += S::load(epilogue->residual + at + i);
-          if (epilogue->gelu != Gelu::none) value = gelu<S>(epilogue->gelu, value);
-          S::store(y + at + i, value);
+          typename S::Vec value = (sum * unit[n + r] - offset[n + r]) * own + (bias ? bias[n + r] : 0);
+          if (residual) value += S::load(residual + at + r * LANES + i);
+          if (kind != Gelu::none) value = gelu<S>(kind, value);
+          S::store(y + at + r * LANES + i, value);
+          top = larger<S>(top, value);
         }
+        if (!tops) continue;
+        typename S::Vec before;
+        std::memcpy(&before, tops + p * LANES + i, sizeof(before));
+        top = larger<S>(top, before);
+        std::memcpy(tops + p * LANES + i, &top, sizeof(top));
+      }
+      for (int64_t r = 0; r < count && lanes < LANES; ++r) {
+        std::fill(y + at + r * LANES + lanes, y + at + (r + 1) * LANES, 0.0f);
       }
     };
     multiply_words(

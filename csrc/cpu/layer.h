@@ -1,5 +1,7 @@
 #pragma once
 // What the phases of a layer work on, see exit_layer.cpp.
+#include <atomic>
+
 #include "attention.h"
 #include "bf16.h"
 #include "int8.h"
@@ -61,6 +63,7 @@ struct Work {
   int64_t rows;                    // active ones
 
   Panels x, xk, ctx, y, u;       // [panels][features][16]
+  std::atomic<Word>* u_tops;     // [panels][16] in 8 bits: u's largest sizes, as bits
   float *q, *kv_panels, *kv;     // likewise, and kv [2][heads][rows][dim]; in bf16 keys only
   // Absorbed rows: [rows][d], [heads][rows][wide], [heads][rows][d]; the last are what products read,
   // bytes with a scale each row, [heads][panels][16], or bf16.
@@ -81,13 +84,14 @@ struct Work {
   }
 };
 
-// y[n0 .. n1 - 1] of W x + bias; what any kind of weights does. Of bf16, to `words` if given.
+// y[n0 .. n1 - 1] of W x + bias; what any kind of weights does. Of bf16, to `words` if given; of int8,
+// with the largest sizes, see Epilogue.
 template <class S>
 INLINE void linear(
     const Linear& w, int64_t depth, const Panels& x, int64_t rows, float* y, int64_t out,
     int64_t n0, int64_t n1, const float* residual = nullptr, Gelu gelu = Gelu::none,
-    Word* words = nullptr) {
-  const Epilogue epilogue = {w.bias, residual, gelu};
+    Word* words = nullptr, Word* tops = nullptr) {
+  const Epilogue epilogue = {w.bias, residual, gelu, tops};
   const Word* from = x.words;
   if (w.bits.weight) {
     const float* scale = x.scale;

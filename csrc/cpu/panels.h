@@ -2,7 +2,11 @@
 // Products over panels of 16 rows, see LANES.
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <torch/csrc/stable/ops.h>
 
@@ -13,20 +17,40 @@ namespace tokenexit {
 constexpr int64_t panels_of(int64_t rows) { return (rows + LANES - 1) / LANES; }
 
 // A float array that only grows, kept from call to call; its content is not. It begins with a line of
-// memory: vectors across two lines take twice as long to load.
+// memory: vectors across two lines take twice as long to load. A large one asks for large pages, as
+// each page costs a look into the tables of the system, and of the one below a virtual machine's.
 class Scratch {
  public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { release(); }
+
   float* get(int64_t size) {
-    constexpr int64_t LINE = 64;
-    if (static_cast<int64_t>(data_.size()) < size + LINE) {
-      data_.clear();
-      data_.resize(size + LINE);
+    if (size > size_) {
+      release();
+      const size_t bytes = size * sizeof(float), align = bytes < 2 * PAGE ? LINE : PAGE;
+      data_ = static_cast<float*>(::operator new(bytes, std::align_val_t(align)));
+      size_ = size;
+      align_ = align;
+#ifdef MADV_HUGEPAGE
+      if (align == PAGE) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
     }
-    return data_.data() + -reinterpret_cast<uintptr_t>(data_.data()) % LINE / sizeof(float);
+    return data_;
   }
 
  private:
-  std::vector<float> data_;
+  static constexpr size_t LINE = 64, PAGE = 2 << 20;
+
+  void release() {
+    if (data_) ::operator delete(data_, std::align_val_t(align_));
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+  size_t align_ = LINE;
 };
 
 // The left operand of a product: element (r, k) is at data[r * row + k * col].
@@ -193,11 +217,13 @@ INLINE void unpack_panel(
   }
 }
 
-// What is done to a product's sums: + bias, + residual (a panel), then GELU.
+// What is done to a product's sums: + bias, + residual (a panel), then GELU. Of int8 products the
+// largest sizes are kept, too, [panels][16] as bits.
 struct Epilogue {
   const float* bias = nullptr;
   const float* residual = nullptr;
   Gelu gelu = Gelu::none;
+  int32_t* tops = nullptr;
 };
 
 // A product's operands, and the part of its depth that is being summed.

@@ -77,10 +77,10 @@ INLINE typename S::Int load(const Word* p) {
 template <class S, class Dot, int R, int VECS>
 INLINE void tile(const Tile& t) {
   typename Dot::template Sum<S> sums[R][VECS] = {};
+  const Word* next = t.next;
   for (int64_t k = 0; k < t.depth; ++k) {
-    if (k % 16 == 0) {  // a line of memory
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) __builtin_prefetch(t.next + r * t.depth + k);
+    if (k % 16 == 0) {
+      for (int64_t i = 0; i < t.lines; ++i, next += 16) __builtin_prefetch(next);
     }
     typename S::Int x[VECS];
 #pragma GCC unroll 4
@@ -124,9 +124,11 @@ INLINE void few(const Tile& t) {
     typename S::Int sums[AT_ONCE][ROWS] = {};
     for (int64_t k = 0; k < whole; k += S::WIDTH) {
       // The next rows in the order in which they lie in memory.
+      if (t.lines) {
 #pragma GCC unroll 4
-      for (int i = 0; i < AT_ONCE * S::WIDTH; i += 16) {
-        __builtin_prefetch(t.next + first * t.depth + k * AT_ONCE + i);
+        for (int i = 0; i < AT_ONCE * S::WIDTH; i += 16) {
+          __builtin_prefetch(t.next + first * t.depth + k * AT_ONCE + i);
+        }
       }
       typename S::Int x[ROWS];
 #pragma GCC unroll 4
@@ -248,11 +250,9 @@ void amx(const Tile& t) {
     }
   };
   int64_t k = 0;
+  const Word* next = t.next;
   for (; k + SIDE <= t.depth; k += SIDE) {
-    if (t.next != t.w) {  // in the order in which they lie in memory
-#pragma GCC unroll 32
-      for (int r = 0; r < 2 * SIDE; ++r) __builtin_prefetch(t.next + 2 * SIDE * k + r * SIDE, 0, 2);
-    }
+    for (int64_t i = 0; i < t.lines; ++i, next += SIDE) __builtin_prefetch(next, 0, 2);
     step(t.w + k, t.depth, t.x + k * LANES, t.depth * LANES);
   }
   if (k < t.depth) {  // what is left, filled up with zeros

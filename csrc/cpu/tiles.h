@@ -16,7 +16,8 @@ enum class Kind { int8, bf16 };
 
 // Rows of weights times panels: sums [panels][rows][16] of int32 (int8) or float (bf16).
 struct Tile {
-  const Word *w, *next;  // rows, and those that are read next: asked for from memory meanwhile
+  const Word *w, *next;  // rows, and what is read next: asked for from memory meanwhile,
+  int64_t lines;         // so many lines of 16 words with each line of depth
   const Word* x;         // panels [depth][16], or rows [depth]
   int64_t depth;         // in words; the distance of rows of weights, too
   Word* sums;
@@ -73,20 +74,27 @@ inline __attribute__((always_inline)) void multiply_words(
   const Engaged engaged(e);
   const bool by_rows = e.by_rows(rows);
   const int64_t height = by_rows ? 4 : e.rows, panels = (rows + LANES - 1) / LANES;
+  const int64_t runs = by_rows ? (rows + 3) / 4 : e.tile[1] ? (panels + 1) / 2 : panels;
   const bool half = e.half && (rows - 1) % LANES < LANES / 2;
-  alignas(64) Word sums[MOST] = {}, low_sums[MOST] = {};
+  alignas(64) Word sums[MOST], low_sums[MOST];
+  if (by_rows) {  // which leave lanes alone
+    for (int64_t i = 0; i < height * LANES; ++i) sums[i] = low_sums[i] = 0;
+  }
   for (int64_t n = n0, count; n < n1; n += count) {
     count = n1 - n0 < height ? n1 - n0 : height;
     n = n + count < n1 ? n : n1 - count;
     const Word* w = weight + n * depth;
-    Tile t = {w, n + 2 * count <= n1 ? w + count * depth : w, x, depth, sums};
+    // Of the next rows each of the tiles to come asks for its share.
+    const bool more = n + 2 * count <= n1;
+    Tile t = {w, more ? w + count * depth : w, more ? (height + runs - 1) / runs : 0, x, depth, sums};
     if (count < height) t.w = t.next = filled_up(weight, n, n1, height, depth);
     const Word* low = e.narrow && wide ? low_part(t.w, height * depth) : nullptr;
     const auto run = [&](RunTile tile, int64_t at = 0) __attribute__((always_inline)) {
       tile(t);
-      t.next = t.w;  // no more to ask for
+      t.next += t.lines * depth;
+      if (by_rows) t.lines = 0;  // the first has asked for all
       if (!low) return;
-      const Tile other = {low, low, t.x, depth, low_sums + at};
+      const Tile other = {low, low, 0, t.x, depth, low_sums + at};
       tile(other);
     };
     for (int64_t p = 0, at_once = 1; p < panels; p += at_once) {
