@@ -219,6 +219,9 @@ void give_registers() { asm volatile("tilerelease"); }
 
 #define LOAD(NUMBER, FROM, STRIDE) \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #NUMBER : : "r"(FROM), "r"(STRIDE) : "memory")
+// Past the first-level cache, where rows of weights are to stay.
+#define LOAD_PAST(NUMBER, FROM, STRIDE) \
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm" #NUMBER : : "r"(FROM), "r"(STRIDE) : "memory")
 #define STORE(NUMBER, TO) \
   asm volatile("tilestored %%tmm" #NUMBER ", (%0,%1,1)" : : "r"(TO), "r"(int64_t(64)) : "memory")
 #define MULTIPLY(SUM, W, X)                                              \
@@ -228,33 +231,53 @@ void give_registers() { asm volatile("tilerelease"); }
     asm volatile("tdpbf16ps %tmm" #X ", %tmm" #W ", %tmm" #SUM);         \
   }
 
-// 32 rows of weights against PANELS panels; sums are tiles 0 to 3.
+// 32 rows of weights against PANELS panels; sums are tiles 0 to 3, rows 4 and 5, panels 6 and 7.
 template <Kind KIND, int PANELS>
 void amx(const Tile& t) {
-  constexpr int64_t SIDE = 16;
+  constexpr int64_t SIDE = 16, ROW = SIDE * 4;
   asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
+  const Word* next = t.next;
+  const auto ask = [&]() __attribute__((always_inline)) {
+    for (int64_t i = 0; i < t.lines; ++i, next += SIDE) __builtin_prefetch(next, 0, 2);
+  };
   // 16 words of depth of operands whose rows, and panels, are so far apart.
-  const auto step = [](const Word* w, int64_t row, const Word* x, int64_t panel)
+  const auto load = [](const Word* w, int64_t row, const Word* x, int64_t panel)
                         __attribute__((always_inline)) {
-    LOAD(6, x, SIDE * 4);
     LOAD(4, w, row * 4);
-    MULTIPLY(0, 4, 6);
-    if constexpr (PANELS > 1) {
-      LOAD(7, x + panel, SIDE * 4);
-      MULTIPLY(1, 4, 7);
-    }
+    LOAD_PAST(6, x, ROW);
     LOAD(5, w + SIDE * row, row * 4);
+    if constexpr (PANELS > 1) LOAD_PAST(7, x + panel, ROW);
+  };
+  const auto multiply = []() __attribute__((always_inline)) {
+    MULTIPLY(0, 4, 6);
     MULTIPLY(2, 5, 6);
     if constexpr (PANELS > 1) {
+      MULTIPLY(1, 4, 7);
       MULTIPLY(3, 5, 7);
     }
   };
-  int64_t k = 0;
-  const Word* next = t.next;
-  for (; k + SIDE <= t.depth; k += SIDE) {
-    for (int64_t i = 0; i < t.lines; ++i, next += SIDE) __builtin_prefetch(next, 0, 2);
-    step(t.w + k, t.depth, t.x + k * LANES, t.depth * LANES);
+  const int64_t row = t.depth * 4, whole = t.depth / SIDE * SIDE;
+  if (whole) {
+    ask();
+    load(t.w, t.depth, t.x, t.depth * LANES);
+    // A register is loaded anew as soon as it is free, while products of others go on.
+    for (int64_t k = SIDE; k < whole; k += SIDE) {
+      const Word *w = t.w + k, *x = t.x + k * LANES;
+      ask();
+      MULTIPLY(0, 4, 6);
+      MULTIPLY(2, 5, 6);
+      LOAD_PAST(6, x, ROW);
+      if constexpr (PANELS > 1) MULTIPLY(1, 4, 7);
+      LOAD(4, w, row);
+      if constexpr (PANELS > 1) {
+        MULTIPLY(3, 5, 7);
+        LOAD_PAST(7, x + t.depth * LANES, ROW);
+      }
+      LOAD(5, w + SIDE * t.depth, row);
+    }
+    multiply();
   }
+  const int64_t k = whole;
   if (k < t.depth) {  // what is left, filled up with zeros
     alignas(64) Word w[2 * SIDE * SIDE] = {}, x[PANELS * SIDE * LANES] = {};
     for (int64_t r = 0; r < 2 * SIDE; ++r) {
@@ -263,7 +286,8 @@ void amx(const Tile& t) {
     for (int64_t p = 0; p < PANELS; ++p) {
       std::copy_n(t.x + (p * t.depth + k) * LANES, (t.depth - k) * LANES, x + p * SIDE * LANES);
     }
-    step(w, SIDE, x, SIDE * LANES);
+    load(w, SIDE, x, SIDE * LANES);
+    multiply();
   }
   STORE(0, t.sums);
   STORE(2, t.sums + SIDE * LANES);
@@ -273,6 +297,7 @@ void amx(const Tile& t) {
   }
 }
 #undef LOAD
+#undef LOAD_PAST
 #undef STORE
 #undef MULTIPLY
 
