@@ -158,7 +158,7 @@ def test_when_it_applies(monkeypatch):
         assert failed() == "modules of the classes they were made of"
         setattr(layers[2], name, part)
     layers[1].activation = torch.tanh
-    assert failed() == "the exact GELU"
+    assert failed() == "GELU, exact or by tanh"
     layers[1].activation = torch.nn.functional.gelu
     layers[1].dropout.train().p = 0.1
     assert failed() == "no dropout to be done"
