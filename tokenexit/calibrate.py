@@ -26,10 +26,10 @@ THRESHOLDS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5
 WINDOWS = (0, 1, 2, 4)
 CHEAP = 1_000_000  # words to be tagged with real exits, all policies together
 # Finer ones, and more cautious, as a promise is kept by the last step of a path before it breaks.
-FINE = tuple(float(f"{t:.2g}") for t in np.geomspace(1e-4, 0.7, 40))
+FINE = tuple(float(f"{t:.2g}") for t in np.geomspace(1e-4, 0.7, 30))
 STEPS = 16, 8  # of a path, at most: around what is promised, and beyond
 TIMED_SENTENCES = 200
-_MOST_FOR_PATH = 1000
+_MOST_FOR_PATH = 600
 
 Progress = Callable[[str, int, int], None]
 
@@ -275,7 +275,7 @@ def make_dial(
 ) -> Calibration:
     """Find a path of policies from cautious to bold, and how far it may be promised; no labels.
 
-    The sentences are shuffled. On three tenths of them (1,000 at most) policies are simulated, and
+    The sentences are shuffled. On three tenths of them (600 at most) policies are simulated, and
     the best are run: this gives the path. Then each step of it is run on all the others, which
     nothing was chosen by. The loss of a sentence is the share of its words whose label differs from
     that of full depth. The steps are tested in their order, up to the first that fails: with
