@@ -427,12 +427,17 @@ def test_back_to_hugging_face(family, tmp_path):
 
 @torch.no_grad()
 def test_back_to_hugging_face_with_other_settings():
-    """ERNIE's task, which is in its token types by now; narrow embeddings; another GELU."""
+    """ERNIE's task, which is in its token types by now; narrow embeddings; shared layers."""
+    plain = {"norm_rel_ebd": "none", "position_biased_input": True}
     for family, changes in (
         ("ernie", {"use_task_id": True}),
         ("electra", {"embedding_size": 16, "hidden_act": "gelu_new"}),
         ("distilbert", {"activation": "relu", "sinusoidal_pos_embds": True}),
         ("roberta", {"pad_token_id": 2, "type_vocab_size": 1}),
+        ("albert", {"num_hidden_groups": 2, "inner_group_num": 2, "embedding_size": 32}),
+        ("albert", {"num_hidden_groups": 2, "classifier_dropout_prob": 0.3}),
+        ("deberta-v2", {"share_att_key": False, "embedding_size": 16, "position_buckets": -1}),
+        ("deberta-v2", {"relative_attention": False, "pos_att_type": ["c2p"], **plain}),
     ):
         theirs = random_classifier(family, **changes)
         ids = torch.tensor([[5, 6, 7, 59], [8, 9, 1, 0]])

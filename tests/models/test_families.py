@@ -1,16 +1,19 @@
-"""What is special in a family: layers that stand several times."""
+"""What is special in a family: layers that stand several times, and scores of distances."""
 
 import copy
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from random_models import random_batch, random_classifier, random_tagger
 from safetensors.torch import load_file
 
 import tokenexit
 from tokenexit import ExitPolicy, TokenExitForTokenClassification
+from tokenexit.layers import ExitLayer
 
 GROUPS = [
     {},
@@ -91,9 +94,142 @@ def test_8_bit_layers_stay_shared(tmp_path):
     assert torch.equal(again(**random_batch([9, 3])).logits, expected)
 
 
+@torch.no_grad()
+def test_8_bit_layers_of_disentangled_attention():
+    for shared in (True, False):
+        settings = {"share_att_key": shared, "initializer_range": 0.1}
+        tagger = random_tagger("deberta-v2", dtype=torch.float32, **settings)
+        batch = random_batch([9, 3])
+        expected = tagger(**batch).logits
+        error = (tokenexit.quantize(tagger)(**batch).logits - expected).abs().mean()
+        assert 0 < error < 0.05 * expected.abs().mean()
+
+
 @pytest.mark.parametrize("layer_of", [[0, 0, 0], [0, 2, 2, 2], [0, -1, 0, 0], ["0"] * 4], ids=str)
 def test_refuses_an_order_that_cannot_be(layer_of):
     config = tokenexit.convert(random_classifier("albert")).config
     config.layer_of = layer_of
     with pytest.raises(ValueError, match=r"layer_of is .*; expected of each of 4 layers its own"):
         TokenExitForTokenClassification(config)
+
+
+NEW = ["albert", "deberta-v2"]
+
+
+@pytest.mark.parametrize("family", NEW)
+@torch.no_grad()
+def test_as_hugging_face_takes_types_positions_and_padding_on_the_left(family):
+    theirs = random_classifier(family, type_vocab_size=2, position_biased_input=True)
+    ours = tokenexit.convert(theirs)
+    batch = random_batch([9, 20, 3])
+    ids, mask = (batch[name].flip(1) for name in ("input_ids", "attention_mask"))
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    more = {"token_type_ids": torch.arange(20).expand(3, -1) % 2, "position_ids": places}
+    got = ours(ids, mask, **more).logits
+    expected = theirs(ids, mask, **more).logits
+    real = mask != 0
+    torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=1e-4)
+    assert not got[~real].any()
+
+
+@pytest.mark.parametrize("family", NEW)
+@torch.no_grad()
+def test_a_sentence_is_the_same_in_every_batch(family):
+    tagger = random_tagger(family)
+    lengths = [1 + 7 * i % 40 for i in range(64)]
+    batch = random_batch(lengths)
+    policy = ExitPolicy(threshold=0.35, window=1)
+    whole = tagger(**batch, policy=policy)
+    assert len(whole.exit_layers.unique()) == 5
+    for rows in (slice(0, 1), slice(3, 20), slice(63, 64)):
+        n = max(lengths[rows])
+        part = tagger(**{k: v[rows, :n] for k, v in batch.items()}, policy=policy)
+        assert torch.equal(part.exit_layers, whole.exit_layers[rows, :n])
+        torch.testing.assert_close(part.logits, whole.logits[rows, :n])
+
+
+@torch.no_grad()
+def test_exits_of_shared_layers_equal_the_reference():
+    for dtype, copied in ((torch.float32, "post_norm"), (torch.float64, "pre_norm")):
+        tagger = random_tagger("albert", dtype=dtype, num_hidden_groups=2)
+        batch, policy = random_batch([9, 20, 3]), ExitPolicy(threshold=0.4, window=0, copy=copied)
+        got = tagger(**batch, policy=policy)
+        tagger.backend = "reference"
+        expected = tagger(**batch, policy=policy)
+        assert torch.equal(got.exit_layers, expected.exit_layers)
+        assert len(got.exit_layers.unique()) > 3
+        torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_runs_them():
+    assert random_tagger("albert", dtype=torch.float32).eval().loop == "cpu" or (
+        not tokenexit.ops.extension_available()
+    )
+    tagger = random_tagger("deberta-v2", dtype=torch.float32).eval()
+    assert tagger.loop.startswith("eager: ") and "disentangled attention" in tagger.loop
+    tagger.backend = "cpu"
+    with pytest.raises(ValueError, match="needs .* without disentangled attention"):
+        tagger(**random_batch([3]))
+    # Without relative positions it is a layer like BERT's.
+    plain = {"relative_attention": False, "pos_att_type": None, "norm_rel_ebd": "none"}
+    assert type(random_tagger("deberta-v2", **plain).encoder.layers[0]) is ExitLayer
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_pipeline(family, tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    theirs = random_classifier(family, vocab_size=len(tokenizer), labels=3, type_vocab_size=2)
+    texts = ["john smithson lives in new york .", "paris"]
+    results = [
+        transformers.pipeline(
+            "token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first"
+        )(texts, batch_size=2)
+        for model in (tokenexit.convert(theirs, tokenizer=tokenizer), theirs)
+    ]
+    for got, expected in zip(*results, strict=True):
+        assert [(x["entity_group"], x["word"]) for x in got] == [
+            (x["entity_group"], x["word"]) for x in expected
+        ]
+        for mine, its in zip(got, expected, strict=True):
+            assert mine["score"] == pytest.approx(its["score"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "family, change, message",
+    [
+        (
+            "albert",
+            {"num_hidden_groups": 9},
+            "num_hidden_groups 9 .* for 4 layers; expected 1 or m",
+        ),
+        ("albert", {"hidden_act": "nope"}, "config.hidden_act is 'nope'; expected one of"),
+        ("albert", {"num_attention_heads": 5}, "hidden_size is 32; expected a multiple of .* 5"),
+        ("deberta-v2", {"conv_kernel_size": 3}, "config.conv_kernel_size is 3; expected 0"),
+        ("deberta-v2", {"attention_head_size": 4}, "attention_head_size is 4; expected 8"),
+        ("deberta-v2", {"position_buckets": 1}, "position_buckets is 1; expected none"),
+        ("deberta-v2", {"pos_att_type": ["p2p"]}, r"pos_att_type has \['p2p'\]; expected 'c2p'"),
+    ],
+    ids=str,
+)
+def test_refuses_configurations_before_their_model_is_built(family, change, message, tmp_path):
+    random_classifier(family).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=message):
+        TokenExitForTokenClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_one_step_of_training_with_dropout(family):
+    """Dropout of attention and of the states of distances included: every weight has a gradient."""
+    tagger = random_tagger(family, dtype=torch.float32, attention_probs_dropout_prob=0.3).train()
+    batch = random_batch([9, 3])
+    labels = (batch["input_ids"] % 5).masked_fill(batch["word_ids"] < 0, -100)
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(tagger(**batch, labels=labels).loss)
+    assert losses[0] == losses[1] != losses[2]
+    losses[0].backward()
+    without = [name for name, p in tagger.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
