@@ -1,5 +1,5 @@
 // The layers of inference one after the other, without a return to Python between them.
-// See tokenexit/compiled.py.
+// See tokenexit/loops/cpu.py.
 #include <algorithm>
 #include <cmath>
 #include <limits>
