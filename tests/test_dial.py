@@ -13,7 +13,15 @@ from random_models import random_batch, random_classifier, random_tagger
 import tokenexit
 from tokenexit import Dial, ExitPolicy, Speed, Tagger
 from tokenexit import calibrate as calibration
-from tokenexit.calibrate import Point, _rising, calibrate, for_path, make_dial, policy_grid
+from tokenexit.calibrate import (
+    Point,
+    _by_speed,
+    _rising,
+    calibrate,
+    for_path,
+    make_dial,
+    policy_grid,
+)
 from tokenexit.promise import fixed_sequence, needed, upper_bound
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +155,16 @@ def test_steps_that_a_faster_one_beats_by_chance_stay():
     policy = ExitPolicy()
     points = [Point(policy, s, v) for s, v in ((0.99, 3), (0.98, 1), (0.988, 2), (0.995, 2.5))]
     assert [p.speedup for p in _rising(points, 0.01)] == [2, 2.5, 3]
+
+
+def test_cautious_steps_stay_though_bolder_ones_look_as_good():
+    policy = ExitPolicy()
+    points = [Point(policy, 1.0, 1 + i / 10) for i in range(30)]
+    points += [Point(policy, 0.9, p.speedup + 0.001) for p in points]
+    steps = _by_speed(points)
+    assert 15 < len(steps) <= 24 and steps[0].speedup == 1.1 and steps[-1].speedup == 3.9
+    assert all(step.score == 1 for step in steps)
+    assert _by_speed([Point(policy, 1.0, 1.0)]) == []
 
 
 def test_another_model_may_be_what_is_held_against(tagger, found):

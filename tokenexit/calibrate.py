@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -27,7 +28,7 @@ WINDOWS = (0, 1, 2, 4)
 CHEAP = 1_000_000  # words to be tagged with real exits, all policies together
 # Finer ones, and more cautious, as a promise is kept by the last step of a path before it breaks.
 FINE = tuple(float(f"{t:.2g}") for t in np.geomspace(1e-4, 0.7, 30))
-STEPS = 16, 8  # of a path, at most: around what is promised, and beyond
+STEPS = 24  # of a path, at most
 TIMED_SENTENCES = 200
 _MOST_FOR_PATH = 600
 
@@ -336,10 +337,7 @@ def make_dial(
         simulated.append(sweep.point(policy))
         progress("simulate", number, len(policies))
     simulated.sort(key=lambda p: p.speedup)
-    front, likely = [p for p in pareto_front(simulated) if p.speedup > 1], []
-    limits = 0, 2 * max_disagreement, max(0.1, 10 * max_disagreement)
-    for low, high, most in zip(limits, limits[1:], STEPS, strict=False):
-        likely += _thinned([p for p in front if low <= 1 - p.score < high], most)
+    likely = _by_speed([p for p in simulated if p.score >= 1 - max(0.1, 10 * max_disagreement)])
     tried = []
     for number, point in enumerate(likely, 1):
         losses, real = _run(tagger, sweep.windows, point.policy, whole[:cut])
@@ -430,13 +428,23 @@ def _rising(points: Iterable[Point], margin: float) -> list[Point]:
     return kept[::-1]
 
 
-def _thinned(front: list[Point], most: int) -> list[Point]:
-    """At most so many points of a front, their speed-ups by equal ratios."""
-    if len(front) <= most:
-        return front
-    speeds = np.geomspace(front[0].speedup, front[-1].speedup, most)
-    chosen = [next(p for p in front if p.speedup >= speed * (1 - 1e-9)) for speed in speeds]
-    return list(dict.fromkeys(chosen))
+def _by_speed(points: Iterable[Point]) -> list[Point]:
+    """The best of each of `STEPS` ranges of speed-up above 1, equal in ratio; at most so many.
+
+    Not only those that none beats: on little text many cautious ones look no better than a bold
+    one, and a promise may need them.
+    """
+    points = [point for point in points if point.speedup > 1.01]
+    if not points:
+        return []
+    width = math.log(max(point.speedup for point in points)) / STEPS
+    best = {}
+    for point in points:
+        step = min(int(math.log(point.speedup) / width), STEPS - 1)
+        rank = point.score, point.speedup
+        if step not in best or rank > (best[step].score, best[step].speedup):
+            best[step] = point
+    return [best[step] for step in sorted(best)]
 
 
 def pareto_front(points: Iterable[Point]) -> list[Point]:
