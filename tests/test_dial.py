@@ -1,5 +1,7 @@
 """The dial: what calibration with a promise measures, and how a tagger is set to a speed."""
 
+import copy
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -331,3 +333,16 @@ def test_what_the_docs_say_is_needed():
     text = (ROOT / "docs" / "adapt.md").read_text()
     for bound, name in ((0.01, "1 %"), (0.005, "0.5 %")):
         assert f"| {name} | {needed(bound, 0.9)} |" in text
+
+
+def test_a_promise_is_of_the_dtype_that_it_was_tested_in():
+    model = random_tagger("bert", torch.float32)
+    model.dial = dataclasses.replace(DIAL, dtype="float32")
+    model.set_speed("promised")
+    assert model.policy == SPEEDS[2].policy
+    for change, now in ((torch.nn.Module.bfloat16, "bfloat16"), (tokenexit.quantize, "int8")):
+        other = change(copy.deepcopy(model))
+        with pytest.raises(ValueError, match=f"tested in float32, but the tagger is in {now}"):
+            other.set_speed("promised")
+        other.set_speed(1.2)
+        assert other.policy == SPEEDS[1].policy

@@ -16,6 +16,7 @@ from datasets import Dataset
 from tokenexit import flops, promise
 from tokenexit.dial import Dial, Speed
 from tokenexit.evaluate import Outcome, check_annotated, evaluate, tag_windows, time_policies
+from tokenexit.int8 import dtype_of
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import uncertainty
@@ -388,6 +389,7 @@ def make_dial(
             max_disagreement=max_disagreement,
             confidence=confidence,
             sentences=len(words) - cut,
+            dtype=dtype_of(tagger.model),
         ),
         needed=needed,
     )

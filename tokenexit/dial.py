@@ -45,6 +45,7 @@ class Dial:
             the choice of the text. None: not even of full depth, held against another model.
         max_disagreement, confidence: of the promise.
         sentences: that it was tested on.
+        dtype: of the weights that it was tested with: "float32", "int8", ...; None: not known.
     """
 
     speeds: tuple[Speed, ...]
@@ -52,6 +53,7 @@ class Dial:
     max_disagreement: float
     confidence: float
     sentences: int
+    dtype: str | None = None
 
     def at(self, speed: float | str) -> Speed:
         """The one that is asked for.

@@ -67,6 +67,11 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(part, Int8Linear) for part in model.modules())
 
 
+def dtype_of(model: nn.Module) -> str:
+    """That of a tagger's weights, "int8" where `quantize` has been."""
+    return "int8" if is_quantized(model) else str(model.dtype).removeprefix("torch.")
+
+
 def quantize(model: nn.Module) -> nn.Module:
     """Round the products of a tagger's layers to 8 bits, in place: for inference on a CPU.
 

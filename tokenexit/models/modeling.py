@@ -24,7 +24,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from tokenexit.dial import Dial, Speed, parse_speed
 from tokenexit.files import write_folder_aside
-from tokenexit.int8 import is_quantized, quantize
+from tokenexit.int8 import dtype_of, is_quantized, quantize
 from tokenexit.layers import ExitHead
 from tokenexit.loops import BACKENDS, tell
 from tokenexit.loops.eager import ExitEncoder, padded_logits
@@ -171,13 +171,19 @@ class TokenExitForTokenClassification(PreTrainedModel):
         """What the dial has for a speed: "full", "promised", "fastest", or a number as 2.5.
 
         Raises:
-            TypeError, ValueError: see `Dial.at`; no dial.
+            TypeError, ValueError: see `Dial.at`; no dial; "promised" of weights in another dtype
+                than those that the promise was tested with.
         """
         speed, dial = parse_speed(speed), self.dial
         if dial is None:
             raise ValueError(
                 f"speed is {speed!r}, but the tagger has no dial; expected one calibrated with "
                 "max_disagreement (`tokenexit calibrate --max-disagreement`, `tokenexit adapt`)"
+            )
+        if speed == "promised" and dial.dtype not in (None, (now := dtype_of(self))):
+            raise ValueError(
+                f"speed is 'promised', tested in {dial.dtype}, but the tagger is in {now}; "
+                "expected it as it was tested, or calibrated anew, or another speed"
             )
         return dial.at(speed)
 
