@@ -12,12 +12,12 @@ demo: $(VENV)/.installed
 	$(BIN)/tokenexit demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 $(TESTS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(TESTS)
 
 # All tests that run on a GPU, of which one is needed. Most of the time kernels compile: WORKERS at a time.
 WORKERS ?= 8
 test-gpu: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m gpu -n $(WORKERS) $(TESTS)
+	$(BIN)/python -m pytest -q -m gpu -n $(WORKERS) --dist worksteal $(TESTS)
 
 # The first questions to a GPU, within BUDGET seconds; any python with torch does (PYTHON=), it builds aside.
 BUDGET ?= 465
@@ -33,9 +33,9 @@ PRODUCTS := $(addprefix tests/kernels/test_,attention.py linear.py gpu_loop.py)
 OPS := tests/ops tests/loops/test_cpu.py tests/test_int8.py $(addprefix --ignore=tests/ops/test_,tiles.py instruction_sets.py)
 test-matrix: $(VENV)/.installed
 	for core in $(CORES); do echo "OPENBLAS_CORETYPE=$$core" && OPENBLAS_CORETYPE=$$core \
-		$(BIN)/python -m pytest -q -n 2 $(PRODUCTS) -k in_the_interpreter || exit; done
+		$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PRODUCTS) -k in_the_interpreter || exit; done
 	for set in $(SETS); do echo "TOKENEXIT_CPU=$$set" && TOKENEXIT_CPU=$$set \
-		$(BIN)/python -m pytest -q -n 2 -m "not slow" $(OPS) || exit; done
+		$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(OPS) || exit; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
