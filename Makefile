@@ -25,11 +25,11 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --budget $(BUDGET) --workers $(WORKERS) $(STAGES)
 
 # What rounds otherwise on another processor, as that one would: the Triton interpreter's products, which
-# are NumPy's, with the cores of its library that this processor can run; the compiled ops with each
-# instruction set that it has but for the best, which is in `make test`.
+# are NumPy's, with the other cores of its library that this processor can run; the compiled ops with each
+# instruction set that it has but for the best: `make test` has what is taken anyhow.
 CORES = $(shell $(BIN)/python tests/matrix.py cores)
 SETS = $(shell $(BIN)/python tests/matrix.py sets)
-PRODUCTS := $(addprefix tests/kernels/test_,attention.py linear.py gpu_loop.py)
+PRODUCTS := $(addprefix tests/kernels/test_,gpu_loop.py linear.py attention.py)
 OPS := tests/ops tests/loops/test_cpu.py tests/test_int8.py $(addprefix --ignore=tests/ops/test_,tiles.py instruction_sets.py)
 test-matrix: $(VENV)/.installed
 	for core in $(CORES); do echo "OPENBLAS_CORETYPE=$$core" && OPENBLAS_CORETYPE=$$core \
