@@ -29,8 +29,9 @@ gpu-check:
 # instruction set that it has but for the best: `make test` has what is taken anyhow.
 CORES = $(shell $(BIN)/python tests/matrix.py cores)
 SETS = $(shell $(BIN)/python tests/matrix.py sets)
-PRODUCTS := $(addprefix tests/kernels/test_,gpu_loop.py linear.py attention.py)
-OPS := tests/ops tests/loops/test_cpu.py tests/test_int8.py $(addprefix --ignore=tests/ops/test_,tiles.py instruction_sets.py)
+PRODUCTS := tests/kernels/test_linear.py tests/kernels/test_attention.py
+OPS := $(addprefix tests/ops/test_,exit_layer.py exit_attention.py absorbed_attention.py linear.py \
+	norm_and_gelu.py add_layer_norm.py exit_decision.py) tests/loops/test_cpu.py tests/test_int8.py
 test-matrix: $(VENV)/.installed
 	for core in $(CORES); do echo "OPENBLAS_CORETYPE=$$core" && OPENBLAS_CORETYPE=$$core \
 		$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PRODUCTS) -k in_the_interpreter || exit; done

@@ -82,9 +82,17 @@ def check(rows):
             assert not row["waits_for_each"], row
 
 
+# All for BERT-base; of other sizes, a sample.
+FITS = [
+    (model, arch)
+    for model in MODELS
+    for arch in LIMITS
+    if arch.startswith("sm_") and (model == "base" or arch == "sm_90")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [arch for arch in LIMITS if arch.startswith("sm_")])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model, arch", FITS)
 def test_every_kernel_fits(model, arch, tmp_path):
     rows = compile_all(tmp_path, [("", model, "fp16", arch)])
     check(rows)
