@@ -346,3 +346,9 @@ def test_a_promise_is_of_the_dtype_that_it_was_tested_in():
             other.set_speed("promised")
         other.set_speed(1.2)
         assert other.policy == SPEEDS[1].policy
+
+
+def test_a_tagger_given_back_has_no_dial():
+    model = random_tagger("bert", torch.float32)
+    model.dial = DIAL
+    assert "dial" not in tokenexit.to_hugging_face(model).config.to_dict()

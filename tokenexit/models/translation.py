@@ -110,7 +110,7 @@ _ONLY_OURS = frozenset(
     (
         *("model_type", "architectures", "transformers_version", "exit_policy", "dtype"),
         *("source_model_type", "position_padding_id", "relative_attention_buckets", "int8"),
-        *("untrained_heads", "always_project", "layer_of", "norm_after_projection"),
+        *("untrained_heads", "always_project", "layer_of", "norm_after_projection", "dial"),
     )
 )
 
