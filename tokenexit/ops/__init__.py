@@ -157,3 +157,30 @@ def check_bias(bias: torch.Tensor | None, positions: torch.Tensor | None, q: tor
         raise ValueError(f"got positions {got} with a bias; expected [{len(q)}]")
     if bias.dim() != 2 or len(bias) != q.shape[1] or bias.shape[1] % 2 == 0:
         raise ValueError(f"got bias {tuple(bias.shape)}; expected [{q.shape[1]}, 2R+1]")
+
+
+def check_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    dropout_p: float,
+) -> None:
+    """Hold what every attention over packed sentences takes against each other.
+
+    Raises:
+        ValueError: not `[A, H, D]`, `[K, H, D]`, `[K, H, D]` and `[B+1]` of both offsets; a
+            probability outside [0, 1).
+    """
+    if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or q.shape[1:] != k.shape[1:]:
+        raise ValueError(
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
+            "expected [A, H, D], [K, H, D], [K, H, D]"
+        )
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(
+            f"got {len(cu_q)} offsets of queries and {len(cu_k)} of keys; expected B + 1 of both"
+        )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"got dropout_p={dropout_p}; expected a probability below 1")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenexit import reference
+from tokenexit.ops import check_attention
 
 
 def disentangled_attention(
@@ -52,15 +53,7 @@ def disentangled_attention(
 
     Source: He et al. 2021 (arXiv 2006.03654), section 3.1.
     """
-    if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or q.shape[1:] != k.shape[1:]:
-        raise ValueError(
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
-            "expected [A, H, D], [K, H, D], [K, H, D]"
-        )
-    if cu_q.shape != cu_k.shape:
-        raise ValueError(
-            f"got {len(cu_q)} offsets of queries and {len(cu_k)} of keys; expected B + 1 of both"
-        )
+    check_attention(q, k, v, cu_q, cu_k, dropout_p)
     if positions.shape != q.shape[:1] or buckets.dim() != 1 or len(buckets) % 2 == 0:
         raise ValueError(
             f"got positions {tuple(positions.shape)} and buckets {tuple(buckets.shape)}; expected "
@@ -72,8 +65,6 @@ def disentangled_attention(
             raise ValueError(
                 f"got position_{name} {tuple(states.shape)}; expected [P, {heads}, {dim}]"
             )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"got dropout_p={dropout_p}; expected a probability below 1")
     if backend not in ("auto", "reference"):
         raise ValueError(f'got backend {backend!r}; expected "auto" or "reference"')
     terms = buckets, positions, position_keys, position_queries

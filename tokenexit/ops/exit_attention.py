@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tokenexit import reference
 from tokenexit.kernels import autograd
 from tokenexit.ops import (
+    check_attention,
     check_bias,
     compiled_devices,
     float32_precision,
@@ -64,18 +65,8 @@ def exit_attention(
 
     Source: Li et al. 2021 (arXiv 2105.13878), section 3.3: tokens that left are keys and values.
     """
-    if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or q.shape[1:] != k.shape[1:]:
-        raise ValueError(
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
-            "expected [A, H, D], [K, H, D], [K, H, D]"
-        )
-    if cu_q.shape != cu_k.shape:
-        raise ValueError(
-            f"got {len(cu_q)} offsets of queries and {len(cu_k)} of keys; expected B + 1 of both"
-        )
+    check_attention(q, k, v, cu_q, cu_k, dropout_p)
     check_bias(bias, positions, q)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"got dropout_p={dropout_p}; expected a probability below 1")
     arguments = (q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed)
     if use_triton(backend, q, k, v):
         run = torch.ops.tokenexit_triton.exit_attention
