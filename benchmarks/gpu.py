@@ -145,11 +145,17 @@ def layers_alone(ours, batch: texts.Batch, layers) -> Callable[[], torch.Tensor]
     parts = ours.encoder.layers, ours.encoder.heads, h, packed, schedule, None, given
     if not h.is_cuda:
         return lambda: packed.unpack(gpu_loop.exit_loop(*parts)[0])
-    graph, (logits, _) = graphs.record(lambda: gpu_loop.exit_loop(*parts))
+    replay = capture(lambda: gpu_loop.exit_loop(*parts)[0])
+    return lambda: packed.unpack(replay())
 
-    def replay():
+
+def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """run in a CUDA graph, which is replayed at each call."""
+    graph, result = graphs.record(run)
+
+    def replay(kept=run):  # what a replay reads
         graph.replay()
-        return packed.unpack(logits)
+        return result
 
     return replay
 

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 import tokenexit
 from tokenexit import ExitPolicy
 from tokenexit.loops import gpu as gpu_loop
-from tokenexit.loops import graphs
 from tokenexit.ops.pack_tokens import pack
 
 STARTED = time.perf_counter()
@@ -101,15 +100,7 @@ def ours(model, batch, layers=None, graph=True, **more):
 
 def capture(run):
     """run in a CUDA graph; itself without a GPU."""
-    if CHOSEN.device == "cpu":
-        return run
-    graph, result = graphs.record(run)
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
+    return run if CHOSEN.device == "cpu" else gpu.capture(run)
 
 
 def theirs_graph(model, batch):

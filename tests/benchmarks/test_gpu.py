@@ -1,7 +1,10 @@
 """The GPU benchmark's logic, on a CPU at tiny sizes, and the model on paper. No times."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gpu
 import gpu_model
@@ -212,6 +215,22 @@ def test_layers_alone_are_the_models(model, monkeypatch):
         out = model.ours(batch.input_ids, batch.attention_mask, batch.word_ids, exit_layers=exits)
     assert len(exits[batch.real].unique()) == 2
     torch.testing.assert_close(got, out.logits)
+
+
+def test_a_graph_keeps_what_it_reads(monkeypatch):
+    """Memory that nobody holds goes to others, whose values a replay would read."""
+    monkeypatch.setattr(gpu.graphs, "record", lambda run: (SimpleNamespace(replay=int), run()))
+
+    def make():
+        read = torch.ones(3)
+        return gpu.capture(lambda: read + 1), weakref.ref(read)
+
+    replay, read = make()
+    gc.collect()
+    assert read() is not None and torch.equal(replay(), torch.full((3,), 2.0))
+    del replay
+    gc.collect()
+    assert read() is None
 
 
 def test_measure_alternates_after_a_warm_up():

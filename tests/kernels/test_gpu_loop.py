@@ -215,7 +215,8 @@ def test_buffers_that_are_larger_than_the_batch(family, device):
         assert len(exact[1].unique()) > 2 and exact[2] and roomy[2]
         assert torch.equal(roomy[1][:b, :n], exact[1])
         for large, small in zip(roomy[:2], exact[:2], strict=True):
-            torch.testing.assert_close(large[:b, :n], small)
+            # Products of other sizes have other tiles.
+            torch.testing.assert_close(large[:b, :n], small, atol=1e-4, rtol=1e-4)
             assert not large[b:].any() and not large[:, n:].any()
 
 

@@ -22,7 +22,13 @@ def bucket(size: int, least: int = 16) -> int:
 
 
 def record(run: Callable, pool=None) -> tuple[torch.cuda.CUDAGraph, object]:
-    """A CUDA graph of `run()`, and its results, which each replay computes anew."""
+    """A CUDA graph of `run()`, and its results, which each replay computes anew.
+
+    A replay reads what run read, where it lay: that has to be kept as long as the graph is.
+
+    Args:
+        pool: of another graph, whose memory it shares; None: one of its own.
+    """
     current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -63,7 +69,7 @@ class Graphs:
     """
 
     def __init__(self):
-        self._graphs, self._pool, self._lock = {}, None, threading.Lock()
+        self._graphs, self._lock = {}, threading.Lock()
         self._weights, self._addresses, self._stream = [], [], None
 
     def __reduce__(self):
@@ -113,8 +119,9 @@ class Graphs:
         try:
             inputs = buffers(size, rows, schedule)
             fill(*inputs, rows, schedule)
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph, results = record(lambda: run(*inputs), self._pool)
+            # One that no graph has any more may not be asked for again.
+            pool = next((made[0].pool() for made in self._graphs.values() if made), None)
+            graph, results = record(lambda: run(*inputs), pool)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 self._graphs.clear()  # the others' memory may be what a direct run wants
