@@ -4,7 +4,6 @@ Candidates for `gpu_probes.py`, which times them beside ours: persistent, with l
 tensor descriptors (TMA on Hopper and later). None is part of the package before it has won there.
 """
 
-import torch
 import triton
 import triton.language as tl
 from tokenexit.kernels.linear import multiprocessors
