@@ -1,9 +1,11 @@
 """The command line, from training to tagging, and its one-line errors."""
 
+import contextlib
 import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -327,6 +329,100 @@ def test_interrupted_predict_leaves_no_file(trained, folder, capsys, tmp_path, m
     assert [f.name for f in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--spans",), ("--output-format", "conll"), ("--full-depth",)],
+    ids=["json", "spans", "columns", "full depth"],
+)
+@pytest.mark.parametrize("torn", [b"", b'{"words": ["jo', b"john\tB-"], ids=["", "json", "row"])
+def test_predict_goes_on_where_it_was_cut_off(
+    trained, capsys, tmp_path, monkeypatch, arguments, torn
+):
+    source, target, whole = tmp_path / "in.txt", tmp_path / "out", tmp_path / "whole"
+    lines = [*(" ".join(words) for words in data(23, seed=4)["words"]), "", "in  Paris.", ""]
+    source.write_text("".join(f"{line}\n" for line in lines))
+    predict = ("predict", trained, source, *arguments, "--buffer", 4)
+    code, _, err = call(capsys, *predict, "-o", whole)
+    assert code == 0, err
+    stream, sizes = Tagger.stream, []
+
+    def stopped(self, sentences, *args):
+        tagged = list(stream(self, sentences, *args))
+        sizes.append(len(tagged))
+        yield from tagged[:7]
+        if len(tagged) > 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tagger, "stream", stopped)
+    predict += ("-o", target, "--resume")
+    partial = tmp_path / "out.partial"
+    for before in (0, 7, 14):
+        code, _, err = call(capsys, *predict)
+        assert code == 130 and (f"going on after {before} sentences" in err) == (before > 0)
+        assert not target.exists()
+        with open(partial / "rows", "ab") as rows:
+            rows.write(torn)  # as a kill leaves it
+    code, _, err = call(capsys, *predict)
+    assert code == 0, err
+    assert sizes == [26, 19, 12, 5] and target.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out", "whole"]
+
+
+def test_predict_goes_on_with_the_same_only(trained, capsys, tmp_path, monkeypatch):
+    source, target = tmp_path / "in.txt", tmp_path / "out"
+    source.write_text("john\nparis\nnew york\n")
+    predict = ("predict", trained, source, "-o", target, "--resume")
+    stream = Tagger.stream
+
+    def stopped(self, *args):
+        for number, tagged in enumerate(stream(self, *args)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield tagged
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tagger, "stream", stopped)
+        assert call(capsys, *predict)[0] == 130
+    rows = (tmp_path / "out.partial" / "rows").read_bytes()
+    for other, message in (
+        (("--threshold", 0.2), "was started otherwise: policy .*; expected the same"),
+        (("--spans",), "was started otherwise: results _as_json, now _as_spans"),
+    ):
+        code, _, err = call(capsys, *predict, *other)
+        assert code == 1 and re.search(message, err), err
+    for text in ("john\nyork\nnew york\n", "john\n"):
+        source.write_text(text)
+        code, _, err = call(capsys, *predict)
+        assert code == 1 and "result 2 in " in err and "expected the input of before" in err
+    assert (tmp_path / "out.partial" / "rows").read_bytes() == rows and not target.exists()
+    source.write_text("john\nparis\nnew york\nthe\n")  # it may have grown
+    assert call(capsys, *predict)[0] == 0
+    assert [json.loads(line)["words"] for line in target.read_text().splitlines()] == [
+        ["john"], ["paris"], ["new", "york"], ["the"]
+    ]  # fmt: skip
+    code, _, err = call(capsys, "predict", trained, source, "--resume")
+    assert code == 1 and "got --resume without --output" in err
+    code, _, err = call(capsys, *predict[:3], "-o", tmp_path, "--resume")
+    assert code == 1 and "is no file; expected one, or a new name" in err
+    source.write_text("a O\nb O\n")
+    assert call(capsys, *predict)[0] == 1 and not (tmp_path / "out.partial").exists()
+
+
+def test_predict_shows_how_far_it_is(trained, capsys, tmp_path, monkeypatch):
+    source = tmp_path / "in.txt"
+    source.write_text("john\n" * 30)
+    steps = []
+    monkeypatch.setattr(
+        use, "progress_bars", lambda: contextlib.nullcontext(lambda *x: steps.append(x))
+    )
+    for terminal in (False, True):
+        monkeypatch.setattr(options.err, "_force_terminal", terminal)
+        code, _, err = call(capsys, "predict", trained, source, "-o", tmp_path / "out")
+        assert code == 0, err
+        assert bool(steps) == terminal
+    assert steps[-1] == ("bytes read", 150, 150)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_cleans_up_as_an_interrupt_does(
     trained, folder, capsys, tmp_path, monkeypatch, name
@@ -601,6 +697,25 @@ def test_dtype(trained, folder, capsys):
         assert code == 1 and message in err
 
 
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, command):
+    seen, load = [], Tagger.from_pretrained
+
+    def recorded(name, *args, device=None, revision=None, **kwargs):
+        seen.append((device, revision))
+        return load(name, *args, **kwargs)
+
+    monkeypatch.setattr(Tagger, "from_pretrained", recorded)
+    data = ("-d", folder / "test.conll") if command == "evaluate" else (folder / "test.conll",)
+    for given, expected in (
+        ((), (None, None)),
+        (("--device", "cuda:1", "--revision", "v2"), ("cuda:1", "v2")),
+    ):
+        code, _, err = call(capsys, command, trained, *data, *given)
+        assert code == 0, err
+        assert seen.pop() == expected
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -693,8 +808,6 @@ def test_errors_are_one_line(trained, folder, capsys, arguments, message):
     assert code != 0 and not out and contents(folder) == before
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in err
-    import re
-
     assert re.search(message, lines[0]), lines[0]
 
 

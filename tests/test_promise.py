@@ -76,6 +76,39 @@ def test_planted_bugs_fail_too_often(bug):
     assert share_of_failures(all_or_nothing, bug) > TOO_OFTEN
 
 
+def share_passed(confidence, draws=5000):
+    """How often a mean of 1/2 passes for less, by losses for which the bets are nearly exact."""
+    rng = np.random.default_rng(8)
+    losses = (rng.random((draws, 1000)) < 0.5).astype(float)
+    return np.mean([holds(row, 0.5, confidence) for row in losses])
+
+
+def test_a_doubled_delta_is_found():
+    """It fails about twice as often: more often than promised, which the right one does not."""
+    most = DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / 5000)
+    assert DELTA / 3 < share_passed(1 - DELTA) <= most < share_passed(1 - 2 * DELTA)
+
+
+def test_a_capital_of_one_over_delta_is_what_is_asked():
+    """By the paper's formulas, one loss after the other: at 1 / delta it holds, below it does not.
+
+    So no factor of delta, nor of a stake, can change without a test that tells.
+    """
+    rng = np.random.default_rng(9)
+    for kind in KINDS:
+        for count, confidence in ((60, 0.8), (300, 0.9)):
+            losses, delta = kind(rng, 0.05, count), 1 - confidence
+            total, squares, capital, most = 0.5, 0.25, 1.0, 0.0
+            bound = upper_bound(losses, confidence)
+            for seen, loss in enumerate(losses):
+                stake = min(1, math.sqrt(2 * math.log(1 / delta) * (1 + seen) / (count * squares)))
+                capital *= 1 + stake * (bound - loss)
+                most = max(most, capital)
+                total += loss
+                squares += (loss - total / (2 + seen)) ** 2
+            assert most == pytest.approx(1 / delta, rel=0.02)
+
+
 def test_stakes_that_look_ahead_are_found(monkeypatch):
     rng = np.random.default_rng(3)
     monkeypatch.setattr(promise, "_stakes", lambda losses, confidence: 1 - losses)

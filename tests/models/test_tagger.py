@@ -5,8 +5,9 @@ import torch
 from random_models import random_classifier
 
 import tokenexit
-from tokenexit import ExitPolicy, Tagger
+from tokenexit import ExitPolicy, Tagger, TokenExitForTokenClassification
 from tokenexit.int8 import is_quantized
+from tokenexit.models import tagger as module
 from tokenexit.ops import extension_available
 
 WORDS = ["john", "smith", "lives", "in", "new", "york", "paris", "the", "red", "xyzzy", "smiths"]
@@ -121,6 +122,32 @@ def test_save_and_load(tagger, tmp_path):
     again.model.double()
     many = sentences(5)
     assert again.tag(many) == tagger.tag(many)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_where_and_which_are_handed_on(tagger, tmp_path, monkeypatch, int8):
+    """revision and token to whatever asks the hub, device to the model; nothing if not given."""
+    tagger.save_pretrained(tmp_path)
+    seen, moved = [], []
+
+    def recorded(load):
+        def loading(name, *args, **kwargs):
+            seen.append({key: kwargs.pop(key) for key in ("revision", "token") if key in kwargs})
+            return load(name, *args, **kwargs)
+
+        return loading
+
+    cls = TokenExitForTokenClassification
+    monkeypatch.setattr(cls, "from_pretrained", recorded(cls.from_pretrained))
+    monkeypatch.setattr(module, "load_tokenizer", recorded(module.load_tokenizer))
+    monkeypatch.setattr(cls, "to", lambda self, *args: moved.append(args))
+    Tagger.from_pretrained(tmp_path, int8=int8)
+    assert seen == [{}, {}] and moved == []
+    hub = {"revision": "v2", "token": "hf_x"}
+    Tagger.from_pretrained(tmp_path, int8=int8, device="cuda:1", **hub)
+    assert seen[2:] == [hub, hub] and moved == [("cuda:1",)]
+    Tagger.from_pretrained(tmp_path, token=False)
+    assert seen[4:] == [{"token": False}] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

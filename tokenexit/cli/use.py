@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -39,8 +40,10 @@ from tokenexit.cli.options import (
     load_tagger,
     need_stdout,
     out,
+    progress_bars,
     read_data,
 )
+from tokenexit.cli.resuming import partial_results, skip_done
 from tokenexit.policy import ExitPolicy
 
 
@@ -133,13 +136,21 @@ def predict(
     revision: Revision = None,
     batch_size: BatchSize = 32,
     buffer: Annotated[int, typer.Option(help="Sentences held at a time.", min=1)] = 1024,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep what is tagged if the run is cut off, and go on from there; with --output.",
+        ),
+    ] = False,
 ):
     """Tag a file or a stream, in order, in constant memory.
 
     Of text and JSON lines, the n-th result is that of line n, empty ones too; other fields of a
     JSON line, such as an id, are handed on. A file is written
     aside and renamed at the end, so that an interrupted run leaves none; pipes and devices are
-    written to as they are.
+    written to as they are. With `--resume`, what is tagged is kept in the folder `OUTPUT.partial`
+    until all is, and the same command goes on from there.
 
     Examples: `echo "Ada lives in London" | tokenexit predict tagger`,
     `tokenexit predict tagger news.txt -o news.conll --output-format conll`,
@@ -152,21 +163,39 @@ def predict(
         raise ValueError(f"--output-format is {output_format!r}; expected jsonl or conll")
     if spans and output_format != "jsonl":
         raise ValueError(f"--spans excludes --output-format {output_format}; expected jsonl")
+    if resume and output is None:
+        raise ValueError("got --resume without --output; expected both or neither")
     as_text = _as_spans if spans else formats[output_format]
-    with _open(input) as lines, _to(output) as write:
+    aside = nullcontext(None) if resume else _to(output)
+    with _open(input) as lines, aside as write, _progress(output, lines) as step:
         rows = stream_rows(lines, format)
         tagger = load_tagger(model, batch_size, int8, dtype, device=device, revision=revision)
         policy = _policy(tagger.model, threshold, window, level, min_active, speed, full_depth)
         check_heads(tagger.model, model, policy)
-        waiting = deque()  # what is read and not yet tagged
 
-        def sentences():
-            for row in rows:
-                waiting.append(row.others)
-                yield row.text if spans and row.text is not None else row.words
+        def tag(write, done: int = 0):
+            waiting = deque()  # what is read and not yet tagged
 
-        for number, tagged in enumerate(tagger.stream(sentences(), policy, buffer), 1):
-            write(as_text(tagged, number, waiting.popleft()))
+            def sentences():
+                for row in rows:
+                    waiting.append(row.others)
+                    step()
+                    yield row.text if spans and row.text is not None else row.words
+
+            for number, tagged in enumerate(tagger.stream(sentences(), policy, buffer), done + 1):
+                write(as_text(tagged, number, waiting.popleft()))
+
+        if not resume:
+            tag(write)
+        else:
+            record = {"model": model, "revision": revision, "policy": policy.to_dict()}
+            record |= {"int8": int8, "dtype": dtype, "results": as_text.__name__}
+            with partial_results(output, record) as path:
+                done = skip_done(path, rows, *_READ_BACK[as_text])
+                if done:
+                    err.print(f"going on after {done} sentences")
+                with open(path, "a", encoding="utf-8") as file:
+                    tag(file.write, done)
     if output is not None:
         err.print(f"wrote {output}", soft_wrap=True)
 
@@ -293,6 +322,20 @@ def _to(output: Path | None) -> Iterator[Callable[[str], Any]]:
             yield file.write
 
 
+@contextmanager
+def _progress(output: Path | None, lines) -> Iterator[Callable[[], Any]]:
+    """What shows on a terminal how many bytes of a file are read, if results go to another."""
+    try:
+        size = os.fstat(lines.fileno()).st_size if lines.seekable() else 0
+    except OSError:
+        size = 0
+    if output is None or not size or not err.is_terminal:
+        yield lambda: None
+        return
+    with progress_bars() as bars:
+        yield lambda: bars("bytes read", lines.tell(), size)
+
+
 def _as_json(tagged, number: int, others=MappingProxyType({})) -> str:
     row = {"words": tagged.words, "labels": tagged.labels, "exit_layers": tagged.exit_layers}
     return json.dumps({**others, **row}, ensure_ascii=False) + "\n"
@@ -317,3 +360,23 @@ def _as_conll(tagged, number: int, others=MappingProxyType({})) -> str:
             )
     rows = zip(tagged.words, tagged.labels, strict=True)
     return "".join(f"{word}\t{label}\n" for word, label in rows) + "\n"
+
+
+def _is_json_of(result: Sequence[bytes], row) -> bool:
+    return json.loads(result[0])["words"] == list(row.words)
+
+
+def _is_spans_of(result: Sequence[bytes], row) -> bool:
+    return json.loads(result[0])["text"] == (" ".join(row.words) if row.text is None else row.text)
+
+
+def _is_conll_of(result: Sequence[bytes], row) -> bool:
+    return [line.decode().split("\t")[0] for line in result[:-1]] == list(row.words)
+
+
+# How to read results back: which line ends one, and whether it is that of a row.
+_READ_BACK = {
+    _as_json: (lambda line: True, _is_json_of),
+    _as_spans: (lambda line: True, _is_spans_of),
+    _as_conll: (lambda line: line == b"\n", _is_conll_of),
+}
