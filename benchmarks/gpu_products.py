@@ -10,8 +10,8 @@ from tokenexit.kernels.linear import multiprocessors
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # By name: rows, columns and depth of a tile, warps, stages, programs a multiprocessor, parts that a
-# tile is stored in. Warp specialisation is not among them: asked for it, Triton 3.6 and 3.9 make the
-# same code for Hopper as without.
+# tile is stored in. Warp specialisation is not among them: asked for it, Triton 3.6 and 3.9 make
+# the same code for Hopper as without.
 CANDIDATES = {
     "TMA 128x128": (128, 128, 64, 8, 3, 1, 1),
     "TMA 128x128 4w": (128, 128, 64, 4, 3, 1, 1),
