@@ -44,8 +44,8 @@ class Schedule:
     ) -> Schedule:
         """The schedule of one policy for all, or of one for each sentence.
 
-        Those of one policy are kept, on a CPU: to make them takes as long as a layer. So nobody
-        writes into a schedule.
+        Those of one policy are kept: to make them takes as long as a layer. So nobody writes into a
+        schedule.
 
         Raises:
             TypeError: what is no policy.
@@ -53,12 +53,14 @@ class Schedule:
                 neighbors; a list of thresholds that is not one per layer.
         """
         may_keep = isinstance(policies, ExitPolicy) and _is_plain(like)
-        key = (policies, num_layers, num_sentences, like.dtype) if may_keep else None
+        key = (policies, num_layers, num_sentences, like.dtype, like.device) if may_keep else None
         if may_keep and key in _KEPT:
             return _KEPT[key]
         with torch.inference_mode(False):  # else it could be used in that mode only
             made = cls._made(policies, num_layers, num_sentences, like)
         if may_keep and _is_plain(made.threshold):
+            if like.is_cuda:  # for those who take it on another stream
+                torch.cuda.current_stream(like.device).synchronize()
             if len(_KEPT) >= _MOST_KEPT:  # nothing of one by one, beside other threads
                 _KEPT.clear()
             _KEPT[key] = made
@@ -143,9 +145,12 @@ _MOST_KEPT = 256
 
 
 def _is_plain(tensor):
-    """On a CPU, and not only traced."""
-    real = type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
-    return real and tensor.device.type == "cpu"
+    """With values, and not only traced or recorded."""
+    if type(tensor) is not torch.Tensor or torch.compiler.is_compiling():
+        return False
+    if tensor.is_cuda:
+        return not torch.cuda.is_current_stream_capturing()
+    return tensor.device.type == "cpu"
 
 
 def simulate_exits(

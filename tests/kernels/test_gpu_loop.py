@@ -208,9 +208,10 @@ def test_buffers_that_are_larger_than_the_batch(family, device):
         like = torch.empty(0, device=device)
         schedule = Schedule.of(ExitPolicy(threshold=0.4, window=1), 4, len(lengths), like)
         if inputs is None:
-            inputs = graphs.buffers((8, 32), rows, schedule)
-        graphs.fill(*inputs, rows, schedule)
-        roomy, exact = tag(tagger, *inputs), tag(tagger, rows, schedule)
+            inputs = graphs.Inputs((8, 32), rows, schedule)
+        inputs.fill(rows, schedule)
+        roomy = tag(tagger, inputs.rows, inputs.schedule)
+        exact = tag(tagger, rows, schedule)
         b, n = batch["input_ids"].shape
         assert len(exact[1].unique()) > 2 and exact[2] and roomy[2]
         assert torch.equal(roomy[1][:b, :n], exact[1])

@@ -1,11 +1,13 @@
 """Graphs of padded batches: told apart by all that they hang on, and shared by what they do not."""
 
 import contextlib
+import gc
 import warnings
 
 import pytest
 import torch
 from recording import Stream, pretend
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tokenexit import ExitPolicy
 from tokenexit.loops import gpu, graphs
@@ -26,11 +28,25 @@ def test_buffers_made_in_inference_mode_are_filled_in_any():
             rows["input_ids"] = torch.full((2, 3), number)
             schedule = Schedule.of(ExitPolicy(threshold=0.1 * number), 4, 2, torch.zeros(0))
             if number == 0:
-                inputs = graphs.buffers((8, 16), rows, schedule)
-            graphs.fill(*inputs, rows, schedule)
-            assert inputs[0]["attention_mask"].sum() == 6 and inputs[0]["word_ids"] is None
-            assert torch.equal(inputs[0]["input_ids"][:2, :3], rows["input_ids"])
-            assert torch.equal(inputs[1].threshold[:, :2], schedule.threshold)
+                inputs = graphs.Inputs((8, 16), rows, schedule)
+            inputs.fill(rows, schedule)
+            assert inputs.rows["attention_mask"].sum() == 6 and inputs.rows["word_ids"] is None
+            assert torch.equal(inputs.rows["input_ids"][:2, :3], rows["input_ids"])
+            assert torch.equal(inputs.schedule.threshold[:, :2], schedule.threshold)
+
+
+def test_buffers_hold_nothing_of_those_before():
+    inputs = graphs.Inputs((8, 16), rows_of(), schedule_of())
+    for sentences, tokens, threshold in [(8, 16, 0.5), (3, 5, 0.25), (3, 5, 0.25), (4, 2, 0.75)]:
+        rows = rows_of(sentences, tokens)
+        schedule = schedule_of(ExitPolicy(threshold=threshold), sentences)
+        inputs.fill(rows, schedule)
+        assert torch.equal(
+            inputs.rows["attention_mask"][:sentences, :tokens], rows["attention_mask"]
+        )
+        assert inputs.rows["attention_mask"].sum() == rows["attention_mask"].sum()
+        assert torch.equal(inputs.rows["input_ids"][:sentences, :tokens], rows["input_ids"])
+        assert torch.equal(inputs.schedule.threshold[:, :sentences], schedule.threshold)
 
 
 class Sums(torch.nn.Module):
@@ -51,7 +67,8 @@ class Sums(torch.nn.Module):
             value = value + rows["word_ids"] / 16
         value = value + sum(schedule.decides) / 4 + schedule.max_prob / 8
         value = value + (graphs.float32_precision() == "ieee") / 32
-        value = value + schedule.threshold[0, :, None] + schedule.window[:, None]
+        b = len(value)  # a schedule may have room for more
+        value = value + schedule.threshold[0, :b, None] + schedule.window[:b, None]
         value = value.where(rows["attention_mask"], 0)
         return value, value.sum()
 
@@ -106,6 +123,29 @@ def test_other_weights_get_another_graph(change, recorded):
     got = recorder(module, rows_of(), schedule_of(), module)
     assert all(map(torch.equal, got, module(rows_of(), schedule_of())))
     assert len(recorded) == 2 and not gpu.FALLBACKS
+
+
+@pytest.mark.parametrize("change", CHANGES[:3], ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_what_a_graph_reads_is_kept_until_it_is_forgotten(change, recorded):
+    recorded.module = module = Sums()
+    recorder = graphs.Graphs()
+    assert recorder.ahead(rows_of(), schedule_of()) is None
+    recorder(module, rows_of(), schedule_of(), module)
+    read = [StorageWeakRef(x.untyped_storage()) for x in graphs.held(module)]
+    change(module)
+    gc.collect()
+    assert not any(storage.expired() for storage in read)
+    ahead = recorder.ahead(rows_of(), schedule_of())
+    got = recorder(module, rows_of(), schedule_of(), module, ahead)
+    assert got is not ahead[1] and all(map(torch.equal, got, module(rows_of(), schedule_of())))
+    recorded.clear()
+    del ahead
+    gc.collect()
+    assert sum(storage.expired() for storage in read) == 1
+    ahead = recorder.ahead(rows_of(), schedule_of())
+    assert recorder(module, rows_of(), schedule_of(), module, ahead) is ahead[1]
+    assert not recorded
 
 
 BASE = ExitPolicy(threshold=0.25)

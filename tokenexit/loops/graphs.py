@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -57,6 +58,54 @@ def held(module: nn.Module) -> list[torch.Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
+class Inputs:
+    """Rows and a schedule that a graph reads, with room for so many sentences and tokens of each.
+
+    The schedule has room for one more sentence, as the layout of the GPU's loop has it.
+
+    Args:
+        size: of the rows.
+        rows, schedule: of which kind they are.
+    """
+
+    @torch.inference_mode(False)  # else they could be filled in that mode only
+    def __init__(self, size: tuple[int, int], rows: dict, schedule: Schedule):
+        self.rows = {name: v if v is None else v.new_zeros(size) for name, v in rows.items()}
+        self.schedule = schedule.like(size[0] + 1)
+        self._shape = self._schedule = None  # that they were filled with
+
+    def fill(self, rows: dict, schedule: Schedule):
+        """Copy these into them; what is there beyond these rows is masked."""
+        b, n = shape = rows["attention_mask"].shape
+        if shape != self._shape:
+            self.rows["attention_mask"].zero_()
+            self._shape = shape
+        for name, value in rows.items():
+            if value is not None:
+                self.rows[name][:b, :n].copy_(value)
+        if schedule is not self._schedule:  # which nobody writes into
+            for larger, value in zip(self.schedule.tensors, schedule.tensors, strict=True):
+                larger[..., :b].copy_(value)
+            self._schedule = schedule
+
+
+@dataclass
+class Recorded:
+    """A graph, the inputs that it reads and the results that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    results: Sequence[torch.Tensor]
+
+    def replay(self, rows: dict, schedule: Schedule) -> tuple[torch.Tensor, ...]:
+        """The results for these, that the next replay does not overwrite."""
+        self.inputs.fill(rows, schedule)
+        self.graph.replay()
+        *padded, last = self.results
+        b, n = rows["attention_mask"].shape
+        return *(result[:b, :n].clone() for result in padded), last.clone()
+
+
 class Graphs:
     """What is done for padded batches, recorded as a CUDA graph for each bucket of sizes.
 
@@ -66,6 +115,10 @@ class Graphs:
     recording fails, or within another graph or torch.compile, all is run directly. Buffers are
     shared by calls, so those on another stream wait for those before. Copies and pickles start
     without graphs.
+
+    To look over a module takes the host as long as a sentence takes the GPU. So a caller may have a
+    graph replayed `ahead`, and look whether it still is the module's while the GPU is at it. What
+    it reads is kept meanwhile: memory of its own, even where the module has other tensors by now.
     """
 
     def __init__(self):
@@ -75,73 +128,101 @@ class Graphs:
     def __reduce__(self):
         return type(self), ()
 
-    def __call__(self, run: Callable, rows: dict, schedule: Schedule, module: nn.Module):
+    def forget(self):
+        """Free all graphs, and what they read."""
+        with self._lock:
+            self._forget()
+
+    def ahead(self, rows: dict, schedule: Schedule) -> tuple[Recorded, tuple] | None:
+        """What a graph for such rows and its replay give; None without one.
+
+        Args:
+            rows, schedule: see `__call__`, which decides whether they may be taken.
+        """
+        if not self._graphs or _is_traced():
+            return None
+        device = rows["attention_mask"].device
+        with self._lock, torch.cuda.device(device):
+            recorded = self._graphs.get(_key(rows, schedule))
+            if recorded is None:
+                return None
+            self._take_turns()
+            return recorded, recorded.replay(rows, schedule)
+
+    def __call__(
+        self,
+        run: Callable,
+        rows: dict,
+        schedule: Schedule,
+        module: nn.Module,
+        ahead: tuple[Recorded, tuple] | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """`run(rows, schedule)`.
 
         Args:
             run: gives tensors `[B, N, ..]` and a last one of another shape; it must not wait for
                 the host, nor look at where "attention_mask" is false.
             rows: by name `[B, N]` or None, on the GPU; "attention_mask" is bool.
-            schedule: of B sentences.
+            schedule: of B sentences; a recorded run has room for one more.
             module: holds all parameters and buffers that run reads.
+            ahead: what `ahead` gave for these.
         """
-        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        if _is_traced():
             return run(rows, schedule)
-        mask = rows["attention_mask"]
-        size = bucket(len(mask), 8), bucket(mask.shape[1])
-        given = tuple((name, value.dtype) for name, value in rows.items() if value is not None)
-        key = (*size, given, schedule.decides, schedule.max_prob, mask.device, float32_precision())
-        weights = held(module)
+        key, weights = _key(rows, schedule), held(module)
         addresses = [weight.data_ptr() for weight in weights]
-        with self._lock, torch.cuda.device(mask.device):
-            stream = torch.cuda.current_stream()
-            if self._stream not in (None, stream):
-                stream.wait_stream(self._stream)
-            self._stream = stream
+        with self._lock, torch.cuda.device(rows["attention_mask"].device):
             if addresses != self._addresses:
-                self._graphs.clear()
-                # Kept, as their memory must not go to others while a graph may read it.
-                self._weights, self._addresses = weights, addresses
+                self._forget()
+                # By tensors of ours: those of the module may be given other memory.
+                self._weights = [weight.detach() for weight in weights]
+                self._addresses = addresses
+            if ahead is not None and self._graphs.get(key) is ahead[0]:
+                return ahead[1]
+            self._take_turns()
             if key not in self._graphs:
                 if len(self._graphs) >= MOST_GRAPHS:
                     del self._graphs[next(iter(self._graphs))]
-                self._graphs[key] = self._record(run, size, rows, schedule)
-            if self._graphs[key] is None:
-                return run(rows, schedule)
-            graph, inputs, results = self._graphs[key]
-            fill(*inputs, rows, schedule)
-            graph.replay()
-            *padded, last = results
-            b, n = mask.shape
-            return *(result[:b, :n].clone() for result in padded), last.clone()
+                self._graphs[key] = self._record(run, rows, schedule)
+            recorded = self._graphs[key]
+            return run(rows, schedule) if recorded is None else recorded.replay(rows, schedule)
 
-    def _record(self, run, size, rows, schedule):
+    def _forget(self):
+        self._graphs.clear()
+        self._weights, self._addresses = [], []
+
+    def _take_turns(self):
+        stream = torch.cuda.current_stream()
+        if self._stream not in (None, stream):
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+    def _record(self, run, rows, schedule):
         try:
-            inputs = buffers(size, rows, schedule)
-            fill(*inputs, rows, schedule)
+            inputs = Inputs(_size(rows), rows, schedule)
+            inputs.fill(rows, schedule)
             # One that no graph has any more may not be asked for again.
-            pool = next((made[0].pool() for made in self._graphs.values() if made), None)
-            graph, results = record(lambda: run(*inputs), pool)
+            pool = next((made.graph.pool() for made in self._graphs.values() if made), None)
+            graph, results = record(lambda: run(inputs.rows, inputs.schedule), pool)
+            return Recorded(graph, inputs, results)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 self._graphs.clear()  # the others' memory may be what a direct run wants
             fell_back("not recorded", f"the model runs without a CUDA graph: {error}")
             return None
-        return graph, inputs, results
 
 
-@torch.inference_mode(False)  # else they could be filled in that mode only
-def buffers(size: tuple[int, int], rows: dict, schedule: Schedule) -> tuple[dict, Schedule]:
-    """Rows and schedule like these, for so many sentences and tokens of each; zeros."""
-    larger = {name: v if v is None else v.new_zeros(size) for name, v in rows.items()}
-    return larger, schedule.like(size[0])
+def _is_traced():
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
 
 
-def fill(to_rows: dict, to_schedule: Schedule, rows: dict, schedule: Schedule):
-    """Copy into larger `buffers`; what is there beyond these rows is masked."""
-    to_rows["attention_mask"].zero_()
+def _size(rows):
     b, n = rows["attention_mask"].shape
-    pairs = [(to_rows[name][:b, :n], value) for name, value in rows.items() if value is not None]
-    for larger, value in zip(to_schedule.tensors, schedule.tensors, strict=True):
-        pairs.append((larger[..., :b], value))
-    torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    return bucket(b, 8), bucket(n)
+
+
+def _key(rows, schedule):
+    """What a graph serves."""
+    given = [(name, x.dtype, x.device) for name, x in rows.items() if x is not None]
+    options = schedule.decides, schedule.max_prob, schedule.pre_norm, schedule.recompute
+    return (*_size(rows), *given, *options, float32_precision())

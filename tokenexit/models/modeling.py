@@ -272,6 +272,10 @@ class TokenExitForTokenClassification(PreTrainedModel):
         self.encoder.heads = nn.ModuleList(value)
         self._new_heads = {}
 
+    def _apply(self, *args, **kwargs):
+        self._graphs.forget()  # as they keep the weights that they read
+        return super()._apply(*args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word
 
@@ -429,7 +433,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         schedule = self._schedule(policy, rows.input_ids)
         wants = {"wants_trace": output_layer_logits or self.training}
         wants["wants_states"] = bool(output_hidden_states)
-        found = run(self, rows, call_of(self, schedule, rows, **wants))
+        found = run(self, rows, schedule, **wants)
 
         num_layers, loss = self.config.num_hidden_layers, None
         if labels is not None:

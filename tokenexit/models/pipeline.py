@@ -65,15 +65,25 @@ def _around(model) -> Reads:
     return Reads([*kinds], [*kinds.values()])
 
 
-def run(model, rows: Rows, call: Call) -> Found:
+def run(model, rows: Rows, schedule: Schedule, **wants: bool) -> Found:
     """What the chosen loop makes of the rows.
+
+    Args:
+        wants: see `tokenexit.loops.Call`.
 
     Raises:
         ValueError: rows that are not sound; NaN in logits, but in training.
     """
+    ahead = None if any(wants.values()) else _ahead(model, rows, schedule)
+    call = call_of(model, schedule, rows, **wants)
     loop = choose(model.backend, call)
     try:
-        found = tag(model, rows, call, loop) if loop.waits else _recorded(model, rows, call, loop)
+        if loop.waits:
+            if ahead is not None:  # nor is it to be replayed in vain next time
+                model._graphs.forget()
+            found = tag(model, rows, call, loop)
+        else:
+            found = _recorded(model, rows, call, loop, ahead)
     except Unmet as failed:
         if model.backend != "auto":
             raise cannot(model.backend, str(failed)) from None
@@ -95,16 +105,22 @@ def run(model, rows: Rows, call: Call) -> Found:
     raise explain_nan(found.trace, found.packed, model)
 
 
-def _recorded(model, rows, call, loop) -> Found:
+def _ahead(model, rows, schedule):
+    """Have the GPU at work, by a graph that is there, while the host asks what has to run."""
+    asked = model.cuda_graphs and model.backend in ("auto", "gpu") and not torch.is_grad_enabled()
+    return model._graphs.ahead(rows.tensors, schedule) if asked else None
+
+
+def _recorded(model, rows, call, loop, ahead) -> Found:
     """`tag` by a loop that waits for nothing, in a CUDA graph where there are to be any."""
 
     def tag_padded(rows, schedule):
-        return tag(model, Rows(**rows), replace(call, schedule=schedule), loop)[:3]
+        with torch.autocast(call.like.device.type, enabled=False):  # all is in the weights' dtype
+            return tag(model, Rows(**rows), replace(call, schedule=schedule), loop)[:3]
 
-    with torch.autocast(call.like.device.type, enabled=False):  # all is in the weights' dtype
-        if model.cuda_graphs:
-            return Found(*model._graphs(tag_padded, rows.tensors, call.schedule, model))
+    if not model.cuda_graphs:
         return Found(*tag_padded(rows.tensors, call.schedule))
+    return Found(*model._graphs(tag_padded, rows.tensors, call.schedule, model, ahead))
 
 
 def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
