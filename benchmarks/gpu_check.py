@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py [STAGE ...] [--out FOLDER] [--budget SECONDS]
 
-Stages, in this order; all but the last where none is named:
+Stages, in this order; all but the last two where none is named:
 
     env       versions, the GPU, its rate of products
     build     the package with its CUDA op, aside; tokenexit/_C.abi3.so as it is if that serves here
@@ -13,6 +13,8 @@ Stages, in this order; all but the last where none is named:
     tests     all tests that run on a GPU
     peers     packed with varlen or flexible attention, Hugging Face in a CUDA graph, torch.compile
     sizes     ragged sentences, few, long ones, bf16
+    evidence  trains a tagger, and what its exits are worth; wants build/gpu-evidence, which
+              `python -m experiments pack PLAN FOLDER` makes
     sanitize  the CUDA op and the split products under compute-sanitizer
 
 A stage gets what its own limit and the budget leave; one that fails or is cut off keeps no other
@@ -34,6 +36,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as xml
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -49,6 +52,7 @@ LIMITS = {
     "tests": (170, 1000),
     "peers": (150, 1100),
     "sizes": (90, 600),
+    "evidence": (280, 4500),
     "sanitize": (150, 300),
 }
 LEAST = 8  # seconds, for which no stage begins
@@ -221,6 +225,16 @@ class Check:
     def run_peers(self, limit):
         return self.probes("peers", limit, "peers")
 
+    def run_evidence(self, limit):
+        packed = ROOT / "build/gpu-evidence"
+        for wheel in (packed / "wheels").glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(self.site)
+        plan = ROOT / "benchmarks/experiments/plans/gpu-e5.yaml"
+        command = [sys.executable, "-m", "experiments", "gpu", plan, "--texts", packed]
+        command += ["--out", self.out, "--device", self.options.device]
+        return self.run("evidence", command + ["--tiny"] * self.options.tiny, limit)
+
     def run_tests(self, limit):
         (self.logs / "tests.xml").unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
@@ -275,7 +289,7 @@ def main(arguments=None) -> int:
     options.out = options.out.resolve()
     with tempfile.TemporaryDirectory() as work:
         check = Check(options, Path(work))
-        for name in options.stages or list(LIMITS)[:-1]:
+        for name in options.stages or list(LIMITS)[:-2]:
             check.stage(name)
         print(f"==== summary after {options.budget - check.left():.0f} s\n{check.summary()}")
     return int(bool(check.failed))

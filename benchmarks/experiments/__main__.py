@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
+import gpu_probes
 import harness
+import torch
 import typer
 import yaml
 
-from experiments import reading, report, sources
-from experiments.runs import KINDS, OutOfTime, Run, seconds_trained, train
+from experiments import clock, packing, reading, report, sources
+from experiments.runs import KINDS, OutOfTime, Run, new, seconds_trained, train
 from tokenexit.calibrate import Sweep
 from tokenexit.evaluate import evaluate
 from tokenexit.files import cache_folder
 from tokenexit.policy import ExitPolicy
 
 ROWS = "experiments"
+TEXTS = "Folder of sets that no package has, or what `pack` wrote."
+# With which the program for a GPU is tried: of the large tagger, of data, of training.
+TINY_SHAPE = dict(hidden_size=64, num_hidden_layers=12, num_attention_heads=4, intermediate_size=64)
+TINY_DATA, TINY_RUN = 24, {"batch_size": 4, "settings": {"max_steps": 2, "save_strategy": "no"}}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -111,7 +121,7 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
 def run(
     plan: Annotated[Path, typer.Argument(help="A YAML file, see `runs_of`.")],
     budget: Annotated[float, typer.Option(help="Minutes, of training and reading.")] = 1e9,
-    texts: Annotated[Path | None, typer.Option(help="Folder of sets that no package has.")] = None,
+    texts: Annotated[Path | None, typer.Option(help=TEXTS)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     only: Annotated[str, typer.Option(help="Runs whose name has this.")] = "",
     dev_sentences: Annotated[int, typer.Option(help="That choose policies.", min=1)] = 1000,
@@ -131,7 +141,7 @@ def run(
         splits = sources.splits(one.data, texts)
         print(f"{one.name}: training on {len(splits.train)} sentences at most", flush=True)
         try:
-            tagger = train(one, splits, folder, finished, end, device)
+            tagger = train(one, splits, folder, finished, end, device, texts)
         except OutOfTime:
             print(f"{one.name}: out of time; the next call goes on", flush=True)
             break
@@ -141,6 +151,80 @@ def run(
         print("all runs of the plan are done")
         sys.exit(0)
     sys.exit(3)
+
+
+@app.command()
+def pack(
+    plan: Annotated[Path, typer.Argument(help="A YAML file, see `runs_of`.")],
+    folder: Annotated[Path, typer.Argument(help="Where to; see `experiments.packing`.")],
+    texts: Annotated[Path | None, typer.Option(help=TEXTS)] = None,
+    wheels: Annotated[bool, typer.Option(help="Pure Python that a machine may lack.")] = True,
+):
+    """Put what a plan needs into a folder that travels."""
+    size = packing.pack(runs_of(plan), folder, texts, wheels)
+    print(f"{folder}: {size / 2**20:.1f} MiB")
+
+
+@app.command()
+def gpu(
+    plan: Annotated[Path, typer.Argument(help="A YAML file; its last run is measured.")],
+    out: Annotated[Path, typer.Option(help="Folder of what is told, rows and exits.")],
+    texts: Annotated[Path | None, typer.Option(help=TEXTS)] = None,
+    device: Annotated[str, typer.Option(help="cpu: only to try the program (--tiny).")] = "cuda",
+    tiny: Annotated[bool, typer.Option(help="Little text, a few steps.")] = False,
+    most_loss: Annotated[float, typer.Option(help="Of F1 on development data.")] = 0.005,
+    warm: Annotated[bool, typer.Option(help="Only run once all that is to be timed.")] = False,
+):
+    """Train what a plan lists, then measure what the exits of its last tagger are worth there.
+
+    While it trains, a second process compiles the kernels that measuring needs.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    gpu_probes.CHOSEN = argparse.Namespace(
+        out=out, stage="warm" if warm else "evidence", device=device, tiny=tiny, seconds=1e9
+    )
+    torch.set_float32_matmul_precision("highest")
+    runs = runs_of(plan)
+    splits = sources.splits(runs[-1].data, texts)
+    more = {}
+    if tiny:
+        runs = [dataclasses.replace(one, **TINY_RUN, seconds=None) for one in runs]
+        parts = (getattr(splits, field.name) for field in dataclasses.fields(splits))
+        splits = sources.Splits(*(part.take(TINY_DATA) for part in parts))
+        more = {"sizes": (4, 8), "shape": TINY_SHAPE, "step": (2, 8), "most": 2}
+    if warm:
+        tagger = new(runs[-1], splits, device, texts)
+        few = splits.test.take(min(640, len(splits.test)))
+        more["most"] = 3
+        clock.measure(tagger, few, few, few, out, warm=True, **more)
+        sys.exit(bool(gpu_probes.BAD))
+    with tempfile.TemporaryDirectory() as work, Path(work, "log").open("w+") as log:
+        command = [sys.executable, "-m", "experiments", "gpu", str(plan), "--device", device]
+        command += ["--warm", "--out", str(Path(work, "warm")), *["--tiny"] * tiny]
+        command += [] if texts is None else ["--texts", str(texts)]
+        other = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            finished: dict[str, Path] = {}
+            for one in runs:
+                start = time.monotonic()
+                folder = Path(work, one.name)
+                tagger = train(one, splits, folder, finished, float("inf"), device, texts)
+                finished[one.name] = folder / "tagger"
+                taken = time.monotonic() - start
+                told = f"{one.name}: {taken:.0f} s, of which {seconds_trained(folder):.0f} training"
+                gpu_probes.say(told, keep=True)
+            with suppress(subprocess.TimeoutExpired):
+                other.wait(60)
+            gpu_probes.say(f"kernels are compiled, status {other.poll()}", keep=other.poll() != 0)
+            log.seek(0)
+            print(log.read()[-3000:] if other.poll() else "", flush=True)
+        finally:
+            other.kill()
+            other.wait()
+    data = splits.dev, splits.test, splits.train
+    clock.measure(tagger, *data, out, most_loss=most_loss, run=runs[-1].name, **more)
+    gpu_probes.say(f"FAILED OR WRONG: {gpu_probes.BAD}" if gpu_probes.BAD else "nothing failed")
+    sys.exit(bool(gpu_probes.BAD))
 
 
 @app.command("report")

@@ -43,6 +43,8 @@ class Run:
         layers: keep the first so many layers of the encoder.
         sentences: of the training data, the first of a shuffle; None: all.
         epochs, batch_size, learning_rate, head_learning_rate: see `training_arguments`.
+        seconds: train no longer than that; the learning rate falls with the steps or with the
+            time, whichever is further.
         freeze_words: word embeddings stay as they are.
         seed: of everything random.
         read: names of `KINDS` of policies whose speeds are read; () for full depth only.
@@ -60,6 +62,7 @@ class Run:
     layers: int | None = None
     sentences: int | None = None
     epochs: float = 3
+    seconds: float | None = None
     batch_size: int = 16
     learning_rate: float | None = None
     head_learning_rate: float | None = 1e-3
@@ -108,23 +111,43 @@ class OutOfTime(Exception):
 
 
 class _Deadline(TrainerCallback):
-    """Ends training, with a checkpoint, when the time is up."""
+    """Ends training when a run's own time is up, and with a checkpoint when all time is."""
 
-    def __init__(self, end: float):
-        self.end = end
-        self.reached = False
+    def __init__(self, end: float, seconds: float | None):
+        self.end, self.seconds = end, seconds
+        self.reached, self.began = False, None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if time.monotonic() > self.end and state.global_step < state.max_steps:
+        # A first step, in which kernels are compiled, is none of the run's time.
+        self.began = self.began or time.monotonic()
+        if self.share_spent() >= 1:
+            control.should_training_stop = True
+        elif time.monotonic() > self.end and state.global_step < state.max_steps:
             self.reached = control.should_save = control.should_training_stop = True
+
+    def share_spent(self) -> float:
+        """Of the run's own time."""
+        if self.began is None or self.seconds is None:
+            return 0.0
+        return (time.monotonic() - self.began) / self.seconds
 
 
 class _Trainer(ExitTrainer):
     """`ExitTrainer` with the losses of `Run`."""
 
-    def __init__(self, *args, run: Run, teacher: nn.Module | None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.run, self.teacher = run, teacher
+    def __init__(self, *args, run: Run, teacher: nn.Module | None, deadline: _Deadline, **kwargs):
+        super().__init__(*args, callbacks=[deadline], **kwargs)
+        self.run, self.teacher, self.deadline = run, teacher, deadline
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Linear, by steps or by the run's own time."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.run.seconds is not None:
+            scheduler.lr_lambdas = [self._slower(rate) for rate in scheduler.lr_lambdas]
+        return scheduler
+
+    def _slower(self, rate):
+        return lambda step: min(rate(step), max(0.0, 1 - self.deadline.share_spent()))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.run.loss == "joint":
@@ -165,6 +188,7 @@ def train(
     finished: Mapping[str, Path],
     end: float,
     device: str,
+    texts: Path | None = None,
 ) -> Tagger:
     """The run's tagger: trained, or as it was saved in `folder`.
 
@@ -173,6 +197,7 @@ def train(
         finished: taggers of other runs, by name.
         end: `time.monotonic()` at which to stop.
         device: "cpu" or "cuda".
+        texts: see `sources.encoder`.
 
     Raises:
         OutOfTime: it was reached; the next call goes on.
@@ -187,7 +212,7 @@ def train(
     if run.start is not None:
         tagger = _load(finished[run.start], device)
     else:
-        tagger = _new(run, splits, device)
+        tagger = new(run, splits, device, texts)
     model = tagger.model.train()
     if run.layers is not None:
         model = truncated(model, run.layers)
@@ -205,7 +230,7 @@ def train(
         disable_tqdm=True,
         **run.settings,
     )
-    deadline = _Deadline(end)
+    deadline = _Deadline(end, run.seconds)
     trainer = _Trainer(
         model,
         arguments,
@@ -213,8 +238,8 @@ def train(
         data,
         sampling=run.self_sampling,
         head_learning_rate=run.head_learning_rate,
-        callbacks=[deadline],
         run=run,
+        deadline=deadline,
         teacher=None if run.teacher is None else _load(finished[run.teacher], device).model,
     )
     checkpoint = last_checkpoint(checkpoints)
@@ -228,7 +253,7 @@ def train(
         raise OutOfTime(run.name)
     trainer.tagger.model.eval()
     trainer.tagger.save_pretrained(done)
-    return trainer.tagger
+    return _load(done, device)  # without what the Trainer has put around its forward
 
 
 def seconds_trained(folder: Path) -> float:
@@ -243,14 +268,16 @@ def _load(folder: Path, device: str) -> Tagger:
     return tagger
 
 
-def _new(run: Run, splits: sources.Splits, device: str) -> Tagger:
-    folder = sources.encoder(run.encoder)
+def new(run: Run, splits: sources.Splits, device: str, texts: Path | None = None) -> Tagger:
+    """A tagger of the run's encoder, for the labels of its data, untrained."""
+    folder = sources.encoder(run.encoder, texts)
     # Of all splits, as the label set of a task is known.
     names = sorted({name for part in dataclasses.astuple(splits) for name in label_names(part)})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = TokenExitForTokenClassification.from_pretrained(
         folder,
         tokenizer=tokenizer,
+        dtype=torch.float32,  # though it may be stored in half precision
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
     )

