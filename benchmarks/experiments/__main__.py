@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ import typer
 import yaml
 
 from experiments import clock, packing, reading, report, sources
-from experiments.runs import KINDS, OutOfTime, Run, new, seconds_trained, train
+from experiments.runs import KINDS, OutOfTime, Run, new, seconds_trained, told_of, train
 from tokenexit.calibrate import Sweep
 from tokenexit.evaluate import evaluate
 from tokenexit.files import cache_folder
@@ -205,14 +206,14 @@ def gpu(
         other = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             finished: dict[str, Path] = {}
-            for one in runs:
-                start = time.monotonic()
+            for one in runs:  # what the last one that did not fail made is measured
                 folder = Path(work, one.name)
-                tagger = train(one, splits, folder, finished, float("inf"), device, texts)
-                finished[one.name] = folder / "tagger"
-                taken = time.monotonic() - start
-                told = f"{one.name}: {taken:.0f} s, of which {seconds_trained(folder):.0f} training"
-                gpu_probes.say(told, keep=True)
+                options = one, splits, folder, finished, float("inf"), device, texts
+                trained = gpu_probes.attempt(one.name, partial(train, *options))
+                if trained is None:
+                    break
+                tagger, finished[one.name] = trained, folder / "tagger"
+                gpu_probes.say(f"{one.name}: {told_of(folder)}", keep=True)
             with suppress(subprocess.TimeoutExpired):
                 other.wait(60)
             gpu_probes.say(f"kernels are compiled, status {other.poll()}", keep=other.poll() != 0)
@@ -221,8 +222,9 @@ def gpu(
         finally:
             other.kill()
             other.wait()
-    data = splits.dev, splits.test, splits.train
-    clock.measure(tagger, *data, out, most_loss=most_loss, run=runs[-1].name, **more)
+    if finished:
+        data = splits.dev, splits.test, splits.train
+        clock.measure(tagger, *data, out, most_loss=most_loss, run=[*finished][-1], **more)
     gpu_probes.say(f"FAILED OR WRONG: {gpu_probes.BAD}" if gpu_probes.BAD else "nothing failed")
     sys.exit(bool(gpu_probes.BAD))
 

@@ -31,7 +31,7 @@ from tokenexit.text.encoding import Window
 from tokenexit.training.self_sampling import SelfSampling
 
 BASES = (ExitPolicy(window=0), ExitPolicy(window=1), ExitPolicy(window=0, min_active=2))
-THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
 VARLEN, FULL, EXITS = "packed varlen, graph", "tokenexit", "tokenexit, exits"
 LAYERS, LAYERS_EXITS = "layers, graph", "layers, exits, graph"
 
@@ -273,7 +273,7 @@ def accuracy(
             **facts,
             **harness.origin(),
         }
-        harness.write("experiments", [row], out)
+        harness.write("gpu_scores", [row], out)
         name = "full depth"
         if one is not found[0]:
             name = f"k={one.policy.window} t={one.policy.threshold} m={one.policy.min_active}"

@@ -6,7 +6,10 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import gpu
 import harness
+
+from experiments.clock import EXITS, FULL, LAYERS, LAYERS_EXITS, VARLEN
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
 
@@ -19,6 +22,10 @@ def write(document: Path = DOCUMENT):
         harness.between(document, f"{data}: speeds", speeds(mine))
         harness.between(document, f"{data}: layers", layers(mine))
         draw(mine, data, harness.RESULTS / f"{data}.png")
+    if on_gpu := harness.read("gpu_scores"):
+        times = [row for row in harness.read("gpu_check") if row["stage"] == "evidence"]
+        parts = scores(on_gpu), clocks(times), steps(times)
+        harness.between(document, "gpu", "\n\n".join(parts))
 
 
 def speeds(rows: Sequence[dict]) -> str:
@@ -55,6 +62,68 @@ def layers(rows: Sequence[dict]) -> str:
         each = zip(*(row["test_layers"] for row in group), strict=True)
         cells = [f"{100 * statistics.mean(scores):.1f}" for scores in each]
         lines.append(f"| {system} | " + " | ".join(cells + [""] * (most - len(cells))) + " |")
+    return "\n".join(lines)
+
+
+def scores(rows: Sequence[dict]) -> str:
+    """A table of the policies of the newest run on a GPU, the one chosen marked."""
+    last = [row for row in rows if row["date"][:10] == rows[-1]["date"][:10]]
+    lines = [
+        "| policy | dev | test | operations | token layers | |",
+        "| --- | --: | --: | --: | --: | --- |",
+    ]
+    for row in last:
+        rule = row["policy"]
+        name = f"window {rule['window']}, threshold {rule['threshold']:g}"
+        name += f", at least {rule['min_active']} active" if rule["min_active"] > 1 else ""
+        lines.append(
+            f"| {'full depth' if row['kind'] == 'full depth' else name} | {100 * row['dev']:.2f} "
+            f"| {100 * row['test']:.2f} | {row['flops_speedup']:.2f} | {row['layer_speedup']:.2f} "
+            f"| {'chosen' if row['chosen'] else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def clocks(rows: Sequence[dict]) -> str:
+    """A table of milliseconds for the same batches, the newest of each kind.
+
+    Behind those of exits stands how many times as fast as padded Hugging Face, as packed tokens
+    with attention of variable length, and as full depth, in this order.
+    """
+    systems = (gpu.HF, VARLEN, FULL, EXITS, LAYERS, LAYERS_EXITS)
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if "tagger" in row:
+            key = row["tagger"], row["sentences"], row["order"]
+            cases.setdefault(key, {})[row["system"]] = row
+    lines = [
+        f"| tagger | batch | order | token-layers | {' | '.join(systems)} |",
+        f"| --- | --: | --- | --: |{' --: |' * len(systems)}",
+    ]
+    for (tagger, size, order), found in cases.items():
+        ms = {name: row["median_ms"] for name, row in found.items()}
+        cells = []
+        for name in systems:
+            cell = f"{ms[name]:.2f}" if name in ms else ""
+            others = gpu.HF, VARLEN, {EXITS: FULL, LAYERS_EXITS: LAYERS}.get(name)
+            if cell and set(others) <= ms.keys():
+                cell += f" ({', '.join(f'{ms[other] / ms[name]:.2f}' for other in others)})"
+            cells.append(cell)
+        share = next(iter(found.values()))["active_fraction"]
+        lines.append(f"| {tagger} | {size} | {order} | {share:.3f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def steps(rows: Sequence[dict]) -> str:
+    """A table of the newest times of a step of training."""
+    last = {row["system"]: row for row in rows if "tagger" not in row and "longest" in row}
+    lines = ["| training step | sentences | token-layers | ms |", "| --- | --: | --: | --: |"]
+    for name, row in last.items():
+        share = row["active_fraction"] if name != "full depth" else 1
+        lines.append(
+            f"| {name} | {row['sentences']} x {row['longest']} | {share:.3f} "
+            f"| {row['median_ms']:.1f} |"
+        )
     return "\n".join(lines)
 
 

@@ -248,7 +248,9 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     folder.mkdir(parents=True, exist_ok=True)
     spent += time.monotonic() - start
-    (folder / "spent.json").write_text(json.dumps({"seconds": spent}))
+    (folder / "spent.json").write_text(
+        json.dumps({"seconds": spent, "steps": trainer.state.global_step})
+    )
     if deadline.reached:
         raise OutOfTime(run.name)
     trainer.tagger.model.eval()
@@ -260,6 +262,13 @@ def seconds_trained(folder: Path) -> float:
     """Seconds that a run has trained so far."""
     path = folder / "spent.json"
     return json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+
+
+def told_of(folder: Path) -> str:
+    """Steps and seconds that a run has trained, in words."""
+    spent = json.loads((folder / "spent.json").read_text())
+    each = 1e3 * spent["seconds"] / max(spent["steps"], 1)
+    return f"{spent['steps']} steps in {spent['seconds']:.0f} s, {each:.1f} ms each"
 
 
 def _load(folder: Path, device: str) -> Tagger:

@@ -171,6 +171,14 @@ def test_tables_average_over_seeds():
     assert report.layers(rows).endswith("| joint | 25.0 | 62.5 |")
 
 
+def test_the_document_has_a_place_for_each_table(tmp_path):
+    document = tmp_path / "results.md"
+    document.write_text(report.DOCUMENT.read_text(encoding="utf-8"), encoding="utf-8")
+    for marker in ("gpu", "conll: speeds", "conll: layers"):
+        report.harness.between(document, marker, f"table of {marker}")
+    assert document.read_text(encoding="utf-8").count("\ntable of") == 3
+
+
 def test_a_run_says_what_it_does_not_know():
     with pytest.raises(ValueError, match="self-sampling has the joint loss"):
         Run("a", "wnut", "minilm", loss="last", sampling={})
@@ -290,7 +298,7 @@ def test_all_that_a_gpu_is_asked_runs_without_one(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     told = (tmp_path / "out/notes/evidence.txt").read_text()
     assert "full depth" in told and "<- chosen on dev" in told
-    scores = [json.loads(row) for row in (tmp_path / "out/experiments.jsonl").open()]
+    scores = [json.loads(row) for row in (tmp_path / "out/gpu_scores.jsonl").open()]
     assert {row["run"] for row in scores} == {"exits-1"} and sum(r["chosen"] for r in scores) == 1
     rows = [json.loads(row) for row in (tmp_path / "out/gpu_check.jsonl").open()]
     assert {(row.get("tagger"), row.get("order")) for row in rows} == {
@@ -301,3 +309,7 @@ def test_all_that_a_gpu_is_asked_runs_without_one(tmp_path):
         *("Hugging Face sdpa", "packed varlen, graph", "tokenexit", "tokenexit, exits"),
     }
     assert len(np.load(tmp_path / "out/exits.npz")["lengths"]) == 6
+    (header, _, first, *_), tables = report.scores(scores).splitlines(), report.clocks(rows)
+    assert header.startswith("| policy | dev | test |") and first.startswith("| full depth |")
+    assert tables.count("| trained |") == 2 and tables.count("| BERT-base |") == 4
+    assert "full depth" in report.steps(rows) and "self-sampling" in report.steps(rows)
