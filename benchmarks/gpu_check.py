@@ -52,7 +52,7 @@ LIMITS = {
     "tests": (170, 1000),
     "peers": (150, 1100),
     "sizes": (90, 600),
-    "evidence": (280, 4500),
+    "evidence": (280, 6500),
     "sanitize": (150, 300),
 }
 LEAST = 8  # seconds, for which no stage begins

@@ -30,7 +30,7 @@ ROWS = "experiments"
 TEXTS = "Folder of sets that no package has, or what `pack` wrote."
 # With which the program for a GPU is tried: of the large tagger, of data, of training.
 TINY_SHAPE = dict(hidden_size=64, num_hidden_layers=12, num_attention_heads=4, intermediate_size=64)
-TINY_DATA, TINY_RUN = 24, {"batch_size": 4, "settings": {"max_steps": 2, "save_strategy": "no"}}
+TINY_DATA, TINY_SETTINGS = 24, {"max_steps": 2, "save_strategy": "no"}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -189,7 +189,11 @@ def gpu(
     splits = sources.splits(runs[-1].data, texts)
     more = {}
     if tiny:
-        runs = [dataclasses.replace(one, **TINY_RUN, seconds=None) for one in runs]
+        less = {"batch_size": 4, "seconds": None}
+        runs = [
+            dataclasses.replace(one, **less, settings={**one.settings, **TINY_SETTINGS})
+            for one in runs
+        ]
         parts = (getattr(splits, field.name) for field in dataclasses.fields(splits))
         splits = sources.Splits(*(part.take(TINY_DATA) for part in parts))
         more = {"sizes": (4, 8), "shape": TINY_SHAPE, "step": (2, 8), "most": 2}

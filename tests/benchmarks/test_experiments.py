@@ -286,7 +286,8 @@ def test_all_that_a_gpu_is_asked_runs_without_one(tmp_path):
     texts, whole = texts_of(tmp_path / "texts", SENTENCES * 3), encoder_of(tmp_path / "whole")
     plan = tmp_path / "plan.yaml"
     plan.write_text(
-        f"defaults: {{data: wnut, encoder: {whole}}}\nruns:\n  - {{name: joint, seconds: 5}}\n"
+        f"defaults: {{data: wnut, encoder: {whole}, settings: {{bf16: true}}}}\nruns:\n"
+        "  - {name: joint, seconds: 5}\n"
         "  - {name: exits, start: joint, sampling: {exits: online}}\n"
     )
     command = [sys.executable, "-m", "experiments", "gpu", str(plan), "--texts", str(texts)]
