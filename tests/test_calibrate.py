@@ -1,5 +1,6 @@
 """calibrate: what it sweeps, what it picks, what it promises."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,34 @@ def test_max_loss(setting):
     assert speeds == sorted(speeds) and speeds[0] >= 1 and speeds[-1] > 1.2
     for result, loss in zip(results, (0.0, 0.05, 0.3), strict=True):
         assert result.chosen.score >= 1 - loss
+
+
+def test_a_loss_is_of_the_original_where_it_is_given(setting):
+    """One that was better allows for less than full depth does, one that was worse for more."""
+    tagger, data = setting
+    worse = Tagger(copy.deepcopy(tagger.model), tagger.tokenizer)
+    with torch.no_grad():
+        worse.model.exit_heads[-1].weight.add_(0.1 * torch.randn(3, 32))
+    score = evaluate(worse, data, ExitPolicy.never()).score
+    assert 0.7 < score < 1
+    own, other = (
+        calibrate(tagger, data, max_loss=0.0, policies=GRID, original=original)
+        for original in (None, worse)
+    )
+    assert (own.original, other.original) == (None, score)
+    assert other.chosen.speedup > own.chosen.speedup and other.chosen.score >= score
+    assert other.to_dict()["original"] == score and "original" not in own.to_dict()
+    with pytest.raises(
+        ValueError, match=r"no policy scores 1\.0000, 0 below the original; the best"
+    ):
+        calibrate(worse, data, max_loss=0, policies=GRID, original=tagger)
+    with pytest.raises(ValueError, match="got original with target_speedup"):
+        calibrate(tagger, data, target_speedup=2, original=tagger)
+    promised = {"max_disagreement": 0.6, "policies": GRID}
+    dials = [calibrate(worse, data, original=x, **promised).dial for x in (None, tagger)]
+    assert [dial.reference for dial in dials] == ["full depth", "the original"]
+    assert dials[0].speeds[0].disagreement == 0 < dials[1].speeds[0].disagreement
+    assert "are not those of the original; tested on" in dials[1].promise
 
 
 def test_simulation_is_exact_where_nobody_left_before(setting):

@@ -159,9 +159,10 @@ def texts(folder):
 def test_adapt_then_speeds(folder, texts, capsys, tmp_path):
     model, tagger = folder / "hf", tmp_path / "tagger"
     before = contents(model)
+    (tmp_path / "dev.conll").write_text("john LABEL_1\nparis LABEL_0\n\n")
     code, out, err = call(
         capsys, "adapt", model, "-t", texts, "-o", tagger, "--max-disagreement", 0.3,
-        "--timing-runs", 1,
+        "--timing-runs", 1, "--data", tmp_path / "dev.conll",
     )  # fmt: skip
     assert code == 0, err
     assert contents(model) == before
@@ -169,6 +170,9 @@ def test_adapt_then_speeds(folder, texts, capsys, tmp_path):
     assert "full depth │ 1.00x" in out and "promised" in out and f"wrote {tagger}: " in out
     dial = Tagger.from_pretrained(tagger).model.dial
     assert dial.max_disagreement == 0.3 and dial.sentences > 50
+    assert dial.metric == "accuracy" and {one.score for one in dial.speeds} <= {0, 0.5, 1}
+    about = (tagger / "README.md").read_text()
+    assert "| accuracy |" in about and dial.promise in about
     (tmp_path / "odd.conll").write_text("john LABEL_1\n\n")
     for speed, number in (("full", 0), ("promised", dial.promised), ("1", 0)):
         code, out, err = call(
@@ -186,6 +190,18 @@ def test_adapt_then_speeds(folder, texts, capsys, tmp_path):
     assert found["metric"] == "agreement" and found["dial"]["confidence"] == 0.8
     assert Tagger.from_pretrained(tagger).model.dial.max_disagreement == 0.4
     assert found["dial"]["sentences"] > dial.sentences  # nothing was trained on them, by this
+    about = (tagger / "README.md").read_text()
+    assert "Made from `hf`: bert, 4 layers of 32" in about and "with 80% below" in about
+    code, out, err = call(
+        capsys, "calibrate", tagger, "-d", texts, "--max-disagreement", 0.4, "--original", model,
+        "--json",
+    )  # fmt: skip
+    assert code == 0 and json.loads(out)["dial"]["reference"] == "the original", err
+    code, out, err = call(
+        capsys, "calibrate", tagger, "-d", tmp_path / "odd.conll", "--metric", "accuracy",
+        "--max-loss", 1, "--original", model,
+    )  # fmt: skip
+    assert code == 0 and "│ the original │" in " ".join(out.split()), err
 
 
 def test_predict_spans_and_other_fields(trained, capsys, tmp_path):

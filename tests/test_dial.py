@@ -193,6 +193,30 @@ def test_calibrate_promises(tagger):
         assert last[1] == last[2]
 
 
+def test_what_is_asked_for_is_what_is_tested(tagger, monkeypatch):
+    """Bound and confidence come to the tests as they were given, whoever asks."""
+    seen = []
+
+    def recorded(real):
+        def called(*args):
+            seen.append(args[0 if real is needed else 1 :][:2])
+            return real(*args)
+
+        return called
+
+    for real in (fixed_sequence, upper_bound, needed):
+        monkeypatch.setattr(calibration.promise, real.__name__, recorded(real))
+    words = sentences(200)
+    make_dial(tagger, words, 0.25, 0.85, policies=GRID)
+    data = Dataset.from_dict({"words": words})
+    calibrate(tagger, data, max_disagreement=0.25, confidence=0.85, policies=GRID)
+    hf = tokenexit.to_hugging_face(tagger.model)
+    tokenexit.adapt(
+        hf, words, tagger.tokenizer, max_disagreement=0.25, confidence=0.85, timing_runs=0
+    )
+    assert {(0.25, 0.85), (0.85,)} == set(seen) and len(seen) > 9
+
+
 def test_too_little_is_refused_with_how_much_would_do(tagger, found):
     least = needed(0.01, 0.9)
     with pytest.raises(ValueError, match=r"got 200 sentences.*expected at least (\d+)") as refused:

@@ -67,6 +67,7 @@ class Calibration:
         dial: of a promise, the speeds and what was promised.
         needed: of a promise that no exits could be given, about how many sentences would do; None
             if no number would, or exits are promised.
+        original: score of the tagger that the loss is measured against; None: of full depth.
     """
 
     metric: str
@@ -76,11 +77,13 @@ class Calibration:
     chosen: Point
     dial: Dial | None = None
     needed: int | None = None
+    original: float | None = None
 
     def to_dict(self) -> dict:
         """All of it, JSON-ready."""
         return {
             "metric": self.metric,
+            **({} if self.original is None else {"original": self.original}),
             "full_depth": self.full_depth.to_dict(),
             "chosen": self.chosen.to_dict(),
             "verified": [p.to_dict() for p in self.verified],
@@ -120,6 +123,7 @@ def calibrate(
     max_disagreement: float | None = None,
     confidence: float = 0.9,
     timing_runs: int = 0,
+    original: Tagger | None = None,
 ) -> Calibration:
     """Sweep policies on development data and pick one.
 
@@ -142,11 +146,13 @@ def calibrate(
         max_disagreement, confidence, timing_runs: in place of the targets, a promise for text
             without labels, see `make_dial`, which says how it is found. Full depth is chosen where
             every policy with exits disagrees too much.
+        original: the tagger that this one was before it was trained to exit: a loss is of its
+            score, a promise about its labels, at full depth. None: full depth of this one.
 
     Raises:
         ValueError: several targets; a target that no policy reaches; no sentences or labels, or no
             entity among them; classifiers that were never trained; too few sentences for the
-            promise.
+            promise; an original and a target speed-up.
     """
     targets = {
         "target_speedup": target_speedup,
@@ -155,6 +161,8 @@ def calibrate(
     }
     if len(given := [name for name, value in targets.items() if value is not None]) > 1:
         raise ValueError(f"got both {' and '.join(given)}; expected one of them")
+    if original is not None and target_speedup is not None:
+        raise ValueError("got original with target_speedup; expected a loss or a disagreement")
     if max_disagreement is not None:
         if verify is not None:
             raise ValueError("got verify with max_disagreement, which runs all policies of a path")
@@ -163,6 +171,7 @@ def calibrate(
             data["words"],
             max_disagreement,
             confidence,
+            reference=original and _whole(original, data["words"]),
             policies=policies,
             timing_runs=timing_runs,
             progress=progress,
@@ -192,7 +201,10 @@ def calibrate(
     policies = policy_grid() if policies is None else list(policies)
 
     sweep = Sweep(tagger, data, policies[0].criterion, metric)
-    full = sweep.point(ExitPolicy.never())
+    full, theirs = sweep.point(ExitPolicy.never()), None
+    if original is not None:
+        labels = _whole(original, data["words"])
+        theirs = score(sweep.gold, labels, sweep.metric)["score"]
     simulated = []
     for number, policy in enumerate(policies, 1):
         simulated.append(sweep.point(policy))
@@ -204,7 +216,7 @@ def calibrate(
     def meets(point: Point) -> bool:
         if target_speedup is not None:
             return point.speedup >= target_speedup
-        return point.score >= full.score - max_loss
+        return point.score >= (full.score if theirs is None else theirs) - max_loss
 
     def preference(point: Point) -> tuple[float, float]:
         if target_speedup is not None:
@@ -246,6 +258,12 @@ def calibrate(
         real = evaluate(tagger, data, policy, metric=metric)
         verified[policy] = Point(policy, real.score, real.flops_speedup)
         progress("verify", len(verified), min(most, len(verified) + len(queue) - 1))
+    if not good() and target_speedup is None:
+        best = max((*verified.values(), full), key=lambda p: p.score)
+        raise ValueError(
+            f"no policy scores {theirs - max_loss:.4f}, {max_loss:g} below the original; the best "
+            f"verified is {best.policy} with {best.score:.4f}"
+        )
     if not good():
         fastest = max((*verified.values(), full), key=lambda p: p.speedup)
         raise ValueError(
@@ -258,6 +276,7 @@ def calibrate(
         simulated=simulated,
         verified=sorted(verified.values(), key=lambda p: p.speedup),
         chosen=max(good(), key=preference),
+        original=theirs,
     )
 
 
@@ -390,9 +409,15 @@ def make_dial(
             confidence=confidence,
             sentences=len(words) - cut,
             dtype=dtype_of(tagger.model),
+            reference="full depth" if reference is None else "the original",
         ),
         needed=needed,
     )
+
+
+def _whole(tagger: Tagger, sentences: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Labels at full depth."""
+    return tag_windows(tagger, tagger.windows(sentences), ExitPolicy.never()).labels
 
 
 def _check_trained(tagger: Tagger):

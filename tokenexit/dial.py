@@ -18,12 +18,13 @@ class Speed:
     Attributes:
         policy: when words leave.
         speedup: over full depth, in multiply-adds.
-        disagreement: share of a sentence's words that get another label than at full depth, in the
-            mean over sentences.
+        disagreement: share of a sentence's words that get another label than at full depth, or than
+            the dial's reference gives, in the mean over sentences.
         bound: what that is below on more such text, with the dial's confidence; of this policy by
             itself.
         mean_exit_layer: over words.
         wall_speedup: over full depth, in the time of the machine that measured it, or None.
+        score: on annotated sentences, in the dial's metric, or None.
     """
 
     policy: ExitPolicy
@@ -32,6 +33,7 @@ class Speed:
     bound: float
     mean_exit_layer: float
     wall_speedup: float | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Dial:
         max_disagreement, confidence: of the promise.
         sentences: that it was tested on.
         dtype: of the weights that it was tested with: "float32", "int8", ...; None: not known.
+        metric: of the speeds' scores, or None.
+        reference: whose labels count as right: "full depth" or "the original".
     """
 
     speeds: tuple[Speed, ...]
@@ -54,6 +58,17 @@ class Dial:
     confidence: float
     sentences: int
     dtype: str | None = None
+    metric: str | None = None
+    reference: str = "full depth"
+
+    @property
+    def promise(self) -> str:
+        """What is promised, in words."""
+        return (
+            f"with a confidence of {self.confidence:.0%}, the labels of fewer than "
+            f"{self.max_disagreement:.2%} of a sentence's words, in the mean over such sentences, "
+            f"are not those of {self.reference}; tested on {self.sentences} sentences"
+        )
 
     def at(self, speed: float | str) -> Speed:
         """The one that is asked for.

@@ -1,5 +1,7 @@
 """Texts in, spans out: words, places, confidences; and callers of several threads together."""
 
+import html
+import re
 import threading
 
 import pytest
@@ -108,6 +110,24 @@ def test_confidences_are_those_of_the_layer_left_at(tagger):
     assert [tagged.confidences[i] for i in left_first] == pytest.approx(
         [first[i] for i in left_first]
     )
+
+
+def test_shown_in_a_notebook(tagger):
+    """The text as it was, escaped; words by their layer, labels beside them."""
+    text = "John  <b>Smith</b> & Paris."
+    (tagged,) = tagger.tag([text], ExitPolicy(threshold=0.5, window=0))
+    shown = tagged._repr_html_()
+    plain = re.sub(r"<sub>.*?</sub>", "", shown)
+    assert html.unescape(re.sub(r"<[^>]*>", "", plain)) == text
+    layers = [int(layer) for layer in re.findall(r'title="layer (\d+), \d+%"', shown)]
+    assert layers == tagged.exit_layers
+    alphas = [float(x) for x in re.findall(r"139, ([\d.]+)\)", shown)]
+    assert alphas == [round(0.6 * layer / 4, 2) for layer in layers]  # of 4 layers
+    labels = [label for label in tagged.labels if label != "O"]
+    assert re.findall(r"<sub><b>(.*?)</b></sub>", shown) == labels
+    (of_words,) = tagger.tag([["a<b", "c"]])
+    assert "a&lt;b</span>" in of_words._repr_html_()
+    assert Tagged([], [], [])._repr_html_().startswith("<div")
 
 
 def test_spans_of_schemes():

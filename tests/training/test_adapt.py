@@ -39,19 +39,36 @@ def states_of(model, tokenizer, texts):
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_the_model_is_what_it_was(family, tiny_tokenizer):
-    """Weights to the bit, and labels at full depth; only heads below the last are new."""
+def test_the_model_is_what_it_was(family, tiny_tokenizer, tmp_path):
+    """Weights and full depth to the bit; only heads below the last are new. It loads and tags."""
     tokenizer = tiny_tokenizer()
     hf = theirs(tokenizer, family)
     before = {name: value.clone() for name, value in hf.state_dict().items()}
-    converted = tokenexit.convert(hf, tokenizer).state_dict()
+    converted = tokenexit.convert(hf, tokenizer)
     result = adapt(hf, sentences(80), tokenizer, **BOUND)
     assert all(torch.equal(value, before[name]) for name, value in hf.state_dict().items())
-    after = result.tagger.model.state_dict()
-    changed = {name for name, value in after.items() if not torch.equal(value, converted[name])}
+    model, old = result.tagger.model, converted.state_dict()
+    changed = {name for name, v in model.state_dict().items() if not torch.equal(v, old[name])}
     heads = {f"encoder.heads.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
-    assert changed == heads and result.tagger.model.untrained_heads() == []
+    assert changed == heads and model.untrained_heads() == []
     some = sentences(9, seed=3)
+    batch = tokenizer(some, is_split_into_words=True, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        full = [x(**batch, policy=ExitPolicy.never()).logits for x in (model, converted)]
+        wanted = hf(**batch).logits
+    assert torch.equal(*full)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(full[0][real], wanted[real], atol=1e-4, rtol=1e-4)
+    back = tokenexit.to_hugging_face(model).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in back.items())
+
+    result.tagger.save_pretrained(tmp_path)
+    again = Tagger.from_pretrained(tmp_path)
+    assert again.model.dial == result.calibration.dial
+    for speed in ("full", "promised", "fastest"):
+        assert again.tag(some, speed=speed) == result.tagger.tag(some, speed=speed)
+    texts = [" ".join(words) + "." for words in some]
+    assert [x.words for x in again.tag(texts, speed="fastest")] == [[*x, "."] for x in some]
     names = hf.config.id2label
     tagged = result.tagger.tag(some, speed="full")
     for words, its in zip(some, tagged, strict=True):

@@ -12,6 +12,7 @@ import tokenexit
 from tokenexit import ExitPolicy
 from tokenexit.evaluate import evaluate
 from tokenexit.text import scoring
+from tokenexit.training.report import ReportExits
 from tokenexit.training.self_sampling import Remembered, SelfSampling, cached_exits
 from tokenexit.training.trainer import (
     ExitTrainer,
@@ -363,3 +364,31 @@ def test_last_checkpoint_skips_unfinished_ones(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-200").mkdir()
     assert last_checkpoint(tmp_path).name == "checkpoint-9"
+
+
+@pytest.mark.parametrize("policy", [None, ExitPolicy(threshold=0.5, window=0)])
+def test_exits_are_told_after_each_epoch(tiny_tokenizer, tmp_path, policy):
+    """As tagging tells them; the run itself is what it is without."""
+    tokenizer, told = tiny_tokenizer(), ExitPolicy(threshold=0.6, window=1)
+    words, plain = data(20, seed=5)["words"], trainer_for(tokenizer, tmp_path / "plain")
+    plain.train()
+    trainer = trainer_for(tokenizer, tmp_path / "told")
+    trainer.model.policy = told
+    trainer.add_callback(ReportExits(trainer, tokenizer, words, policy))
+    trainer.train()
+    assert equal(state(trainer), state(plain))
+    logs = [row for row in trainer.state.log_history if "exit_speedup" in row]
+    assert [row["epoch"] for row in logs] == [1, 2]
+    labels = [sum((t.labels for t in trainer.tagger.tag(words, p)), [])
+              for p in (policy or told, ExitPolicy.never())]  # fmt: skip
+    exits = [x for t in trainer.tagger.tag(words, policy or told) for x in t.exit_layers]
+    last = logs[-1]
+    agree = sum(a == b for a, b in zip(*labels, strict=True)) / len(exits)
+    assert last["exit_agreement"] == pytest.approx(agree)
+    assert last["exit_mean_layer"] == pytest.approx(sum(exits) / len(exits))
+    for layer in range(1, 5):
+        assert last[f"exit_layer_{layer}"] == pytest.approx(exits.count(layer) / len(exits))
+    real = evaluate(trainer.tagger, data(20, seed=5), policy or told)
+    assert last["exit_speedup"] == pytest.approx(real.flops_speedup)
+    with pytest.raises(ValueError, match="sentences without a word"):
+        ReportExits(trainer, tokenizer, [[]])

@@ -191,11 +191,7 @@ def dial_table(dial, columns: Mapping[str, list[str]] = MappingProxyType({})) ->
         row += [texts[number] for texts in columns.values()]
         within = dial.promised is not None and number <= dial.promised
         table.add_row(*row, "promised" if within else "")
-    table.caption = (
-        f"promised: with a confidence of {dial.confidence:.0%}, the labels of fewer than "
-        f"{dial.max_disagreement:.2%} of a sentence's words, in the mean over such sentences, are "
-        f"not those of full depth; tested on {dial.sentences} sentences"
-    )
+    table.caption = f"promised: {dial.promise}"
     return table
 
 

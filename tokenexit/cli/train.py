@@ -249,6 +249,13 @@ def calibrate(
         ),
     ] = None,
     confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.9,
+    original: Annotated[
+        str | None,
+        typer.Option(
+            help="Tagger, a folder or a hub name, whose score or labels count in place of this "
+            "one's at full depth: what it was before `self-sample`, say."
+        ),
+    ] = None,
     timing_runs: Annotated[
         int, typer.Option(help="Timed runs of each speed that a promise covers or not.", min=0)
     ] = 0,
@@ -305,6 +312,7 @@ def calibrate(
     base = tagger.model.policy.replace(
         threshold=0.0, **{name: value for name, value in kinds.items() if value is not None}
     )
+    theirs = original and load_tagger(original, batch_size)
     if promised:
         texts = Dataset.from_dict({"words": tagger.split(read_texts(data, format))})
         grid = policy_grid(base, thresholds=FINE)
@@ -323,6 +331,7 @@ def calibrate(
             max_disagreement=max_disagreement,
             confidence=confidence,
             timing_runs=timing_runs,
+            original=theirs,
         )
     tagger.model.policy = result.chosen.policy
     if promised:
@@ -346,6 +355,8 @@ def calibrate(
 
 def _verified(result) -> Table:
     table = Table("policy", result.metric, "speed-up", "", title="verified with real exits")
+    if result.original is not None:
+        table.add_row("the original", f"{result.original:.4f}", "", "")
     table.add_row("full depth", f"{result.full_depth.score:.4f}", "1.00", "")
     for point in result.verified:
         mark = "chosen" if point.policy == result.chosen.policy else ""
@@ -483,6 +494,8 @@ def demo(
 
 def _save_config(model, folder: str):
     from tokenexit.files import write_folder_aside
+    from tokenexit.models.card import write_card
 
     with write_folder_aside(folder) as aside:
         model.config.save_pretrained(aside)
+    write_card(model, folder)

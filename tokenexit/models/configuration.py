@@ -38,6 +38,8 @@ class TokenExitConfig(PreTrainedConfig):
         untrained_heads: layers, from 1, whose classifiers were never trained; see
             `TokenExitForTokenClassification.untrained_heads`.
         int8: whether the layers' products have 8-bit weights, see `tokenexit.quantize`.
+        made_from: the model it was converted from: a name on the hub, or "./" and the name of a
+            folder.
 
     The others are those of a BERT configuration.
     """
@@ -78,6 +80,7 @@ class TokenExitConfig(PreTrainedConfig):
     dial: dict | None = None
     untrained_heads: list[int] | None = None
     int8: bool = False
+    made_from: str | None = None
 
     @property
     def max_tokens(self) -> int:

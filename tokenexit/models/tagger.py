@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized, quantize
 from tokenexit.models.batching import MicroBatcher
+from tokenexit.models.card import NAME as CARD
+from tokenexit.models.card import write_card
 from tokenexit.models.checkpoint import check_dtype_of_int8
 from tokenexit.models.evaluation import evaluating
 from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
@@ -59,6 +66,7 @@ class Tagged:
             left at.
         text: what was given: a text, or None where it was a list of words.
         offsets: (start, stop) of each word in the text; None without.
+        num_layers: of the tagger.
     """
 
     words: list[str]
@@ -68,21 +76,45 @@ class Tagged:
     text: str | None = None
     offsets: list[tuple[int, int]] | None = None
     scheme: str = field(default="accuracy", repr=False, compare=False)
+    num_layers: int | None = field(default=None, repr=False, compare=False)
 
     @property
     def spans(self) -> list[Span]:
         """The chunks that the labels tell of, in the text or in the words with blanks between."""
         text, places = self.text, self.offsets
         if places is None:
-            text = " ".join(self.words)
-            ends = [*accumulate(len(word) + 1 for word in self.words)]
-            places = [(e - 1 - len(w), e - 1) for w, e in zip(self.words, ends, strict=True)]
+            text, places = " ".join(self.words), _places(self.words)
         found = []
         for kind, first, last in spans(self.labels, self.scheme):
             start, stop = places[first][0], places[last][1]
             sure = min(self.confidences[first : last + 1])
             found.append(Span(kind, text[start:stop], start, stop, sure))
         return found
+
+    def _repr_html_(self) -> str:
+        """The text, darker where words left later; labels other than "O" beside their words."""
+        text, places, shown, end = self.text, self.offsets, [], 0
+        if places is None:
+            text, places = " ".join(self.words), _places(self.words)
+        depth = self.num_layers or max(self.exit_layers, default=1)
+        rows = zip(places, self.labels, self.exit_layers, self.confidences, strict=True)
+        for (start, stop), label, layer, sure in rows:
+            shown.append(
+                f'{html.escape(text[end:start])}<span title="layer {layer}, {sure:.0%}" '
+                f'style="background: rgba(31, 111, 139, {0.6 * layer / depth:.2f})">'
+                f"{html.escape(text[start:stop])}</span>"
+            )
+            if label != "O":
+                shown.append(f"<sub><b>{html.escape(label)}</b></sub>")
+            end = stop
+        shown.append(html.escape(text[end:]))
+        return f'<div style="line-height: 1.8">{"".join(shown)}</div>'
+
+
+def _places(words: Sequence[str]) -> list[tuple[int, int]]:
+    """(start, stop) of words with a blank between them."""
+    ends = accumulate(len(word) + 1 for word in words)
+    return [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]
 
 
 class Tagger:
@@ -194,10 +226,53 @@ class Tagger:
         return cls(model, load_tokenizer(name, **hub), **kwargs)
 
     def save_pretrained(self, folder: str | os.PathLike):
-        """Save model, policy and tokenizer; a failure leaves nothing half-written."""
+        """Save model, policy, tokenizer and a model card; a failure leaves nothing half-written.
+
+        The card says what the tagger was made from, its speeds and what is promised. One that
+        somebody else wrote stays.
+        """
         with write_folder_aside(folder) as aside:
             self.model.save_pretrained(aside)
             self.tokenizer.save_pretrained(aside)
+            write_card(self.model, aside, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "A tagger whose tokens leave early",
+    ) -> str:
+        """Upload what `save_pretrained` writes; `from_pretrained(repo_id)` loads it anywhere.
+
+        A model card that the repository has stays unless it is ours.
+
+        Args:
+            repo_id: "owner/name", or a name of one's own; made if it is not there.
+            private: of a new one. None: as the owner's are.
+            token: of the hub. None: the one logged in with.
+            revision: the branch. None: the main one.
+
+        Returns:
+            The address of the commit.
+        """
+        hub = HfApi(token=token)
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            hub.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            with suppress(EntryNotFoundError):
+                hub.hf_hub_download(repo_id, CARD, revision=revision, local_dir=folder)
+            self.save_pretrained(folder)
+            commit = hub.upload_folder(
+                folder_path=folder,
+                repo_id=repo_id,
+                revision=revision,
+                commit_message=commit_message,
+            )
+        return commit.commit_url
 
     def tag(
         self,
@@ -253,6 +328,7 @@ class Tagger:
     ) -> Iterator[Tagged]:
         done = 0
         scheme = detect_metric(self.model.config.id2label.values())
+        depth = self.model.config.num_hidden_layers
         while chunk := list(islice(sentences, buffer)):
             given = self._policy_now() if policy is None else policy
             if isinstance(policy, Sequence):
@@ -280,7 +356,7 @@ class Tagger:
                     map(list, zip(*found, strict=True)) if found else ([], [], [])
                 )
                 places = (places or []) if text is not None else None
-                yield Tagged(list(its_words), labels, layers, sure, text, places, scheme)
+                yield Tagged(list(its_words), labels, layers, sure, text, places, scheme, depth)
         if isinstance(policy, Sequence) and len(policy) != done:
             raise ValueError(f"got {len(policy)} policies for {done} sentences")
 

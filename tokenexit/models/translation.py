@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 import transformers
@@ -18,6 +20,8 @@ from tokenexit.models.configuration import TokenExitConfig, check_sizes
 from tokenexit.models.families import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def config_of(model: PreTrainedModel) -> TokenExitConfig:
@@ -57,6 +61,10 @@ def config_of(model: PreTrainedModel) -> TokenExitConfig:
         shared["classifier_dropout"] = shared["hidden_dropout_prob"]
     for name in ("model_type", "architectures", "transformers_version"):
         shared.pop(name, None)
+    if made_from := str(getattr(theirs, "_name_or_path", None) or ""):
+        # Of a folder its name: where it lay is nobody's business.
+        is_folder = Path(made_from).is_dir() or not _HUB_NAME.fullmatch(made_from)
+        shared["made_from"] = f"./{Path(made_from).resolve().name}" if is_folder else made_from
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(theirs, name, False):
             shared.pop(name, None)
@@ -111,6 +119,7 @@ _ONLY_OURS = frozenset(
         *("model_type", "architectures", "transformers_version", "exit_policy", "dtype"),
         *("source_model_type", "position_padding_id", "relative_attention_buckets", "int8"),
         *("untrained_heads", "always_project", "layer_of", "norm_after_projection", "dial"),
+        "made_from",
     )
 )
 

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -177,6 +177,10 @@ def adapt(
         for number, speed in enumerate(found.dial.speeds, 1):
             scores.append(evaluate(tagger, annotated, speed.policy, metric=metric).score)
             progress("score", number, len(found.dial.speeds))
+        speeds = zip(found.dial.speeds, scores, strict=True)
+        speeds = tuple(replace(speed, score=score) for speed, score in speeds)
+        found = replace(found, dial=replace(found.dial, speeds=speeds, metric=metric))
+        adapted.dial = found.dial
     original_wall, original = None, model
     if timing_runs and not isinstance(original, PreTrainedModel):
         original = AutoModelForTokenClassification.from_pretrained(model)
