@@ -141,3 +141,15 @@ def test_refuses():
         bias_gelu(torch.zeros(2, 3), torch.zeros(4))
     with pytest.raises(ValueError, match=r"approximate is 'erf'; expected one of \['none', 'tanh'"):
         bias_gelu(torch.zeros(2, 3), torch.zeros(3), "erf")
+
+
+def test_under_autocast_gelu_is_in_the_dtype_of_the_product():
+    """As Hugging Face's is: not in fp32, because the bias is, which takes twice the memory."""
+    x = torch.randn(5, 8, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(8, requires_grad=True)
+    out = bias_gelu(x, bias)
+    assert out.dtype == torch.bfloat16
+    expected = F.gelu(x.detach() + bias.detach().bfloat16())
+    torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
+    out.float().sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and bias.grad.dtype == torch.float32

@@ -27,7 +27,7 @@ def bias_gelu(
 
     Args:
         x: `[A, f]`.
-        bias: `[f]`.
+        bias: `[f]`; of another dtype than x, as under autocast, it is rounded to that.
         approximate: "none", by the error function; or "tanh", what Hugging Face calls "gelu_new".
         backend: "auto", or "reference" for plain PyTorch.
 
@@ -43,10 +43,11 @@ def bias_gelu(
         raise ValueError(f"got x {tuple(x.shape)}, bias {tuple(bias.shape)}; expected [A, f], [f]")
     if approximate not in GELUS.values():
         raise ValueError(f"approximate is {approximate!r}; expected one of {[*GELUS.values()]}")
+    if bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     if use_triton(backend, x, bias):
         return torch.ops.tokenexit_triton.bias_gelu(x, bias, approximate == "tanh")
-    fits = x.dtype == bias.dtype == torch.float32
-    if use_compiled(backend, x.device, _DEVICES) and fits:
+    if use_compiled(backend, x.device, _DEVICES) and x.dtype == torch.float32:
         return torch.ops.tokenexit.bias_gelu(x, bias, approximate == "tanh")
     return F.gelu(x + bias, approximate=approximate)
 
