@@ -189,9 +189,8 @@ def gpu(
     splits = sources.splits(runs[-1].data, texts)
     more = {}
     if tiny:
-        less = {"batch_size": 4, "seconds": None}
         runs = [
-            dataclasses.replace(one, **less, settings={**one.settings, **TINY_SETTINGS})
+            dataclasses.replace(one, batch_size=4, settings={**one.settings, **TINY_SETTINGS})
             for one in runs
         ]
         parts = (getattr(splits, field.name) for field in dataclasses.fields(splits))
