@@ -1,5 +1,7 @@
 """What a fast loop needs of what it reads; and whatever users do to modules, a model heeds it."""
 
+import copy
+
 import pytest
 import torch
 from random_models import random_batch, random_tagger
@@ -430,3 +432,52 @@ def test_a_model_tells_its_loop(model):
     assert model.loop == "eager: a fast loop needs contiguous weights"
     model.backend = "reference"
     assert model.loop == "reference"
+
+
+def renamed(model):
+    layer = model.encoder.layers[1]
+    layer.other = layer._modules.pop("dropout")  # the last of its names
+
+
+def swapped(model):
+    layers = model.encoder.layers
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def of_another_class(model):
+    model.exit_heads[0].__class__ = nn.Linear
+
+
+def of_other_dictionaries(model):
+    part = model.encoder.layers[2].up
+    part._parameters = {name: nn.Parameter(p * 2) for name, p in part._parameters.items()}
+
+
+def more(model):
+    model.encoder.layers[3].down.extra = nn.Identity()
+
+
+def fewer(model):
+    model.encoder.layers[3].down.bias = None
+
+
+def another_buffer(model):
+    model.token_kinds = model.token_kinds.clone()
+
+
+HOLDS = [renamed, swapped, of_another_class, of_other_dictionaries, more, fewer, another_buffer]
+
+
+@pytest.mark.parametrize("change", HOLDS, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_what_is_remembered_is_of_what_is_still_held(model, change):
+    memory = conditions.Memory()
+    held = memory.of(model)
+    assert len(held.tensors) == len(model.state_dict())
+    found = held.once("a", object)
+    assert memory.of(model) is held and held.once("a", object) is found
+    change(model)
+    new = memory.of(model)
+    assert new is not held and memory.of(model) is new and new.once("a", object) is not found
+    assert memory.of(random_tagger(dtype=torch.float32)) is not new
+    assert copy.deepcopy(memory)._last is None

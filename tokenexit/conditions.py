@@ -7,8 +7,10 @@ plain way, layer by layer through calls in PyTorch, where hooks run and parts ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import is_, itemgetter, methodcaller
 
 import torch
 from torch import nn
@@ -49,14 +51,66 @@ class Reads:
 
     def __post_init__(self):
         self.tensors = self.weights + self.scales + self.classifiers
-        self._expected = None
 
-    @property
-    def expected(self) -> tuple[list[Sequence[int]], list[torch.dtype]]:
-        """What `layout` gives."""
-        if self._expected is None:  # no cached_property, which torch.compile does not take
-            self._expected = self.layout()
-        return self._expected
+
+class Held:
+    """What a module holds, with all modules within it: found once, as long as it `still` is so.
+
+    Attributes:
+        tensors: all parameters and buffers.
+    """
+
+    def __init__(self, root: nn.Module):
+        modules = [root]
+        for module in modules:
+            modules += [x for x in module.__dict__["_modules"].values() if x is not None]
+        self._modules = modules[1:]  # the root may hold this
+        self._types, own = self._found(root)
+        self._names, self._values = [
+            [*x] for x in map(chain.from_iterable, (own, map(_VALUES, own)))
+        ]
+        self.tensors = [x for x in self._values if isinstance(x, torch.Tensor)]
+        self._kept = {}
+
+    def still(self, root: nn.Module) -> bool:
+        """Whether it holds the same modules and tensors, by the same names and of those classes."""
+        types, own = self._found(root)
+        if types != self._types or [*chain.from_iterable(own)] != self._names:
+            return False
+        values = [*chain.from_iterable(map(_VALUES, own))]
+        return len(values) == len(self._values) and all(map(is_, values, self._values))
+
+    def once(self, key: Hashable, find: Callable[[], object]) -> object:
+        """What `find` gave the first time."""
+        if key not in self._kept:
+            self._kept[key] = find()
+        return self._kept[key]
+
+    def _found(self, root):
+        """The modules' classes, and those of their dictionaries in which there is something."""
+        modules = [root, *self._modules]
+        own = chain.from_iterable([_OWN(module.__dict__) for module in modules])
+        return [*map(type, modules)], [*filter(None, own)]
+
+
+_OWN, _VALUES = itemgetter("_parameters", "_buffers", "_modules"), methodcaller("values")
+
+
+class Memory:
+    """What a module was last found to hold. Copies and pickles start with nothing."""
+
+    def __init__(self):
+        self._last = None
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def of(self, root: nn.Module) -> Held:
+        """What it holds now."""
+        last = self._last  # which another thread may replace
+        if last is None or not last.still(root):
+            last = self._last = Held(root)
+        return last
 
 
 def _own_forward(reads):
@@ -104,8 +158,8 @@ CALLS = (
 TENSORS = (
     ("weights where the states are", lambda r: all([x.device == r.device for x in r.tensors])),
     ("contiguous weights", _contiguous),
-    ("weights of shapes that fit", lambda r: [x.shape for x in r.tensors] == r.expected[0]),
-    ("weights of the states' dtype", lambda r: [x.dtype for x in r.tensors] == r.expected[1]),
+    ("weights of shapes that fit", lambda r: [x.shape for x in r.tensors] == r.layout()[0]),
+    ("weights of the states' dtype", lambda r: [x.dtype for x in r.tensors] == r.layout()[1]),
 )
 
 

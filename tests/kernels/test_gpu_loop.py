@@ -12,6 +12,7 @@ from random_models import FAMILIES, random_batch, random_tagger
 from test_reference import POLICIES
 
 from tokenexit import ExitPolicy
+from tokenexit.conditions import Held
 from tokenexit.loops import LOOPS, Call, gpu, graphs
 from tokenexit.models import pipeline
 from tokenexit.models.rows import Rows
@@ -362,6 +363,7 @@ def test_two_threads_and_two_streams_in_graphs(device, graphed):
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(calls, range(2)))
     # Of one thread, none of which is waited for by the host.
+    held = lambda: Held(tagger).tensors  # noqa: E731
     recorder, streams, results = tagger._graphs, [torch.cuda.Stream() for _ in range(2)], []
     rows = dict.fromkeys(("token_type_ids", "position_ids", "exit_layers"))
     for i in range(40):
@@ -369,7 +371,7 @@ def test_two_threads_and_two_streams_in_graphs(device, graphed):
             batch = batches[i % 3]
             given = rows | batch | {"attention_mask": batch["attention_mask"] != 0}
             schedule = Schedule.of(POLICY, 2, len(batch["input_ids"]), wanted[0])
-            results.append((i % 3, recorder(partial(tag, tagger), given, schedule, tagger)[0]))
+            results.append((i % 3, recorder(partial(tag, tagger), given, schedule, held)[0]))
     torch.cuda.synchronize()
     for at, got in results:
         torch.testing.assert_close(got, wanted[at], atol=1e-5, rtol=1e-5)

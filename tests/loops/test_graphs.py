@@ -10,6 +10,7 @@ from recording import Stream, pretend
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tokenexit import ExitPolicy
+from tokenexit.conditions import Held
 from tokenexit.loops import gpu, graphs
 from tokenexit.schedule import Schedule
 
@@ -84,6 +85,11 @@ def rows_of(sentences=3, tokens=5, **more):
     return {"input_ids": ids, "attention_mask": ids % 4 > 0, "word_ids": None, **more}
 
 
+def held(module):
+    """Gives what `module` holds now."""
+    return lambda: Held(module).tensors
+
+
 def schedule_of(policy=None, sentences=3):
     return Schedule.of(policy or ExitPolicy(threshold=0.25), 4, sentences, torch.zeros(0))
 
@@ -116,11 +122,11 @@ def test_other_weights_get_another_graph(change, recorded):
     for step in ("as made", "replayed", change, "replayed"):
         if callable(step):
             step(module)
-        got = recorder(module, rows_of(), schedule_of(), module)
+        got = recorder(module, rows_of(), schedule_of(), held(module))
         assert all(map(torch.equal, got, module(rows_of(), schedule_of()))), step
     assert recorded == [1, 2] and len(recorded.alive) == 1  # pools
     module.weight.fill_(9)  # in place, which the graph reads
-    got = recorder(module, rows_of(), schedule_of(), module)
+    got = recorder(module, rows_of(), schedule_of(), held(module))
     assert all(map(torch.equal, got, module(rows_of(), schedule_of())))
     assert len(recorded) == 2 and not gpu.FALLBACKS
 
@@ -131,20 +137,20 @@ def test_what_a_graph_reads_is_kept_until_it_is_forgotten(change, recorded):
     recorded.module = module = Sums()
     recorder = graphs.Graphs()
     assert recorder.ahead(rows_of(), schedule_of()) is None
-    recorder(module, rows_of(), schedule_of(), module)
-    read = [StorageWeakRef(x.untyped_storage()) for x in graphs.held(module)]
+    recorder(module, rows_of(), schedule_of(), held(module))
+    read = [StorageWeakRef(x.untyped_storage()) for x in held(module)()]
     change(module)
     gc.collect()
     assert not any(storage.expired() for storage in read)
     ahead = recorder.ahead(rows_of(), schedule_of())
-    got = recorder(module, rows_of(), schedule_of(), module, ahead)
+    got = recorder(module, rows_of(), schedule_of(), held(module), ahead)
     assert got is not ahead[1] and all(map(torch.equal, got, module(rows_of(), schedule_of())))
     recorded.clear()
     del ahead
     gc.collect()
     assert sum(storage.expired() for storage in read) == 1
     ahead = recorder.ahead(rows_of(), schedule_of())
-    assert recorder(module, rows_of(), schedule_of(), module, ahead) is ahead[1]
+    assert recorder(module, rows_of(), schedule_of(), held(module), ahead) is ahead[1]
     assert not recorded
 
 
@@ -164,7 +170,7 @@ def test_other_options_get_another_graph(name, recorded):
     recorded.module = module = Sums()
     recorder = graphs.Graphs()
     for rows, schedule in (both := [(rows_of(), schedule_of()), INPUTS[name]]) * 2:
-        got = recorder(module, rows, schedule, module)
+        got = recorder(module, rows, schedule, held(module))
         assert all(map(torch.equal, got, module(rows, schedule)))
     assert recorded == [1] * len(both)  # in one pool
 
@@ -176,7 +182,7 @@ def test_one_graph_serves_values_sizes_and_thresholds(recorded):
     for sentences, tokens, threshold in [(3, 5, 0.25), (8, 16, 0.5), (1, 1, 0.75), (3, 5, 0.25)]:
         policies = [ExitPolicy(threshold=threshold, window=i) for i in range(sentences)]
         rows, schedule = rows_of(sentences, tokens), schedule_of(policies, sentences)
-        got = recorder(module, rows, schedule, module)
+        got = recorder(module, rows, schedule, held(module))
         assert all(map(torch.equal, got, module(rows, schedule)))
     assert len(recorded) == 1
 
@@ -188,7 +194,7 @@ def test_precision_gets_another_graph(recorded):
     try:
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
-            got = recorder(module, rows_of(), schedule_of(), module)
+            got = recorder(module, rows_of(), schedule_of(), held(module))
             assert all(map(torch.equal, got, module(rows_of(), schedule_of())))
     finally:
         torch.set_float32_matmul_precision(before)
@@ -206,7 +212,7 @@ def test_where_recording_fails_all_is_run_directly_and_told_once(recorded, monke
     with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted") as told:
         for sentences in (3, 3, 9):
             rows, schedule = rows_of(sentences), schedule_of(sentences=sentences)
-            got = recorder(module, rows, schedule, module)
+            got = recorder(module, rows, schedule, held(module))
             assert all(map(torch.equal, got, module(rows, schedule)))
     assert len(recorded) == 2  # not tried again for the same key
     assert len(told) == 1 and gpu.FALLBACKS == {"not recorded": 2}
@@ -218,7 +224,7 @@ def test_calls_on_another_stream_wait_for_those_before(recorded, monkeypatch):
     recorder, a, b = graphs.Graphs(), Stream(), Stream()
     for stream in (a, a, b, b, a):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda stream=stream: stream)
-        recorder(module, rows_of(), schedule_of(), module)
+        recorder(module, rows_of(), schedule_of(), held(module))
     assert b.waited == [a] and a.waited == [b]
 
 
@@ -235,7 +241,7 @@ def test_where_memory_is_short_all_graphs_are_forgotten(recorded, monkeypatch):
         rows, schedule = rows_of(sentences), schedule_of(sentences=sentences)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            got = recorder(module, rows, schedule, module)
+            got = recorder(module, rows, schedule, held(module))
         assert all(map(torch.equal, got, module(rows, schedule)))
     assert recorded == [1, 2] and gpu.FALLBACKS == {"not recorded": 1}  # pools
 

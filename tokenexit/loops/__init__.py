@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import torch
 
-from tokenexit.conditions import CALLS, TENSORS, Condition, Reads, unmet
+from tokenexit.conditions import CALLS, TENSORS, Condition, Held, Reads, unmet
 from tokenexit.layers import LAYERS, STATES, DisentangledLayer, ExitLayer, reads
 from tokenexit.loops import cpu, eager, gpu
 from tokenexit.loops.eager import ExitEncoder, Outcome
@@ -38,6 +38,7 @@ class Call:
         wants_trace: whether the logits of each layer are asked for, as in training.
         wants_states: whether the states of each layer are asked for.
         is_recordable: whether all that is given is ids, on the device of `like`.
+        memory: gives what the model holds, of which lists are kept for other calls; None: of none.
     """
 
     encoder: ExitEncoder
@@ -47,9 +48,18 @@ class Call:
     wants_trace: bool = False
     wants_states: bool = False
     is_recordable: Callable[[], bool] = lambda: True
+    memory: Callable[[], Held] | None = None
 
     def __post_init__(self):
-        self._reads = self._outer = None  # no cached_property, which torch.compile does not take
+        # No cached_property, which torch.compile does not take.
+        self._reads = self._outer = self._held = None
+
+    @property
+    def held(self) -> Held:
+        """What the model holds."""
+        if self._held is None:
+            self._held = self.memory()
+        return self._held
 
     @property
     def layers(self) -> list[torch.nn.Module]:
@@ -64,15 +74,23 @@ class Call:
         """What a fast loop reads of the encoder without calling it."""
         if self._reads is None:
             encoder = [self.encoder], [ExitEncoder]
-            self._reads = reads(self.layers, self.heads, self.like, *encoder)
+            self._reads = self._once(
+                (self.like.shape[-1], self.like.dtype, self.like.device),
+                lambda: reads(self.layers, self.heads, self.like, *encoder),
+            )
         return self._reads
 
     @property
     def outer(self) -> Reads:
         """What a recorded loop does not call anew beside the encoder."""
         if self._outer is None:
-            self._outer = self.around()
+            self._outer = self._once("around", self.around)
         return self._outer
+
+    def _once(self, key, find):
+        if self.memory is None or torch.compiler.is_compiling():
+            return find()
+        return self.held.once(key, find)
 
 
 @dataclass(frozen=True)

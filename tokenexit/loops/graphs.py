@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from tokenexit.loops.gpu import fell_back
 from tokenexit.ops import float32_precision
@@ -43,19 +42,6 @@ def record(run: Callable, pool=None) -> tuple[torch.cuda.CUDAGraph, object]:
     finally:
         torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own where recording fails
     return graph, results
-
-
-def held(module: nn.Module) -> list[torch.Tensor]:
-    """All parameters and buffers of a module and those within it, fast: every call asks."""
-    found, parts = [], [module]
-    for part in parts:
-        if part is None:
-            continue
-        own = part.__dict__
-        for name, into in (("_parameters", found), ("_buffers", found), ("_modules", parts)):
-            if got := own[name]:
-                into += got.values()
-    return [tensor for tensor in found if tensor is not None]
 
 
 class Inputs:
@@ -111,14 +97,14 @@ class Graphs:
 
     A graph belongs to B and N, each rounded up, to which rows there are, and to options of the
     policy: of others, a new one is recorded, and the oldest of 64 forgotten. All belong to the
-    addresses of all that the module holds: where one has changed, they are recorded anew. Where
+    addresses of all weights: where one has changed, they are recorded anew. Where
     recording fails, or within another graph or torch.compile, all is run directly. Buffers are
     shared by calls, so those on another stream wait for those before. Copies and pickles start
     without graphs.
 
-    To look over a module takes the host as long as a sentence takes the GPU. So a caller may have a
-    graph replayed `ahead`, and look whether it still is the module's while the GPU is at it. What
-    it reads is kept meanwhile: memory of its own, even where the module has other tensors by now.
+    To look over a model takes the host as long as a sentence takes the GPU. So a caller may have a
+    graph replayed `ahead`, and look whether it still is the model's while the GPU is at it. What
+    it reads is kept meanwhile, even where the model has other tensors by now.
     """
 
     def __init__(self):
@@ -154,7 +140,7 @@ class Graphs:
         run: Callable,
         rows: dict,
         schedule: Schedule,
-        module: nn.Module,
+        weights: Callable[[], Sequence[torch.Tensor]],
         ahead: tuple[Recorded, tuple] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """`run(rows, schedule)`.
@@ -164,12 +150,12 @@ class Graphs:
                 the host, nor look at where "attention_mask" is false.
             rows: by name `[B, N]` or None, on the GPU; "attention_mask" is bool.
             schedule: of B sentences; a recorded run has room for one more.
-            module: holds all parameters and buffers that run reads.
+            weights: gives all parameters and buffers that run reads.
             ahead: what `ahead` gave for these.
         """
         if _is_traced():
             return run(rows, schedule)
-        key, weights = _key(rows, schedule), held(module)
+        key, weights = _key(rows, schedule), weights()
         addresses = [weight.data_ptr() for weight in weights]
         with self._lock, torch.cuda.device(rows["attention_mask"].device):
             if addresses != self._addresses:

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import TokenClassifierOutput
 
+from tokenexit.conditions import Memory
 from tokenexit.dial import Dial, Speed, parse_speed
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import dtype_of, is_quantized, quantize
@@ -106,7 +107,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
         kinds = torch.full((config.vocab_size,), STARTS_WORD, dtype=torch.uint8)
         self.register_buffer("token_kinds", kinds)
         self._backend = "auto"
-        self._graphs = Graphs()
+        self._graphs, self._memory = Graphs(), Memory()
         self.cuda_graphs = True
         self._new_heads: dict[int, torch.Tensor] = {}  # what was never trained, by layer
         self._warned = False

@@ -50,6 +50,7 @@ def call_of(model, schedule: Schedule, rows: Rows | None = None, **wants: bool) 
         schedule=schedule,
         around=lambda: _around(model),
         is_recordable=is_recordable,
+        memory=lambda: model._memory.of(model),
         **wants,
     )
 
@@ -120,7 +121,8 @@ def _recorded(model, rows, call, loop, ahead) -> Found:
 
     if not model.cuda_graphs:
         return Found(*tag_padded(rows.tensors, call.schedule))
-    return Found(*model._graphs(tag_padded, rows.tensors, call.schedule, model, ahead))
+    weights = lambda: call.held.tensors  # noqa: E731
+    return Found(*model._graphs(tag_padded, rows.tensors, call.schedule, weights, ahead))
 
 
 def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
