@@ -15,7 +15,7 @@ Stages, in this order; all but the last two where none is named:
     sizes     ragged sentences, few, long ones, bf16
     evidence  trains a tagger, and what its exits are worth; wants build/gpu-evidence, which
               `python -m experiments pack PLAN FOLDER` makes
-    sanitize  the CUDA op and the split products under compute-sanitizer
+    sanitize  the CUDA op, a product and an exit step under compute-sanitizer
 
 A stage gets what its own limit and the budget leave; one that fails or is cut off keeps no other
 from running. Torch, triton, transformers and pytest are all it wants. The folder gets summary.txt,
@@ -59,8 +59,8 @@ LEAST = 8  # seconds, for which no stage begins
 SANITIZED = [
     ("memcheck", "tests/ops/test_compact_active.py", "cuda and (no_sentences or matches_a_loop)"),
     ("racecheck", "tests/ops/test_compact_active.py", "cuda and special_tokens"),
-    ("memcheck", "tests/kernels/test_linear.py", "parts_of_a_product and float16 and 129"),
-    ("racecheck", "tests/kernels/test_linear.py", "parts_of_a_product and float16 and 129"),
+    ("memcheck", "tests/kernels/test_linear.py", "few_programs and float16 and 128"),
+    ("racecheck", "tests/kernels/test_decision.py", "exit_step_decides_as and entropy"),
 ]
 
 VERSIONS = """

@@ -17,9 +17,7 @@ import statistics
 import sys
 import time
 import traceback
-from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import gpu
 import harness
@@ -393,7 +391,7 @@ def tiny_tagger(dtype):
 
 
 def speed():
-    """At the goal's size, with and without exits; then with products done in other ways."""
+    """At the goal's size, with and without exits."""
     full = None
     for rate, kind in (
         (0.0, "even"), (0.75, "goal"), (0.75, "goal whole"), (0.75, "even"), (0.75, "whole"),
@@ -405,22 +403,6 @@ def speed():
         full = full or ms
         if full and ms:
             say(f"  layers: {full / ms:.2f} times as fast as full depth", keep=True)
-        if left() < 15:
-            return
-    if CHOSEN.device == "cpu":
-        return
-    from tokenexit.kernels import linear
-
-    def alone(x, tiles, norm_on="none"):
-        return (4 if tiles["BLOCK_M"] == 32 else 1), {}
-
-    changes = [("products never split", {"MOST_SPLITS": 1})]
-    changes.append(("one program of products a multiprocessor", {"residents": alone}))
-    for title, change in changes:
-        say(f"-- {title}:", keep=True)
-        with mock.patch.multiple(linear, **change):
-            for rate, kind in ((0.0, "even"), (0.75, "goal")):
-                bench().case(*bench().size, rate, kind, ["layers, graph"], theirs=False)
         if left() < 15:
             return
 
@@ -519,13 +501,9 @@ def product_case(role, x, weight, rows):
         "grouped_mm": lambda: F.grouped_mm(x, weight.T[None], offs=ends),
     }
     if x.is_cuda:
-        import gpu_products
-        from tokenexit.kernels.linear import linear, scratch
+        from tokenexit.kernels.linear import linear
 
-        split = scratch(x)
-        makers["tokenexit"] = lambda: linear(x, weight, count=count, split=split)
-        for name, tiles in gpu_products.CANDIDATES.items():
-            makers[name] = partial(gpu_products.product, x, weight, count, tiles)
+        makers["tokenexit"] = lambda: linear(x, weight, count=count)
     truth, same = F.linear(x[:rows].float(), weight.float()), F.linear(x[:rows], weight)
     found = {}
     for name, run in makers.items():

@@ -59,7 +59,9 @@ def _positions(positions_ptr, rows, mask):
 
 
 @triton.jit
-def _bias(scale, offs_k, bias_ptr, head, position, REACH, Q: tl.constexpr, K: tl.constexpr):
+def _bias(
+    SCALE: tl.constexpr, offs_k, bias_ptr, head, position, REACH, Q: tl.constexpr, K: tl.constexpr
+):
     """`[Q, K]` to start products `q . k` from; offs_k and position have to broadcast to it.
 
     Added afterwards the bias would bring its layout along, in which softmax is slow.
@@ -67,14 +69,14 @@ def _bias(scale, offs_k, bias_ptr, head, position, REACH, Q: tl.constexpr, K: tl
     start = tl.zeros((Q, K), tl.float32)
     if bias_ptr is not None:
         entry = tl.minimum(tl.maximum(offs_k - position, -REACH), REACH) + REACH
-        start += tl.load(bias_ptr + head * (2 * REACH + 1) + entry).to(tl.float32) * (1 / scale)
+        start += tl.load(bias_ptr + head * (2 * REACH + 1) + entry).to(tl.float32) * (1 / SCALE)
     return start
 
 
 @triton.jit
-def _scores(product, scale, offs_k, num_k):
+def _scores(product, SCALE: tl.constexpr, offs_k, num_k):
     """Scores to the base 2 of products; offs_k has to broadcast to them."""
-    return tl.where(offs_k < num_k, product * (scale * _LOG2_E), float("-inf"))
+    return tl.where(offs_k < num_k, product * (SCALE * _LOG2_E), float("-inf"))
 
 
 @triton.jit
@@ -108,7 +110,8 @@ def _softmax_step(s, top, total):
 @triton.jit(do_not_specialize=["seed"])
 def _exit_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, bias_ptr, positions_ptr,
-    scale, seed, H, REACH, stride_qa, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    SCALE: tl.constexpr, seed, H, REACH,
+    stride_qa, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     DROP_BELOW: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -130,9 +133,9 @@ def _exit_attention_fwd_kernel(
         mask_k, keys = offs_k < num_k, first_k + offs_k
         k = _load(k_ptr + head * stride_kh, keys * stride_kt, mask_k, 0, D, BLOCK_D)
         v = _load(v_ptr + head * stride_vh, keys * stride_vt, mask_k, 0, D, BLOCK_D)
-        s = _bias(scale, offs_k[None, :], bias_ptr, head, position, REACH, BLOCK_Q, BLOCK_K)
+        s = _bias(SCALE, offs_k[None, :], bias_ptr, head, position, REACH, BLOCK_Q, BLOCK_K)
         s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
-        s = _scores(s, scale, offs_k[None, :], num_k)
+        s = _scores(s, SCALE, offs_k[None, :], num_k)
         p, shrink, top, total = _softmax_step(s, top, total)
         p = _dropout(p, seed, rows[:, None], head, keys[None, :], DROP_BELOW)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink, input_precision=PRECISION)
@@ -143,16 +146,16 @@ def _exit_attention_fwd_kernel(
 
 @triton.jit
 def _gradients(
-    q, k, g, v, lse, delta, rows, position, offs_k, first_k, num_k, bias_ptr, head, scale, seed,
-    REACH, DROP_BELOW: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, g, v, lse, delta, rows, position, offs_k, first_k, num_k, bias_ptr, head,
+    SCALE: tl.constexpr, seed, REACH, DROP_BELOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of the weights after dropout, and of the gradient of the scores.
 
     `[queries, keys]`, or with q and k, g and v exchanged `[keys, queries]`; the vectors have to
     broadcast to it.
     """
-    s = _bias(scale, offs_k, bias_ptr, head, position, REACH, q.shape[0], k.shape[0])
-    s = _scores(tl.dot(q, tl.trans(k), s, input_precision=PRECISION), scale, offs_k, num_k)
+    s = _bias(SCALE, offs_k, bias_ptr, head, position, REACH, q.shape[0], k.shape[0])
+    s = _scores(tl.dot(q, tl.trans(k), s, input_precision=PRECISION), SCALE, offs_k, num_k)
     p = tl.exp2(s - lse)
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     keys = first_k + offs_k
@@ -162,8 +165,8 @@ def _gradients(
 
 @triton.jit
 def _keys_gradients(
-    k_ptr, v_ptr, q, g, lse, delta, rows, position, offs_k, first_k, num_k, bias_ptr, head, scale,
-    seed, REACH, stride_kt, stride_kh, stride_vt, stride_vh,
+    k_ptr, v_ptr, q, g, lse, delta, rows, position, offs_k, first_k, num_k, bias_ptr, head,
+    SCALE: tl.constexpr, seed, REACH, stride_kt, stride_kh, stride_vt, stride_vh,
     DROP_BELOW: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A block of keys, and the gradient of its scores: `[queries, keys]`."""
@@ -172,7 +175,7 @@ def _keys_gradients(
     v = _load(v_ptr + head * stride_vh, keys * stride_vt, mask_k, 0, D, BLOCK_D)
     _, ds = _gradients(
         q, k, g, v, lse[:, None], delta[:, None], rows[:, None], position[:, None],
-        offs_k[None, :], first_k, num_k, bias_ptr, head, scale, seed, REACH, DROP_BELOW, PRECISION,
+        offs_k[None, :], first_k, num_k, bias_ptr, head, SCALE, seed, REACH, DROP_BELOW, PRECISION,
     )  # fmt: skip
     return k, ds
 
@@ -180,7 +183,7 @@ def _keys_gradients(
 @triton.jit(do_not_specialize=["seed"])
 def _exit_attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, grad_ptr, delta_ptr, dq_ptr, dbias_ptr,
-    cu_q_ptr, cu_k_ptr, bias_ptr, positions_ptr, scale, seed, H, REACH,
+    cu_q_ptr, cu_k_ptr, bias_ptr, positions_ptr, SCALE: tl.constexpr, seed, H, REACH,
     stride_qa, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     DROP_BELOW: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -205,11 +208,11 @@ def _exit_attention_dq_kernel(
     for j in range(0, num_k, BLOCK_K):
         k, ds = _keys_gradients(
             k_ptr, v_ptr, q, g, lse, delta, rows, position, j + tl.arange(0, BLOCK_K), first_k,
-            num_k, bias_ptr, head, scale, seed, REACH, stride_kt, stride_kh, stride_vt, stride_vh,
+            num_k, bias_ptr, head, SCALE, seed, REACH, stride_kt, stride_kh, stride_vt, stride_vh,
             DROP_BELOW, PRECISION, D, BLOCK_D,
         )  # fmt: skip
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-    _store(dq_ptr, (rows * H + head) * D, mask_q, 0, acc * scale, D, BLOCK_D)
+    _store(dq_ptr, (rows * H + head) * D, mask_q, 0, acc * SCALE, D, BLOCK_D)
     if dbias_ptr is not None:
         last = 2 * REACH
         low = tl.min(tl.where(mask_q, position, num_k), 0)
@@ -226,7 +229,7 @@ def _exit_attention_dq_kernel(
                 offs_k = j + tl.arange(0, BLOCK_K)
                 _, ds = _keys_gradients(
                     k_ptr, v_ptr, q, g, lse, delta, rows, position, offs_k, first_k, num_k,
-                    bias_ptr, head, scale, seed, REACH, stride_kt, stride_kh, stride_vt, stride_vh,
+                    bias_ptr, head, SCALE, seed, REACH, stride_kt, stride_kh, stride_vt, stride_vh,
                     DROP_BELOW, PRECISION, D, BLOCK_D,
                 )  # fmt: skip
                 at = position[:, None] + (entry - REACH - j)[None, :]
@@ -245,7 +248,7 @@ def _exit_attention_dq_kernel(
 @triton.jit(do_not_specialize=["seed"])
 def _exit_attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, grad_ptr, delta_ptr, dk_ptr, dv_ptr,
-    cu_q_ptr, cu_k_ptr, bias_ptr, positions_ptr, scale, seed, H, REACH,
+    cu_q_ptr, cu_k_ptr, bias_ptr, positions_ptr, SCALE: tl.constexpr, seed, H, REACH,
     stride_qa, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     DROP_BELOW: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -273,20 +276,21 @@ def _exit_attention_dkdv_kernel(
         position = _positions(positions_ptr, rows, mask_q)
         p, ds = _gradients(
             k, q, v, g, lse[None, :], delta[None, :], rows[None, :], position[None, :],
-            offs_k[:, None], first_k, num_k, bias_ptr, head, scale, seed, REACH,
+            offs_k[:, None], first_k, num_k, bias_ptr, head, SCALE, seed, REACH,
             DROP_BELOW, PRECISION,
         )  # fmt: skip
         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    _store(dk_ptr, (keys * H + head) * D, mask_k, 0, dk * scale, D, BLOCK_D)
+    _store(dk_ptr, (keys * H + head) * D, mask_k, 0, dk * SCALE, D, BLOCK_D)
     _store(dv_ptr, (keys * H + head) * D, mask_k, 0, dv, D, BLOCK_D)
 
 
 @triton.jit
 def _absorbed_attention_kernel(
     q_ptr, h_ptr, out_ptr, cu_q_ptr, cu_k_ptr, bias_ptr, positions_ptr,
-    scale, H, REACH, stride_qa, stride_qh, stride_ht, PRECISION: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
+    SCALE: tl.constexpr, H, REACH, stride_qa, stride_qh, stride_ht,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A row is a pair of a query and a head, as all heads share their keys."""
     start, b = tl.program_id(0) * BLOCK_R, tl.program_id(1)
@@ -307,13 +311,13 @@ def _absorbed_attention_kernel(
         offs_k = j + tl.arange(0, BLOCK_K)
         mask_k, h_at = offs_k < num_k, (first_k + offs_k) * stride_ht
         cols = offs_k[None, :]
-        s = _bias(scale, cols, bias_ptr, head[:, None], position, REACH, BLOCK_R, BLOCK_K)
+        s = _bias(SCALE, cols, bias_ptr, head[:, None], position, REACH, BLOCK_R, BLOCK_K)
         hs, new_accs = (), ()
         for c in tl.static_range(CHUNKS):
             q = _load(q_ptr, q_at, mask_r, c * BLOCK_D, D, BLOCK_D)
             hs += (_load(h_ptr, h_at, mask_k, c * BLOCK_D, D, BLOCK_D),)
             s = tl.dot(q, tl.trans(hs[c]), s, input_precision=PRECISION)
-        s = _scores(s, scale, cols, num_k)
+        s = _scores(s, SCALE, cols, num_k)
         p, shrink, top, total = _softmax_step(s, top, total)
         p = p.to(h_ptr.dtype.element_ty)
         for c in tl.static_range(CHUNKS):
@@ -379,7 +383,7 @@ def exit_attention(
     )
     if out.numel() and grid[2]:
         wrap_triton(_exit_attention_fwd_kernel)[grid](
-            q, k, v, out, lse, *shared, **named,
+            q, k, v, out, lse, *shared, **named | dict(num_stages=3),
             BLOCK_Q=block, BLOCK_K=half if dropout_p or bias is not None else block,
         )  # fmt: skip
     return out, lse

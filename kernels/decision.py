@@ -8,12 +8,13 @@ sentence are decided in any order.
 import torch
 import triton
 import triton.language as tl
-from tokenexit.kernels.linear import load_row, mean_rstd, tiles_of
+from tokenexit.kernels.linear import load_row, load_stats, mean_rstd, stats_block
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op, triton_op, wrap_triton
 
 _WORDS = 32  # of a sentence, decided at a time
 _ROWS = 16  # of a program, the least that tensor cores take
+_BYTES = 512  # of a row, at a time
 
 
 @triton.jit
@@ -113,8 +114,8 @@ def _exit_step_kernel(
     x_ptr, stats_ptr, norm_weight_ptr, norm_bias_ptr, head_weight_ptr, head_bias_ptr,
     active_ptr, cu_active_ptr, word_at_ptr, h_ptr, logits_ptr, token_layer_ptr, u_ptr, exit_ptr,
     cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr, arrived_ptr,
-    D, stride_xr, stride_ht, num_stats, eps, layer,
-    C: tl.constexpr, MAX_PROB: tl.constexpr, DECIDE: tl.constexpr,
+    D, stride_xr, stride_ht, num_stats, layer, EPS: tl.constexpr,
+    C: tl.constexpr, MAX_PROB: tl.constexpr, ANSWER: tl.constexpr, DECIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +130,8 @@ def _exit_step_kernel(
     tokens = tl.load(active_ptr + rows, mask=mask_r, other=0)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    mean, rstd = mean_rstd(stats_ptr, rows, mask_r, D, num_stats, eps, BLOCK_S, S, 1)
+    sums, squares = load_stats(stats_ptr, rows, mask_r, num_stats, S, 1)
+    mean, rstd = mean_rstd(sums, squares, D, num_stats, EPS, BLOCK_S, S, 1)
     logits = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
@@ -140,9 +142,12 @@ def _exit_step_kernel(
         h = h * load_row(norm_weight_ptr, offs_d, mask_d) + load_row(norm_bias_ptr, offs_d, mask_d)
         h = h.to(x.dtype)
         tl.store(h_ptr + tokens[:, None] * stride_ht + offs_d[None, :], h, mask=mask)
-        w_at = head_weight_ptr + offs_c[None, :] * D + offs_d[:, None]
-        w = tl.load(w_at, mask=mask_c[None, :] & mask_d[:, None], other=0.0)
-        logits = tl.dot(h, w, logits, input_precision="ieee")
+        if ANSWER:
+            w_at = head_weight_ptr + offs_c[None, :] * D + offs_d[:, None]
+            w = tl.load(w_at, mask=mask_c[None, :] & mask_d[:, None], other=0.0)
+            logits = tl.dot(h, w, logits, input_precision="ieee")
+    if not ANSWER:
+        return
     logits += tl.load(head_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     rounded = logits.to(logits_ptr.dtype.element_ty)
     to = logits_ptr + tokens[:, None] * C + offs_c[None, :]
@@ -197,7 +202,7 @@ def exit_decision(
     return u, left
 
 
-@triton_op(
+@custom_op(
     "tokenexit_triton::exit_step_",
     mutates_args={"h", "logits", "token_layer", "uncertainty", "exit_layer", "arrived"},
 )
@@ -206,7 +211,7 @@ def exit_step_(
     head_weight: Tensor, head_bias: Tensor, active: Tensor, cu_active: Tensor, word_at: Tensor,
     h: Tensor, logits: Tensor, token_layer: Tensor, uncertainty: Tensor, exit_layer: Tensor,
     cu_words: Tensor, window: Tensor, threshold: Tensor, min_active: Tensor | None, arrived: Tensor,
-    layer: int, max_length: int, max_prob: bool = False, decide: bool = True,
+    layer: int, max_length: int, max_prob: bool = False, decide: bool = True, answer: bool = True,
 ) -> None:  # fmt: skip
     """A layer's end in one launch: LayerNorm, store, head and decision (post_norm, frozen).
 
@@ -230,24 +235,24 @@ def exit_step_(
         arrived: `[B]` int32, zeros; and zeros again afterwards.
         max_length: no sentence has more tokens.
         decide: False if exits are given, or nobody asks.
+        answer: False if no token can leave here: logits and token_layer stay as they are.
 
     Raises:
         ValueError: more than 256 labels, or norm_stats of another shape.
     """
     labels, d = head_weight.shape
-    tiles = tiles_of(len(x), x.element_size())
-    num_stats = triton.cdiv(d, tiles["BLOCK_N"])
+    num_stats = norm_stats.shape[1]
     if labels > 256:
         raise ValueError(f"got {labels} labels; expected at most 256")
-    if norm_stats.shape[1] != num_stats:
-        raise ValueError(f"got norm_stats {tuple(norm_stats.shape)}; expected [A, {num_stats}, 2]")
+    if norm_stats.shape != (len(x), num_stats, 2):
+        raise ValueError(f"got norm_stats {tuple(norm_stats.shape)}; expected [A, blocks, 2]")
     if len(window) and max_length:
-        wrap_triton(_exit_step_kernel)[(len(window), triton.cdiv(max_length, _ROWS))](
+        _exit_step_kernel[(len(window), triton.cdiv(max_length, _ROWS))](
             x, norm_stats, norm_weight, norm_bias, head_weight, head_bias,
             active, cu_active, word_at, h, logits, token_layer, uncertainty, exit_layer,
             cu_words, window, threshold, min_active, arrived,
-            d, x.stride(0), h.stride(0), num_stats, eps, layer, labels, max_prob, decide,
-            tiles["BLOCK_N"], triton.next_power_of_2(num_stats),
-            _ROWS, 128 // x.element_size(), max(16, triton.next_power_of_2(labels)), _WORDS,
+            d, x.stride(0), h.stride(0), num_stats, layer, eps, labels, max_prob, answer, decide,
+            stats_block(norm_stats, d), triton.next_power_of_2(num_stats),
+            _ROWS, _BYTES // x.element_size(), max(16, triton.next_power_of_2(labels)), _WORDS,
             num_stages=2,
         )  # fmt: skip

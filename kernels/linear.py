@@ -1,10 +1,9 @@
 """Matrix products over the first rows of a buffer; how many they are is read on the device.
 
-Programs of `linear` are persistent: as many as the GPU holds at a time take the count's tiles in
-turn. Tiles follow from the capacity, without autotuning: results must not change from run to run.
-Where tiles are few they are split along K, and whichever program of a tile is the last adds its
-parts up, in their order. So nobody waits for anybody, and a row hangs on the count by rounding at
-most. The grid of `query_key_value` fits all tokens, and programs beyond the counts leave at once.
+Programs are persistent: as many as the GPU holds at a time take the count's tiles in turn, so that
+nobody waits for anybody. Tiles follow from the capacity, without autotuning: results must not
+change from run to run. Where the GPU has a unit that copies tiles (TMA, Hopper and later) and rows
+are multiples of 16 bytes, it does; rows that are gathered, and other GPUs, load by pointers.
 
 LayerNorm has no launch of its own: the product that makes a row x leaves sum and squared deviations
 of each of its column blocks (`stats`), and stores `y = gamma * x`. With m and s the mean and the
@@ -12,10 +11,10 @@ of each of its column blocks (`stats`), and stores `y = gamma * x`. With m and s
 
     s * (W @ y) - s * m * (W @ gamma) + (W @ beta + b)
 
-so its loop is that of a plain product. Nothing cancels: means of a BERT's rows are small (below 0.1
-deviations in MiniLM), and at 5 deviations the error is still that of plain PyTorch. The two vectors
+so its loop is that of a plain product. Means of a BERT's rows are small (below 0.1 deviations in
+MiniLM), so nothing cancels; each deviation of the mean costs about a bit. The two vectors
 (`folded`) are made in every call, as weights may change unseen, beside queries, keys and values,
-where a GPU has time to spare.
+by programs that have no tile left.
 """
 
 import torch
@@ -23,37 +22,50 @@ import triton
 import triton.language as tl
 from tokenexit.kernels.norm import gelu, gelu_tanh
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-MOST_SPLITS = 8
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 _FOLD_K = 256  # columns of a weight, folded at a time
+_SMALL = 512  # rows, up to which tiles are small: they have to spread over the GPU
 
 
-def tiles_of(num_rows, itemsize):
-    """Sizes and options for products of so many rows: small ones have to spread over the GPU."""
-    stages = 2 if torch.version.hip else 3
-    if num_rows <= 256:
-        return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=256 // itemsize, num_warps=4, num_stages=stages)
-    # 128 rows of fp32 would not fit the registers of sm_100 beside a residual's LayerNorm.
-    rows = 128 if itemsize == 2 else 64
-    return dict(BLOCK_M=rows, BLOCK_N=128, BLOCK_K=128 // itemsize, num_warps=8, num_stages=stages)
+def is_wide(x):
+    """Whether tiles go by TMA and fill 227 KiB of shared memory; without a GPU, as on an H100."""
+    cuda = x.device.type == "cuda"
+    return not cuda or torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
-def on_hopper(x):
-    return x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] == 9
+def tiles_of(x, num_rows, n, k):
+    """Of products of up to so many rows, in the dtype of x: programs of a multiprocessor, options.
 
-
-def residents(x, tiles, norm_on="none"):
-    """Programs of `linear_` that a multiprocessor holds by registers, and an option for that.
-
-    Two let one compute while the other starts or ends its tile. By the compile report large tiles
-    leave registers for two on sm_90 alone, and not where a residual is normalized.
+    Those for Hopper are the fastest of 19 on an H100, for 400 to 8192 rows of BERT-base.
     """
-    if tiles["BLOCK_M"] == 32:
-        return 4, {}
-    two = norm_on != "residual" and on_hopper(x)
-    return (2, {"maxnreg": 128}) if two else (1, {})
+    size, stages = x.element_size(), 2 if torch.version.hip else 3
+    if num_rows <= _SMALL:
+        rows, stages, held = (64, 4, 2) if is_wide(x) and size == 2 else (32, stages, 4)
+        return held, _options(rows, 32, 256 // size, 4, stages)
+    if size == 4:  # 128 rows would not fit the registers of sm_100 beside a residual's LayerNorm
+        return 1, _options(64, 128, 32, 8, stages)
+    if not is_wide(x):
+        return 1, _options(128, 128, 64, 8, stages)
+    if n > k:  # its loop is short, and its end hides behind the start of the next tile's
+        return 1, _options(128, 256, 64, 8, 4, flatten=True)
+    if n < k:
+        return 1, _options(64, 256, 64, 8, 5)
+    return 2, _options(128, 128, 64, 4, 3)  # of which one computes while the other ends a tile
+
+
+def _options(rows, columns, depth, warps, stages, flatten=False):
+    return dict(
+        BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth, FLATTEN=flatten,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def stats_block(stats, d):
+    """Columns of a block, from the stats `[R, blocks, 2]` of rows of d columns."""
+    return triton.next_power_of_2(triton.cdiv(d, max(1, stats.shape[1])))
 
 
 def multiprocessors(x):
@@ -62,32 +74,46 @@ def multiprocessors(x):
     return torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 132
 
 
+def descriptor(x, rows, columns):
+    """By which tiles of `[R, K]` x are copied, or None where pointers have to do."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    if x.element_size() == 4 or not is_wide(x) or not aligned or not x.numel():
+        return None
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, columns])
+
+
 def is_even(tiles, k, *columns):
     """Whether no tile is cut by the edge of a weight, so that its loads need no masks."""
     return k % tiles["BLOCK_K"] == 0 and all(n % tiles["BLOCK_N"] == 0 for n in columns)
 
 
 @triton.jit
-def mean_rstd(
-    stats_ptr, rows, mask_m, D, num_blocks, eps,
-    BLOCK_S: tl.constexpr, S: tl.constexpr, AXIS: tl.constexpr,
+def load_stats(
+    stats_ptr, rows, mask_m, num_blocks, S: tl.constexpr, AXIS: tl.constexpr
 ):  # fmt: skip
-    """Of rows of D columns, from the sums and squared deviations of blocks of BLOCK_S columns.
+    """The sums and squared deviations of rows, a block beside the other along AXIS.
 
-    AXIS is that of the blocks. With 1 what is made of the results is laid out as the loads are;
-    with 0 it keeps the layout of its other parts.
+    With AXIS 1 what is made of them is laid out as the loads are; with 0 it keeps the layout of its
+    other parts.
     """
-    across: tl.constexpr = 1 - AXIS
-    offs_s = tl.expand_dims(tl.arange(0, S), across)
-    size = tl.minimum(D - offs_s * BLOCK_S, BLOCK_S).to(tl.float32)
+    offs_s = tl.expand_dims(tl.arange(0, S), 1 - AXIS)
     mask = tl.expand_dims(mask_m, AXIS) & (offs_s < num_blocks)
     at = stats_ptr + (tl.expand_dims(rows, AXIS) * num_blocks + offs_s) * 2
-    total = tl.load(at, mask=mask, other=0.0)
-    squares = tl.load(at + 1, mask=mask, other=0.0)
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
+
+
+@triton.jit
+def mean_rstd(
+    total, squares, D, num_blocks,
+    EPS: tl.constexpr, BLOCK_S: tl.constexpr, S: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Of rows of D columns, from the stats of blocks of BLOCK_S columns (`load_stats`)."""
+    offs_s = tl.expand_dims(tl.arange(0, S), 1 - AXIS)
+    size = tl.minimum(D - offs_s * BLOCK_S, BLOCK_S).to(tl.float32)
     mean = tl.sum(total, AXIS) / D
-    apart = tl.where(mask, total / size - tl.expand_dims(mean, AXIS), 0.0)
-    variance = tl.sum(tl.where(mask, squares + size * apart * apart, 0.0), AXIS) / D
-    return mean, 1 / tl.sqrt(variance + eps)
+    apart = total / size - tl.expand_dims(mean, AXIS)
+    apart = tl.where(offs_s < num_blocks, squares + size * apart * apart, 0.0)
+    return mean, 1 / tl.sqrt(tl.sum(apart, AXIS) / D + EPS)
 
 
 @triton.jit
@@ -98,125 +124,97 @@ def load_row(x_ptr, cols, mask):
 
 @triton.jit
 def _product(
-    acc, x_ptr, rows, mask_m, w_ptr, cols, mask_n, first_k, last_k, K, stride_xm,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    acc, x_ptr, x_desc, first, rows, mask_m, w_ptr, w_desc, first_n, K, stride_xm,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`acc + x[rows] @ w[cols].T` from first_k to last_k."""
-    for k in range(first_k, last_k, BLOCK_K):
+    """`acc + x[rows] @ w[first_n : first_n + BLOCK_N].T`; by x_desc, rows are those from first."""
+    cols = first_n + tl.arange(0, BLOCK_N)
+    mask_n = (cols < N) | EVEN
+    for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = (offs_k < K) | EVEN
-        x_at = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
-        x = tl.load(x_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        w_at = w_ptr + cols.to(tl.int64)[None, :] * K + offs_k[:, None]
-        w = tl.load(w_at, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        if x_desc is not None:
+            x = x_desc.load([first, k])
+        else:
+            x_at = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
+            x = tl.load(x_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        if w_desc is not None:
+            w = w_desc.load([first_n, k]).T
+        else:
+            w_at = w_ptr + cols.to(tl.int64)[None, :] * K + offs_k[:, None]
+            w = tl.load(w_at, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def _splits(tiles, steps, slots, MOST: tl.constexpr):
-    """Parts to split K into, with which the slowest program has the fewest steps to do.
-
-    To store a part takes about as long as a step, to read it as another, to arrive as two.
-    """
-    best, least = 1, tl.cdiv(tiles, slots) * steps
-    for splits in tl.static_range(2, MOST + 1):
-        cost = tl.cdiv(tiles * splits, slots) * (tl.cdiv(steps, splits) + 1) + splits + 2
-        better = (cost < least) & (tiles * splits <= 2 * slots)
-        best, least = tl.where(better, splits, best), tl.where(better, cost, least)
-    return best
-
-
-@triton.jit
 def _linear_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, count_ptr, gather_ptr, scatter_ptr,
+    x_ptr, x_desc, w_ptr, w_desc, bias_ptr, out_ptr, count_ptr,
     residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
-    stats_ptr, parts_ptr, arrived_ptr,
-    slots, num_rows, N, K, stride_xm, stride_rm, stride_om, num_stats, eps,
-    NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, NORM_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, S: tl.constexpr, MOST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    stats_ptr, num_rows, N, K, stride_xm, stride_rm, stride_om, num_stats,
+    EPS: tl.constexpr, NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, NORM_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, S: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     count = num_rows
     if count_ptr is not None:
         count = tl.minimum(tl.load(count_ptr), num_rows).to(tl.int32)
-    tiles = tl.cdiv(count, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    splits = _splits(tiles, tl.cdiv(K, BLOCK_K), slots, MOST)
-    # By the compile report, tiles of 64 rows alone leave registers for what tiles have in common.
-    full: tl.constexpr = BLOCK_M != 64
-    for part in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), disable_licm=full):
-        tile, num_blocks = part // splits, tl.cdiv(N, BLOCK_N)
-        pid_n, first = tile % num_blocks, (tile // num_blocks).to(tl.int64) * BLOCK_M
-        offs_m = first + tl.arange(0, BLOCK_M)
+    num_blocks = tl.cdiv(N, BLOCK_N)
+    tiles = tl.cdiv(count, BLOCK_M) * num_blocks
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        pid_n, first = tile % num_blocks, (tile // num_blocks) * BLOCK_M
+        offs_m = first.to(tl.int64) + tl.arange(0, BLOCK_M)
         own = tl.arange(0, BLOCK_M)[:, None]  # within a tile 32 bits suffice: half the registers
         mask_m = offs_m < count
         cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = (cols < N) | EVEN
-        split, depth = part % splits, tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        rows = offs_m
-        if gather_ptr is not None:
-            rows = tl.load(gather_ptr + offs_m, mask=mask_m, other=0)
-        acc = _product(
-            acc, x_ptr, rows, mask_m, w_ptr, cols, mask_n, split * depth,
-            tl.minimum(split * depth + depth, K), K, stride_xm, EVEN, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        if splits > 1:
-            size: tl.constexpr = BLOCK_M * BLOCK_N
-            offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            tl.store(parts_ptr + part * size + offs, acc)
-            # Stored before it arrives, so that the last sees all; as in `_exit_step_kernel`.
-            tl.debug_barrier()
-            last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == splits - 1
-            tl.debug_barrier()
-            if last:
-                tl.store(arrived_ptr + tile, 0)
-            mask_m = offs_m < tl.where(last, count, 0)  # the others have nothing to store
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for i in range(tl.where(last, splits, 0)):
-                acc += tl.load(parts_ptr + (part - split + i) * size + offs)
+        # Asked for before the product, needed after it.
+        near = offs_m
         if residual_ptr is not None:
-            near = offs_m
-            at = residual_ptr + first * stride_rm + (own * stride_rm + cols[None, :])
+            at = residual_ptr + first.to(tl.int64) * stride_rm + (own * stride_rm + cols[None, :])
             if residual_gather_ptr is not None:
                 near = tl.load(residual_gather_ptr + offs_m, mask=mask_m, other=0)
                 at = residual_ptr + near[:, None] * stride_rm + cols[None, :]
-            r = tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+            r = tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        if NORM_RESIDUAL:
+            sums, squares = load_stats(stats_in_ptr, near, mask_m, num_stats, S, 0)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = _product(
+            acc, x_ptr, x_desc, first, offs_m, mask_m, w_ptr, w_desc, pid_n * BLOCK_N, K, stride_xm,
+            EVEN, PRECISION, N, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if residual_ptr is not None:
             if NORM_RESIDUAL:
-                m, s = mean_rstd(stats_in_ptr, near, mask_m, N, num_stats, eps, BLOCK_N, S, 0)
-                acc += r * s[:, None]
+                m, s = mean_rstd(sums, squares, N, num_stats, EPS, BLOCK_S, S, 0)
+                acc += r.to(tl.float32) * s[:, None]
                 acc -= (m * s)[:, None] * load_row(norm_weight_ptr, cols, mask_n)
                 acc += load_row(norm_bias_ptr, cols, mask_n)
             else:
-                acc += r
+                acc += r.to(tl.float32)
         if bias_ptr is not None:
             acc += load_row(bias_ptr, cols, mask_n)
         if NORM_X:
-            m, s = mean_rstd(stats_in_ptr, rows, mask_m, K, num_stats, eps, BLOCK_N, S, 0)
+            sums, squares = load_stats(stats_in_ptr, offs_m, mask_m, num_stats, S, 0)
+            m, s = mean_rstd(sums, squares, K, num_stats, EPS, BLOCK_S, S, 0)
             acc = (acc - m[:, None] * load_row(folded_ptr, cols, mask_n)) * s[:, None]
             acc += load_row(folded_ptr + N, cols, mask_n)
         if ACTIVATION == "gelu":
             acc = gelu(acc)
         elif ACTIVATION == "gelu_tanh":
             acc = gelu_tanh(acc)
-        to = offs_m
-        out_at = out_ptr + first * stride_om + (own * stride_om + cols[None, :])
-        if scatter_ptr is not None:
-            to = tl.load(scatter_ptr + offs_m, mask=mask_m, other=0)
-            out_at = out_ptr + to[:, None] * stride_om + cols[None, :]
         if stats_ptr is not None:
             total = tl.sum(tl.where(mask_n[None, :], acc, 0.0), 1)
             mean = total / tl.minimum(N - pid_n * BLOCK_N, BLOCK_N)
             apart = tl.where(mask_n[None, :], acc - mean[:, None], 0.0)
-            at = stats_ptr + (to * num_blocks + pid_n) * 2
+            at = stats_ptr + (offs_m * num_blocks + pid_n) * 2
             tl.store(at, total, mask=mask_m)
             tl.store(at + 1, tl.sum(apart * apart, 1), mask=mask_m)
         if NORM_OUT:
             acc *= load_row(norm_weight_ptr, cols, mask_n)
-        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+        at = out_ptr + first.to(tl.int64) * stride_om + (own * stride_om + cols[None, :])
+        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit
@@ -241,64 +239,92 @@ def _fold_norm(
 
 
 @triton.jit
+def _dealt(before, programs):
+    """A program's first task, where so many were dealt before, one to each in turn."""
+    return (tl.program_id(0) + programs - before % programs) % programs
+
+
+@triton.jit
+def _project(
+    h_ptr, h_desc, rows_ptr, count, w_ptr, w_desc, bias_ptr, out_ptr, before, N, K, stride_hm,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`F.linear(h[rows], w, bias)`; how many tiles have been dealt with it."""
+    num_blocks = tl.cdiv(N, BLOCK_N)
+    tiles, programs = tl.cdiv(count, BLOCK_M) * num_blocks, tl.num_programs(0)
+    for tile in tl.range(_dealt(before, programs), tiles, programs):
+        pid_n, first = tile % num_blocks, (tile // num_blocks) * BLOCK_M
+        offs_m = first.to(tl.int64) + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < count
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if rows_ptr is None:
+            acc = _product(
+                acc, h_ptr, h_desc, first, offs_m, mask_m, w_ptr, w_desc, pid_n * BLOCK_N, K,
+                stride_hm, EVEN, PRECISION, N, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0)
+            near = 0
+            in_line = False
+            if h_desc is not None:  # whole sentences mostly are
+                last = tl.minimum(first + BLOCK_M, count) - 1
+                near = tl.load(rows_ptr + first).to(tl.int32)
+                in_line = tl.load(rows_ptr + last).to(tl.int32) - near == last - first
+            if in_line:
+                acc = _product(
+                    acc, h_ptr, h_desc, near, rows, mask_m, w_ptr, w_desc, pid_n * BLOCK_N, K,
+                    stride_hm, EVEN, PRECISION, N, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+            else:
+                acc = _product(
+                    acc, h_ptr, None, first, rows, mask_m, w_ptr, w_desc, pid_n * BLOCK_N, K,
+                    stride_hm, EVEN, PRECISION, N, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+        cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = (cols < N) | EVEN
+        acc += load_row(bias_ptr, cols, mask_n)
+        own = tl.arange(0, BLOCK_M)[:, None]
+        at = out_ptr + first.to(tl.int64) * N + (own * N + cols[None, :])
+        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    return before + tiles
+
+
+@triton.jit
 def _query_key_value_kernel(
-    h_ptr, wq_ptr, bq_ptr, wkv_ptr, bkv_ptr, q_ptr, kv_ptr,
+    h_ptr, h_desc, wq_ptr, wq_desc, bq_ptr, wkv_ptr, wkv_desc, bkv_ptr, q_ptr, kv_ptr,
     active_ptr, num_active_ptr, seen_ptr, num_seen_ptr,
     up_ptr, up_bias_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
     num_q, num_kv, Nq, Nkv, Nup, K, stride_hm,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, FOLD_N: tl.constexpr, FOLD_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    blocks_q = tl.cdiv(Nq, BLOCK_N)
-    num_blocks = blocks_q + tl.cdiv(Nkv, BLOCK_N)
-    num_folds = tl.cdiv(Nup, FOLD_N)  # these come first, as of the last ones most leave
-    pid = tl.program_id(0) - num_folds
-    if pid < 0:
-        cols = tl.program_id(0) * FOLD_N + tl.arange(0, FOLD_N)
-        _fold_norm(
-            up_ptr, up_bias_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr, cols, Nup, K,
-            FOLD_N, FOLD_K,
-        )  # fmt: skip
-        return
-    pid_m = pid // num_blocks
-    pid_n = pid % num_blocks
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if pid_n < blocks_q:
-        count = tl.minimum(tl.load(num_active_ptr), num_q)
-        rows_ptr, w_ptr, bias_ptr, out_ptr, N = active_ptr, wq_ptr, bq_ptr, q_ptr, Nq
-    else:
-        pid_n -= blocks_q
-        count = tl.minimum(tl.load(num_seen_ptr), num_kv)
-        rows_ptr, w_ptr, bias_ptr, out_ptr, N = seen_ptr, wkv_ptr, bkv_ptr, kv_ptr, Nkv
-    if pid_m * BLOCK_M >= count:
-        return
-    mask_m = offs_m < count
-    rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0)
-    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = (cols < N) | EVEN
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc += load_row(bias_ptr, cols, mask_n)
-    acc = _product(
-        acc, h_ptr, rows, mask_m, w_ptr, cols, mask_n, 0, K, K, stride_hm,
+    dealt = _project(
+        h_ptr, h_desc, seen_ptr, tl.minimum(tl.load(num_seen_ptr), num_kv).to(tl.int32),
+        wkv_ptr, wkv_desc, bkv_ptr, kv_ptr, 0, Nkv, K, stride_hm,
         EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    at = out_ptr + offs_m[:, None] * N + cols[None, :]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    dealt = _project(
+        h_ptr, h_desc, active_ptr, tl.minimum(tl.load(num_active_ptr), num_q).to(tl.int32),
+        wq_ptr, wq_desc, bq_ptr, q_ptr, dealt, Nq, K, stride_hm,
+        EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    for fold in range(_dealt(dealt, tl.num_programs(0)), tl.cdiv(Nup, FOLD_N), tl.num_programs(0)):
+        _fold_norm(
+            up_ptr, up_bias_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
+            fold * FOLD_N + tl.arange(0, FOLD_N), Nup, K, FOLD_N, FOLD_K,
+        )  # fmt: skip
 
 
-def scratch(x):
-    """Where parts of products of `[A, K]` x wait: `parts` and `arrived` of `linear_`."""
-    tiles = tiles_of(len(x), x.element_size())
-    most = 2 * multiprocessors(x) * residents(x, tiles)[0]
-    parts = x.new_empty(most, tiles["BLOCK_M"] * tiles["BLOCK_N"], dtype=torch.float32)
-    return parts, x.new_zeros(most, dtype=torch.int32)
+def _launch(kernel, x, held, num_tiles, *args, **options):
+    """Persistent programs, so many on a multiprocessor, and no more than there may be tiles."""
+    kernel[(min(multiprocessors(x) * held, num_tiles),)](*args, **options)
 
 
-@triton_op("tokenexit_triton::linear_", mutates_args={"out", "stats", "parts", "arrived"})
+@custom_op("tokenexit_triton::linear_", mutates_args={"out", "stats"})
 def linear_(
-    out: Tensor, stats: Tensor | None, parts: Tensor, arrived: Tensor,
-    x: Tensor, weight: Tensor, bias: Tensor | None = None,
-    count: Tensor | None = None, gather: Tensor | None = None, scatter: Tensor | None = None,
+    out: Tensor, stats: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None = None,
+    count: Tensor | None = None,
     residual: Tensor | None = None, residual_gather: Tensor | None = None,
     norm_stats: Tensor | None = None, norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None, folded: Tensor | None = None, eps: float = 1e-12,
@@ -306,21 +332,18 @@ def linear_(
 ) -> None:  # fmt: skip
     """A product with bias, activation, residual and LayerNorm, over the first `count` rows.
 
-    `out[scatter] = act(x[gather] @ weight.T + bias + residual[residual_gather])`, without a
-    gradient. A LayerNorm is shared by three products: the first has it on "out", and stores
-    `out * norm_weight` and stats; of what it stored, the second takes the LayerNorm for its x, the
-    third for its residual.
+    `out = act(x @ weight.T + bias + residual[residual_gather])`, without a gradient. A LayerNorm is
+    shared by three products: the first has it on "out", and stores `out * norm_weight` and stats;
+    of what it stored, the second takes the LayerNorm for its x, the third for its residual.
 
     Args:
-        out: `[.., N]` in the dtype of x, dense rows.
-        stats: `[.., blocks, 2]` fp32, written if given: what a LayerNorm of out's rows needs.
+        out: `[R, N]` in the dtype of x, dense rows.
+        stats: `[R, blocks, 2]` fp32, written if given: what a LayerNorm of out's rows needs.
             Those of out before it is multiplied by norm_weight.
-        parts, arrived: `scratch(x)`; may serve one product after the other.
         x: `[R, K]` fp16, bf16 or fp32, dense rows; weight: `[N, K]` contiguous; bias: `[N]`.
-        count: one int64 on the device, or None for all rows. Later rows are not touched.
-        gather, scatter, residual_gather: `[A]` int64, the row of x, out and residual for each row
-            of the product; None: the same. A is R without a gather.
+        count: one int64 on the device, or None for all rows. Later rows of out are not touched.
         residual: `[.., N]`, dense rows.
+        residual_gather: `[R]` int64, the row of the residual for each; None: the same.
         norm_on: "none", "out", "x" or "residual".
         norm_weight, norm_bias, eps: the LayerNorm, for "out" and "residual"; "x" wants eps alone.
         norm_stats: the stats that came with x or the residual.
@@ -331,12 +354,11 @@ def linear_(
     Raises:
         ValueError: shapes that do not fit, or unknown options.
     """
-    num_rows = len(x) if gather is None else len(gather)
-    n, k = weight.shape
-    if x.shape[1] != k or out.shape[1] != n or not weight.is_contiguous():
+    num_rows, (n, k) = len(x), weight.shape
+    if x.shape[1] != k or out.shape != (num_rows, n) or not weight.is_contiguous():
         raise ValueError(
             f"got x {tuple(x.shape)}, out {tuple(out.shape)} and weight {tuple(weight.shape)}; "
-            "expected [R, K], [.., N] and a contiguous [N, K]"
+            "expected [R, K], [R, N] and a contiguous [N, K]"
         )
     if activation not in ACTIVATIONS or norm_on not in ("none", "out", "x", "residual"):
         raise ValueError(
@@ -349,50 +371,41 @@ def linear_(
         raise ValueError(f"got norm_on {norm_on!r} without norm_weight and norm_bias")
     if norm_on == "x" and (folded is None or bias is not None or residual is not None):
         raise ValueError("got norm_on 'x'; expected it with folded, without bias and residual")
-    tiles = tiles_of(num_rows, x.element_size())
-    num_stats = triton.cdiv(k if norm_on == "x" else n, tiles["BLOCK_N"])
-    reads = norm_on in ("x", "residual")
-    if reads and (norm_stats is None or norm_stats.shape[1] != num_stats):
+    reads, of = norm_on in ("x", "residual"), k if norm_on == "x" else n
+    if reads and (norm_stats is None or len(norm_stats) < 1 or norm_stats.shape[2:] != (2,)):
         got = None if norm_stats is None else tuple(norm_stats.shape)
-        raise ValueError(f"got norm_stats {got}; expected [R, {num_stats}, 2], of as many rows")
-    resident, options = residents(x, tiles, norm_on)
-    slots, size = multiprocessors(x) * resident, tiles["BLOCK_M"] * tiles["BLOCK_N"]
-    if parts.shape[1:] != (size,) or min(len(parts), len(arrived)) < 2 * slots:
-        raise ValueError(
-            f"got parts {tuple(parts.shape)} and arrived {tuple(arrived.shape)}; "
-            f"expected at least {2 * slots, size} and {(2 * slots,)}"
-        )
-    most = min(MOST_SPLITS, triton.cdiv(k, tiles["BLOCK_K"]))
-    grid = triton.cdiv(num_rows, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]) * most
-    if num_rows:
-        wrap_triton(_linear_kernel)[(min(grid, slots),)](
-            x, weight, bias, out, count, gather, scatter, residual, residual_gather,
-            norm_stats, norm_weight, norm_bias, folded, stats, parts, arrived, slots,
-            num_rows, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
-            out.stride(0), num_stats, eps, norm_on == "x", norm_on == "residual",
-            norm_on == "out", activation, is_even(tiles, k, n), precision,
-            triton.next_power_of_2(num_stats), most, **tiles, **options,
-        )  # fmt: skip
+        raise ValueError(f"got norm_stats {got}; expected those of its rows, [R, blocks, 2]")
+    if not num_rows:
+        return
+    held, tiles = tiles_of(x, num_rows, n, k)
+    block_m, block_n, block_k = (tiles[f"BLOCK_{axis}"] for axis in "MNK")
+    num_stats = norm_stats.shape[1] if reads else 1
+    _launch(
+        _linear_kernel, x, held, triton.cdiv(num_rows, block_m) * triton.cdiv(n, block_n),
+        x, descriptor(x, block_m, block_k), weight, descriptor(weight, block_n, block_k),
+        bias, out, count, residual, residual_gather, norm_stats, norm_weight, norm_bias, folded,
+        stats, num_rows, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
+        out.stride(0), num_stats, eps, norm_on == "x", norm_on == "residual", norm_on == "out",
+        activation, is_even(tiles, k, n), precision, stats_block(norm_stats, of) if reads else 1,
+        triton.next_power_of_2(num_stats), **tiles,
+    )  # fmt: skip
 
 
-def linear(x, weight, bias=None, count=None, gather=None, want_stats=False, split=None, **options):
-    """`linear_` into new tensors: out `[A, N]`, or (out, stats) if wanted.
-
-    `split` is `scratch(x)`, None: made for this product; options are those of `linear_`.
-    """
-    num_rows = len(x) if gather is None else len(gather)
-    out = x.new_empty(num_rows, len(weight))
-    blocks = triton.cdiv(len(weight), tiles_of(num_rows, x.element_size())["BLOCK_N"])
+def linear(x, weight, bias=None, count=None, want_stats=False, **options):
+    """`linear_` into new tensors: out `[R, N]`, or (out, stats) if wanted; its other options."""
+    num_rows, n = len(x), len(weight)
+    out = x.new_empty(num_rows, n)
+    blocks = triton.cdiv(n, tiles_of(x, num_rows, *weight.shape)[1]["BLOCK_N"])
     stats = x.new_empty(num_rows, blocks, 2, dtype=torch.float32) if want_stats else None
-    linear_(out, stats, *(split or scratch(x)), x, weight, bias, count, gather, **options)
+    linear_(out, stats, x, weight, bias, count, **options)
     return (out, stats) if want_stats else out
 
 
-@triton_op("tokenexit_triton::query_key_value", mutates_args={})
+@custom_op("tokenexit_triton::query_key_value", mutates_args={})
 def query_key_value(
     h: Tensor, query_weight: Tensor, query_bias: Tensor, key_value_weight: Tensor,
-    key_value_bias: Tensor, active: Tensor, cu_active: Tensor, seen: Tensor, cu_seen: Tensor,
-    norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
+    key_value_bias: Tensor, active: Tensor | None, cu_active: Tensor, seen: Tensor | None,
+    cu_seen: Tensor, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
     precision: str = "tf32",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries of the active tokens, keys and values of the seen ones, and folded, in one launch.
@@ -405,7 +418,7 @@ def query_key_value(
         h: `[T, K]` fp16, bf16 or fp32, dense rows.
         query_weight: `[N, K]`; key_value_weight: `[M, K]`; both contiguous. Biases `[N]`, `[M]`.
         active, seen: `[A]` and `[S]` int64, rows of h; entries beyond the last of cu_active and
-            cu_seen are not read.
+            cu_seen are not read. None, for both: all tokens, in their order.
         cu_active, cu_seen: `[B+1]` int64.
         norm_weight, norm_bias: `[K]`; up_weight: `[F, K]` contiguous; up_bias: `[F]`.
         precision: of fp32 products, "tf32" or "ieee"; folded is always "ieee".
@@ -414,18 +427,36 @@ def query_key_value(
         `[A, N]`, `[S, M]`, and folded `[2, F]` fp32. Rows beyond the last of cu_active and cu_seen
         are not written.
     """
-    num_q, num_kv = len(active), len(seen)
-    (n, k), m, f = query_weight.shape, len(key_value_weight), len(up_weight)
-    q, kv = h.new_empty(num_q, n), h.new_empty(num_kv, m)
-    folded = h.new_empty(2, f, dtype=torch.float32)
-    tiles = tiles_of(max(num_q, num_kv), h.element_size())
-    columns = triton.cdiv(n, tiles["BLOCK_N"]) + triton.cdiv(m, tiles["BLOCK_N"])
-    blocks = triton.cdiv(max(num_q, num_kv), tiles["BLOCK_M"])
+    q, kv, folded = _empty(h, query_weight, key_value_weight, active, seen, up_weight)
+    (num_q, n), (num_kv, m), (f, k) = q.shape, kv.shape, up_weight.shape
+    held, tiles = tiles_of(h, max(num_q, num_kv), k, k)
+    tiles.pop("FLATTEN")  # its loops are not alone within another
+    block_m, block_n, block_k = (tiles[f"BLOCK_{axis}"] for axis in "MNK")
+    columns = triton.cdiv(n, block_n) + triton.cdiv(m, block_n)
     fold = 2 * tiles["num_warps"], _FOLD_K  # 16 numbers of a thread
-    wrap_triton(_query_key_value_kernel)[(blocks * columns + triton.cdiv(f, fold[0]),)](
-        h, query_weight, query_bias, key_value_weight, key_value_bias, q, kv,
+    most = triton.cdiv(max(num_q, num_kv), block_m) * columns + triton.cdiv(f, fold[0])
+    _launch(
+        _query_key_value_kernel, h, held, most,
+        h, descriptor(h, block_m, block_k),
+        query_weight, descriptor(query_weight, block_n, block_k), query_bias,
+        key_value_weight, descriptor(key_value_weight, block_n, block_k), key_value_bias, q, kv,
         active, cu_active[-1:], seen, cu_seen[-1:], up_weight, up_bias, norm_weight, norm_bias,
-        folded, num_q, num_kv, n, m, f, k, h.stride(0), is_even(tiles, k, n, m), precision,
-        *fold, **tiles,
+        folded, num_q, num_kv, n, m, f, k, h.stride(0), is_even(tiles, k, n, m), precision, *fold,
+        **tiles,
     )  # fmt: skip
     return q, kv, folded
+
+
+@query_key_value.register_fake
+def _(h, query_weight, _bq, key_value_weight, _bkv, active, _ca, seen, _cs, _nw, _nb, up, *_):
+    return _empty(h, query_weight, key_value_weight, active, seen, up)
+
+
+def _empty(h, query_weight, key_value_weight, active, seen, up_weight):
+    """What `query_key_value` fills."""
+    num_q, num_kv = (len(h if rows is None else rows) for rows in (active, seen))
+    return (
+        h.new_empty(num_q, len(query_weight)),
+        h.new_empty(num_kv, len(key_value_weight)),
+        h.new_empty(2, len(up_weight), dtype=torch.float32),
+    )

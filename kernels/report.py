@@ -72,7 +72,7 @@ def calls(hidden, num_heads, dtype):
         yield "", attention.absorbed_attention, (wide, x, cu, cu, 0.125, None, None, 128)
 
     def stats_of(x):
-        tiles = linear.tiles_of(len(x), x.element_size())
+        _, tiles = linear.tiles_of(x, len(x), hidden, hidden)
         return torch.empty(len(x), math.ceil(hidden / tiles["BLOCK_N"]), 2)
 
     for labels in (9, 44):
@@ -92,15 +92,17 @@ def calls(hidden, num_heads, dtype):
         h, index, bias = x[:rows], i[:rows], up[:, 0].contiguous()
         packed = h, square, bias, numbers(2 * hidden, hidden), bias, index, cu, index, cu
         yield size, linear.query_key_value, (*packed, bias, bias, up, bias)
+        packed = *packed[:5], None, cu, None, cu
+        yield f"all_{size}", linear.query_key_value, (*packed, bias, bias, up, bias)
         normal = partial(linear.linear, norm_weight=bias, norm_bias=bias)
         beside = dict(residual=h, residual_gather=index, want_stats=True, norm_on="out")
-        yield f"output_{size}", partial(normal, **beside), (h, square, bias, index)
+        yield f"output_{size}", partial(normal, **beside), (h, square, bias, index[:1])
         normal = partial(normal, norm_stats=stats_of(h))
         folded = torch.empty(2, 4 * hidden)
         first = partial(normal, norm_on="x", folded=folded, activation="gelu")
-        yield f"up_{size}", first, (h, up, None, index)
+        yield f"up_{size}", first, (h, up, None, index[:1])
         second = partial(normal, norm_on="residual", residual=h, want_stats=True)
-        yield f"down_{size}", second, (numbers(rows, 4 * hidden), down, bias, index)
+        yield f"down_{size}", second, (numbers(rows, 4 * hidden), down, bias, index[:1])
 
     yield "", norm.add_layer_norm, (x, x, weight, weight, 1e-12, i[:1])
     yield "", norm.bias_gelu, (x, weight)
@@ -113,9 +115,9 @@ def launches(hidden, num_heads, dtype, arch="sm_80"):
     from tokenexit.kernels import linear
 
     recorded = []
-    original = triton.JITFunction.run, torch.version.hip, linear.on_hopper
+    original = triton.JITFunction.run, torch.version.hip, linear.is_wide
     torch.version.hip = "7" if arch.startswith("gfx") else None
-    linear.on_hopper = lambda x: arch == "sm_90"
+    linear.is_wide = lambda x: arch in ("sm_90", "sm_100")
     triton.JITFunction.run = lambda kernel, *args, grid, warmup, **named: recorded.append(
         (kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **named})
     )
@@ -128,7 +130,7 @@ def launches(hidden, num_heads, dtype, arch="sm_80"):
                 yield f"{stem}_{name}".rstrip("_"), kernel, values, options
             recorded.clear()
     finally:
-        triton.JITFunction.run, torch.version.hip, linear.on_hopper = original
+        triton.JITFunction.run, torch.version.hip, linear.is_wide = original
 
 
 def compile_kernel(kernel, values, options, arch):
@@ -152,6 +154,9 @@ def compile_kernel(kernel, values, options, arch):
         aligned = isinstance(value, torch.Tensor)
         if aligned:
             signature[name] = "*" + NAMES[value.dtype]
+        elif hasattr(value, "block_shape"):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{NAMES[value.base.dtype]}[{block}]>"
         elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name] = "constexpr"
             constants[name] = value

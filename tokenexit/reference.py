@@ -260,7 +260,6 @@ def linear(
     x,
     weight,
     bias=None,
-    gather=None,
     residual=None,
     residual_gather=None,
     norm_on="none",
@@ -281,7 +280,7 @@ def linear(
             return values
         return F.layer_norm(values, values.shape[1:], norm_weight, norm_bias, eps)
 
-    out = F.linear(normed(x, gather, "x"), weight, bias)
+    out = F.linear(normed(x, None, "x"), weight, bias)
     if residual is not None:
         out = out + normed(residual, residual_gather, "residual")
     if activation == "none":
@@ -305,8 +304,12 @@ def query_key_value(
     up_bias,
 ):
     """Queries, keys and values, and the folded LayerNorm; see `tokenexit.kernels.linear`."""
-    q = F.linear(h[active[: cu_active[-1]]], query_weight, query_bias)
-    kv = F.linear(h[seen[: cu_seen[-1]]], key_value_weight, key_value_bias)
+    active, seen = (  # without a list, all
+        h[: cu[-1]] if rows is None else h[rows[: cu[-1]]]
+        for rows, cu in ((active, cu_active), (seen, cu_seen))
+    )
+    q = F.linear(active, query_weight, query_bias)
+    kv = F.linear(seen, key_value_weight, key_value_bias)
     return q, kv, torch.stack([up_weight @ norm_weight, F.linear(norm_bias, up_weight, up_bias)])
 
 

@@ -305,6 +305,16 @@ def test_exit_step_without_a_decision(device):
         torch.testing.assert_close(made[name], decided[name], equal_nan=True, atol=0, rtol=0)
 
 
+def test_exit_step_where_no_token_can_leave(device):
+    """The states, and nothing else."""
+    step = make_step([5, 9], 16, 9, torch.float32, device)
+    made, answered = run_step(step, decide=False, answer=False), run_step(step)
+    torch.testing.assert_close(made["h"], answered["h"], equal_nan=True, atol=0, rtol=0)
+    assert made["logits"].isnan().all() and (made["token_layer"] == -1).all()
+    for name in ("uncertainty", "exit_layer"):
+        assert torch.equal(made[name], step[name])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_exit_step_is_the_same_in_every_run(device):

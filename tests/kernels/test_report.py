@@ -8,7 +8,15 @@ from importlib import metadata
 
 import pytest
 from packaging.version import Version
-from tokenexit.kernels.report import LIMITS, MODELS, table, tensor_core_loops, waits_for_each
+from tokenexit.kernels.report import (
+    DTYPES,
+    LIMITS,
+    MODELS,
+    launches,
+    table,
+    tensor_core_loops,
+    waits_for_each,
+)
 
 pytest.importorskip("triton")
 # Where registers are short, beside all in fp16: other dtypes. The rest by
@@ -132,6 +140,15 @@ def test_table_tells_the_worst():
     assert lines[0] == "| kernel | sm_80 | sm_90 | tensor cores |"
     assert lines[2] == "| a | 255, 64, 12%, **spills 8 B** | 40, 1, 50% | HGMMA, HMMA |"
     assert lines[3].startswith("| b_large | 255, 64, 12%, 0.40, **spills 8 B** | 40, 1, 50%, 0.40")
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_numbers_with_a_point_are_constants(dtype):
+    """torch.compile hands others on in fp64, to which all that they meet then rises."""
+    for name, kernel, values, _ in launches(*MODELS["minilm"], DTYPES[dtype], "sm_90"):
+        for parameter in kernel.params:
+            is_float = isinstance(values[parameter.name], float)
+            assert not is_float or parameter.is_constexpr, (name, parameter.name)
 
 
 def sass(*lines):

@@ -151,17 +151,17 @@ def exit_loop(
     """
     from tokenexit.kernels.attention import exit_attention
     from tokenexit.kernels.decision import exit_step_
-    from tokenexit.kernels.linear import linear, query_key_value, scratch
+    from tokenexit.kernels.linear import linear, query_key_value
 
     precision = precision or float32_precision()
     numbers = torch.arange(1, len(layers), device=h.device)
     h, active, cu_active = h.clone(), torch.arange(h.shape[0], device=h.device), packed.cu_tokens
-    seen, cu_seen = active, cu_active
+    seen, cu_seen, all_rows = active, cu_active, True  # until some have left
     left, layer_of_token = torch.zeros_like(active), torch.zeros_like(active)
     logits = h.new_zeros(h.shape[0], heads[0].out_features)
     uncertainty = torch.zeros_like(active, dtype=torch.float32)
     arrived = torch.zeros_like(schedule.window, dtype=torch.int32)
-    split, places = scratch(h), cu_active.new_zeros(len(cu_active) // 8 + 3)
+    places = cu_active.new_zeros(len(cu_active) // 8 + 3)
     bias = None if bias is None else bias.contiguous()
     positions = None if bias is None else packed.positions
     if exits is not None:
@@ -177,9 +177,9 @@ def exit_loop(
             query_bias=query.bias,
             key_value_weight=key_value.weight,
             key_value_bias=key_value.bias,
-            active=active,
+            active=None if all_rows else active,
             cu_active=cu_active,
-            seen=seen,
+            seen=None if all_rows else seen,
             cu_seen=cu_seen,
             norm_weight=norm.weight,
             norm_bias=norm.bias,
@@ -200,14 +200,14 @@ def exit_loop(
             max_length=packed.shape[1],
             precision=precision,
         )
-        product = partial(linear, count=count, split=split, eps=norm.eps, precision=precision)
+        product = partial(linear, count=count, eps=norm.eps, precision=precision)
         product = partial(product, norm_weight=norm.weight, norm_bias=norm.bias)
         x, stats = product(
             context.flatten(1),
             out.weight,
             out.bias,
             residual=h,
-            residual_gather=active,
+            residual_gather=None if all_rows else active,
             want_stats=True,
             norm_on="out",
         )
@@ -251,11 +251,13 @@ def exit_loop(
             arrived=arrived,
             max_length=packed.shape[1],
             decide=asks,
+            answer=asks or last or exits is not None,
             **schedule.at(number),
         )
         if exits is not None and not last:
             left, asks = left_by[number - 1], True
         if asks:
+            all_rows = False
             active, cu_active, seen, cu_seen = compact_active(
                 active,
                 cu_active,
