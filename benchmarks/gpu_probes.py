@@ -307,6 +307,8 @@ class Bench:
     def of(self, name, batch, layers):
         """What gives the logits; of our own ways, once it is sure that they are taken."""
         model = self.model
+        if name == "Hugging Face, graph":
+            return theirs_graph(model, batch)
         if name == "layers, graph":
             if CHOSEN.device == "cpu":
                 return gpu.judges(model, batch, layers)[gpu.PAPER]
@@ -408,19 +410,24 @@ def speed():
 
 
 def sizes():
-    """Ragged sentences, small batches, bf16, long sentences."""
+    """Ragged sentences, large and small batches, one sentence, bf16, long sentences."""
     plan = ((0.0, "even"), (0.75, "goal"))
-    for rate, kind in plan:
-        bench().case(*bench().size, rate, kind, GRAPHS, lengths=bench().ragged())
-    for sentences, n in [(1, 32), (1, 128), (8, 64)] if not CHOSEN.tiny else [(1, 8)]:
+    large, long = ((256, 128), (32, 512)) if not CHOSEN.tiny else ((6, 16), (2, 24))
+    few = [(1, 32), (8, 64), (1, 128)] if not CHOSEN.tiny else [(1, 8)]
+    for rate, kind in (*plan, (0.75, "goal whole")):
+        bench().case(*large, rate, kind, GRAPHS)
+    for size in few:
         for rate, kind in plan:
-            bench().case(sentences, n, rate, kind, [*GRAPHS, "tokenexit, no graph"])
+            peer = ["Hugging Face, graph"] * (not rate)
+            bench().case(*size, rate, kind, [*GRAPHS, "tokenexit, no graph", *peer])
         if left() < 12:
             return
+    for rate, kind in plan:
+        bench().case(*bench().size, rate, kind, GRAPHS, lengths=bench().ragged())
     other = bench().of_dtype(torch.bfloat16)
-    for b, size in ((other, bench().size), (bench(), (32, 512) if not CHOSEN.tiny else (2, 24))):
+    for b, size in ((other, bench().size), (bench(), long)):
         for rate, kind in plan:
-            if left() > 15:
+            if left() > 10:
                 b.case(*size, rate, kind, GRAPHS)
 
 
@@ -435,17 +442,15 @@ def peers():
         truth, same = judges[0](), judges[1]()
         makers = {
             "packed varlen, graph": lambda batch=batch: packed_graph(model, batch, varlen),
-            "packed flex, graph": lambda batch=batch: packed_graph(model, batch, flexible),
             "Hugging Face, graph": lambda batch=batch: theirs_graph(model, batch),
             "torch.compile": lambda batch=batch: compiled(model, batch),
-            "torch.compile reduce-overhead": lambda batch=batch: compiled(
-                model, batch, "reduce-overhead"
-            ),
+            "torch.compile, graph": lambda batch=batch: capture(compiled(model, batch)),
+            "packed flex, graph": lambda batch=batch: packed_graph(model, batch, flexible),
             "tokenexit graph": lambda batch=batch: lambda: ours(model, batch),
         }
         if lengths is not None:  # those without a mask do not apply
-            makers.pop("Hugging Face, graph")
-            makers.pop("torch.compile reduce-overhead")
+            for name in ("Hugging Face, graph", "torch.compile, graph", "packed flex, graph"):
+                makers.pop(name)
         found = {gpu.HF: judges[1]}
         for name, make in makers.items():
             start = time.perf_counter()
