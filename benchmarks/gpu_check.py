@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py [STAGE ...] [--out FOLDER] [--budget SECONDS]
 
-Stages, in this order; all but the last two where none is named:
+Stages, in this order; all but the last three where none is named:
 
     env       versions, the GPU, its rate of products
     build     the package with its CUDA op, aside; tokenexit/_C.abi3.so as it is if that serves here
@@ -13,8 +13,9 @@ Stages, in this order; all but the last two where none is named:
     tests     all tests that run on a GPU
     peers     packed with varlen or flexible attention, Hugging Face in a CUDA graph, torch.compile
     sizes     ragged sentences, few, long ones, bf16
-    evidence  trains a tagger, and what its exits are worth; wants build/gpu-evidence, which
+    teach     trains a tagger into build/gpu-tagger; wants build/gpu-evidence, which
               `python -m experiments pack PLAN FOLDER` makes
+    evidence  what that tagger's exits are worth
     sanitize  the CUDA op, a product and an exit step under compute-sanitizer
 
 A stage gets what its own limit and the budget leave; one that fails or is cut off keeps no other
@@ -52,7 +53,8 @@ LIMITS = {
     "tests": (170, 1000),
     "peers": (150, 1100),
     "sizes": (90, 600),
-    "evidence": (280, 6500),
+    "teach": (80, 1500),
+    "evidence": (60, 6000),
     "sanitize": (150, 300),
 }
 LEAST = 8  # seconds, for which no stage begins
@@ -225,15 +227,23 @@ class Check:
     def run_peers(self, limit):
         return self.probes("peers", limit, "peers")
 
-    def run_evidence(self, limit):
+    def experiments(self, what: str, stage: str, limit: float):
+        """A command for a GPU of the experiments, with what it carries of other packages."""
         packed = ROOT / "build/gpu-evidence"
         for wheel in (packed / "wheels").glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(self.site)
         plan = ROOT / "benchmarks/experiments/plans/gpu-e5.yaml"
-        command = [sys.executable, "-m", "experiments", "gpu", plan, "--texts", packed]
-        command += ["--out", self.out, "--device", self.options.device]
-        return self.run("evidence", command + ["--tiny"] * self.options.tiny, limit)
+        command = [sys.executable, "-m", "experiments", what, plan, "--texts", packed]
+        command += ["--work", ROOT / "build/gpu-tagger", "--out", self.out]
+        command += ["--device", self.options.device, "--seconds", limit - 5]
+        return self.run(stage, command + ["--tiny"] * self.options.tiny, limit)
+
+    def run_teach(self, limit):
+        return self.experiments("gpu-train", "teach", limit)
+
+    def run_evidence(self, limit):
+        return self.experiments("gpu-measure", "evidence", limit)
 
     def run_tests(self, limit):
         (self.logs / "tests.xml").unlink(missing_ok=True)
@@ -289,7 +299,7 @@ def main(arguments=None) -> int:
     options.out = options.out.resolve()
     with tempfile.TemporaryDirectory() as work:
         check = Check(options, Path(work))
-        for name in options.stages or list(LIMITS)[:-2]:
+        for name in options.stages or list(LIMITS)[:-3]:
             check.stage(name)
         print(f"==== summary after {options.budget - check.left():.0f} s\n{check.summary()}")
     return int(bool(check.failed))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -24,12 +25,15 @@ from experiments.runs import KINDS, OutOfTime, Run, new, seconds_trained, told_o
 from tokenexit.calibrate import Sweep
 from tokenexit.evaluate import evaluate
 from tokenexit.files import cache_folder
+from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 
 ROWS = "experiments"
 TEXTS = "Folder of sets that no package has, or what `pack` wrote."
 # With which the program for a GPU is tried: of the large tagger, of data, of training.
 TINY_SHAPE = dict(hidden_size=64, num_hidden_layers=12, num_attention_heads=4, intermediate_size=64)
+FOR_SCORES = 22  # seconds, to choose a policy and read test data
+DEVICE = "cpu: only to try the program (--tiny)."
 TINY_DATA, TINY_SETTINGS = 24, {"max_steps": 2, "save_strategy": "no"}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -166,68 +170,115 @@ def pack(
     print(f"{folder}: {size / 2**20:.1f} MiB")
 
 
-@app.command()
-def gpu(
-    plan: Annotated[Path, typer.Argument(help="A YAML file; its last run is measured.")],
-    out: Annotated[Path, typer.Option(help="Folder of what is told, rows and exits.")],
+@app.command("gpu-train")
+def gpu_train(
+    plan: Annotated[Path, typer.Argument(help="A YAML file; its last run is kept.")],
+    work: Annotated[Path, typer.Option(help="Folder of the tagger.")],
+    out: Annotated[Path, typer.Option(help="Folder of what is told, and rows.")],
     texts: Annotated[Path | None, typer.Option(help=TEXTS)] = None,
-    device: Annotated[str, typer.Option(help="cpu: only to try the program (--tiny).")] = "cuda",
+    device: Annotated[str, typer.Option(help=DEVICE)] = "cuda",
     tiny: Annotated[bool, typer.Option(help="Little text, a few steps.")] = False,
     most_loss: Annotated[float, typer.Option(help="Of F1 on development data.")] = 0.005,
-    warm: Annotated[bool, typer.Option(help="Only run once all that is to be timed.")] = False,
+    seconds: Annotated[float, typer.Option(help="In all.")] = 1e9,
 ):
-    """Train what a plan lists, then measure what the exits of its last tagger are worth there.
+    """Train what a plan lists within the time, and choose a policy for its last tagger.
 
-    While it trains, a second process compiles the kernels that measuring needs.
+    Other processes compile meanwhile the kernels that `gpu-measure` needs.
     """
+    runs, splits, more = asked(plan, out, "teach", texts, device, tiny, seconds)
+    same = [str(plan), "--device", device, *["--tiny"] * tiny, "--work", str(work), "--warm"]
+    same += [] if texts is None else ["--texts", str(texts)]
+    finished: dict[str, Path] = {}
+    shutil.rmtree(work, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as aside, ExitStack() as stack:
+        others = []
+        for number, part in enumerate(clock.PARTS[:1] if tiny else clock.PARTS):
+            log = stack.enter_context(Path(aside, f"{number}.log").open("w+"))
+            command = [sys.executable, "-m", "experiments", "gpu-measure", *same, "--part", part]
+            command += ["--out", str(Path(aside, str(number)))]
+            other = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            stack.callback(other.wait)
+            stack.callback(other.kill)
+            others.append((part, other, log))
+        for number, one in enumerate(runs):  # what the last one that did not fail made is kept
+            if one.seconds is not None:
+                left = (gpu_probes.left() - FOR_SCORES) / (len(runs) - number)
+                one = dataclasses.replace(one, seconds=max(1.0, min(one.seconds, left)))
+            folder = Path(aside, one.name)
+            options = one, splits, folder, finished, float("inf"), device, texts
+            trained = gpu_probes.attempt(one.name, partial(train, *options))
+            if trained is None:
+                break
+            tagger, finished[one.name] = trained, folder / "tagger"
+            gpu_probes.say(f"{one.name}: {told_of(folder)}", keep=True)
+        if finished:
+            tagger.save_pretrained(work)
+            chosen = gpu_probes.attempt(
+                "choosing", partial(clock.choose, tagger, splits.dev, most_loss)
+            )
+            if chosen is not None:
+                tagger.save_pretrained(work)
+                facts = {"run": [*finished][-1]}
+                read_test = partial(clock.read, tagger, splits.test, *chosen, out, **facts)
+                gpu_probes.attempt("reading", read_test)
+        for part, other, log in others:
+            with suppress(subprocess.TimeoutExpired):
+                other.wait(max(0.0, min(gpu_probes.left(), 600)))
+            if other.poll() != 0:
+                gpu_probes.say(f"kernels of {part}: status {other.poll()}", keep=True)
+                log.seek(0)
+                print(log.read()[-2000:], flush=True)
+    ended()
+
+
+@app.command("gpu-measure")
+def gpu_measure(
+    plan: Annotated[Path, typer.Argument(help="As that of `gpu-train`.")],
+    work: Annotated[Path, typer.Option(help="Folder of the tagger that it made.")],
+    out: Annotated[Path, typer.Option(help="Folder of what is told, rows and exits.")],
+    texts: Annotated[Path | None, typer.Option(help=TEXTS)] = None,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "cuda",
+    tiny: Annotated[bool, typer.Option(help="Little text.")] = False,
+    part: Annotated[list[str], typer.Option(help=f"Of {clock.PARTS}.")] = clock.PARTS,
+    warm: Annotated[bool, typer.Option(help="Run all once, untrained, and time nothing.")] = False,
+    seconds: Annotated[float, typer.Option(help="Begin nothing later.")] = 1e9,
+):
+    """Measure what the exits of a trained tagger are worth on the clock; the GPU is to be alone."""
+    stage = "warm" if warm else "evidence"
+    runs, splits, more = asked(plan, out, stage, texts, device, tiny, seconds)
+    test = splits.test
+    if warm:
+        tagger, more["most"] = new(runs[-1], splits, device, texts), 3
+        tagger.model.policy = ExitPolicy(threshold=0.97, window=0)
+        test = test.take(min(640, len(test)))
+    else:
+        tagger = Tagger.from_pretrained(work, device=device)
+    clock.measure(tagger, test, splits.train, out, parts=part, warm=warm, **more)
+    ended()
+
+
+def asked(plan, out, stage, texts, device, tiny, seconds):
+    """Runs, texts and sizes for a GPU, or for trying it."""
     out.mkdir(parents=True, exist_ok=True)
     gpu_probes.CHOSEN = argparse.Namespace(
-        out=out, stage="warm" if warm else "evidence", device=device, tiny=tiny, seconds=1e9
+        out=out, stage=stage, device=device, tiny=tiny, seconds=seconds
     )
     torch.set_float32_matmul_precision("highest")
-    runs = runs_of(plan)
+    runs, more = runs_of(plan), {}
     splits = sources.splits(runs[-1].data, texts)
-    more = {}
     if tiny:
         runs = [
             dataclasses.replace(one, batch_size=4, settings={**one.settings, **TINY_SETTINGS})
             for one in runs
         ]
         parts = (getattr(splits, field.name) for field in dataclasses.fields(splits))
-        splits = sources.Splits(*(part.take(TINY_DATA) for part in parts))
+        splits = sources.Splits(*(part.take(min(TINY_DATA, len(part))) for part in parts))
         more = {"sizes": (4, 8), "shape": TINY_SHAPE, "step": (2, 8), "most": 2}
-    if warm:
-        tagger = new(runs[-1], splits, device, texts)
-        few = splits.test.take(min(640, len(splits.test)))
-        more["most"] = 3
-        clock.measure(tagger, few, few, few, out, warm=True, **more)
-        sys.exit(bool(gpu_probes.BAD))
-    with tempfile.TemporaryDirectory() as work, Path(work, "log").open("w+") as log:
-        command = [sys.executable, "-m", "experiments", "gpu", str(plan), "--device", device]
-        command += ["--warm", "--out", str(Path(work, "warm")), *["--tiny"] * tiny]
-        command += [] if texts is None else ["--texts", str(texts)]
-        other = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            finished: dict[str, Path] = {}
-            for one in runs:  # what the last one that did not fail made is measured
-                folder = Path(work, one.name)
-                options = one, splits, folder, finished, float("inf"), device, texts
-                trained = gpu_probes.attempt(one.name, partial(train, *options))
-                if trained is None:
-                    break
-                tagger, finished[one.name] = trained, folder / "tagger"
-                gpu_probes.say(f"{one.name}: {told_of(folder)}", keep=True)
-            with suppress(subprocess.TimeoutExpired):
-                other.wait(60)
-            gpu_probes.say(f"kernels are compiled, status {other.poll()}", keep=other.poll() != 0)
-            log.seek(0)
-            print(log.read()[-3000:] if other.poll() else "", flush=True)
-        finally:
-            other.kill()
-            other.wait()
-    if finished:
-        data = splits.dev, splits.test, splits.train
-        clock.measure(tagger, *data, out, most_loss=most_loss, run=[*finished][-1], **more)
+    return runs, splits, more
+
+
+def ended():
+    """Say what failed, and end with that status."""
     gpu_probes.say(f"FAILED OR WRONG: {gpu_probes.BAD}" if gpu_probes.BAD else "nothing failed")
     sys.exit(bool(gpu_probes.BAD))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import gpu
@@ -31,25 +31,35 @@ from tokenexit.text.encoding import Window
 from tokenexit.training.self_sampling import SelfSampling
 
 BASES = (ExitPolicy(window=0), ExitPolicy(window=1), ExitPolicy(window=0, min_active=2))
-THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
+THRESHOLDS = (0.02, 0.04, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
+# Seconds: of a path, for what comes behind it; and for which no case is begun.
+RESERVE, LEAST = 8, 6
+PARTS = ("trained", "BERT-base", "training step")
 VARLEN, FULL, EXITS = "packed varlen, graph", "tokenexit", "tokenexit, exits"
 LAYERS, LAYERS_EXITS = "layers, graph", "layers, exits, graph"
 
 
 def path(tagger: Tagger, dev: Dataset, most_loss: float) -> Iterator[Evaluation]:
-    """Full depth, then policies, each of `BASES` from the cautious to the bold, by real exits.
+    """Full depth, then policies by real exits: of each of `BASES` the boldest within the loss.
+
+    It is looked for by halves, as bolder ones lose more, but for chance; all that were tried are
+    given. Ends where less than `RESERVE` seconds are left.
 
     Args:
-        most_loss: of score; a base ends with a policy that loses three times as much.
+        most_loss: of score.
     """
     full = evaluate(tagger, dev, ExitPolicy.never())
     yield full
     for base in BASES:
-        for threshold in THRESHOLDS:
-            found = evaluate(tagger, dev, base.replace(threshold=threshold))
+        good, bad = -1, len(THRESHOLDS)
+        while bad - good > 1:
+            if gpu_probes.left() < RESERVE:
+                gpu_probes.say("  no time for more policies", keep=True)
+                return
+            at = (good + bad) // 2
+            found = evaluate(tagger, dev, base.replace(threshold=THRESHOLDS[at]))
             yield found
-            if found.score < full.score - 3 * most_loss:
-                break
+            good, bad = (at, bad) if found.score >= full.score - most_loss else (good, at)
 
 
 def fastest(found: Sequence[Evaluation], most_loss: float) -> Evaluation:
@@ -247,28 +257,45 @@ def sampled_share(tagger: Tagger, data: Dataset) -> float:
     return float(flat.mean()) / tagger.model.config.num_hidden_layers
 
 
-def accuracy(
-    tagger: Tagger, dev: Dataset, test: Dataset, most_loss: float, out: Path, **facts
-) -> ExitPolicy:
-    """Scores along a path of policies; the one chosen on development data.
+def choose(tagger: Tagger, dev: Dataset, most_loss: float) -> tuple[list[Evaluation], ExitPolicy]:
+    """Scores on development data along a path, and the policy chosen; the model's is that then."""
+    found = list(path(in_half(tagger), dev, most_loss))
+    tagger.model.policy = fastest(found, most_loss).policy
+    return found, tagger.model.policy
 
-    Test data are read at full depth and for the policies that none beats on development data.
+
+def read(
+    tagger: Tagger,
+    test: Dataset,
+    found: Sequence[Evaluation],
+    chosen: ExitPolicy,
+    out: Path,
+    **facts,
+):
+    """Tell and write scores on test data: full depth, the policy chosen, those that none beats.
+
+    Args:
+        found, chosen: of `choose`.
+        facts: of the rows.
     """
-    found = list(path(tagger, dev, most_loss))
-    chosen = fastest(found, most_loss)
-    best = front(found)
-    for one in best if found[0] in best else [found[0], *best]:
-        on_test = evaluate(tagger, test, one.policy)
+    tagger = in_half(tagger)
+    wanted = {one.policy: one for one in [found[0], *front(found)]}
+    wanted = {chosen: wanted[chosen], **wanted} if chosen in wanted else wanted
+    for policy in [ExitPolicy.never(), *(p for p in wanted if p != found[0].policy)]:
+        if gpu_probes.left() < 2:
+            return
+        one, on_test = wanted[policy], evaluate(tagger, test, policy)
         row = {
             "kind": "full depth" if one is found[0] else "token",
-            "chosen": one is chosen,
-            "policy": one.policy.to_dict(),
+            "chosen": policy == chosen,
+            "policy": policy.to_dict(),
             "dev": one.score,
             "test": on_test.score,
             "test_types": on_test.scores.get("types"),
             "flops_speedup": round(on_test.flops_speedup, 3),
             "layer_speedup": round(reading.layer_speedup(on_test), 3),
             "exits_per_layer": on_test.exits_per_layer,
+            "dtype": str(tagger.model.dtype)[6:],
             "computed_on": reading.device_of(tagger),
             **facts,
             **harness.origin(),
@@ -276,71 +303,85 @@ def accuracy(
         harness.write("gpu_scores", [row], out)
         name = "full depth"
         if one is not found[0]:
-            name = f"k={one.policy.window} t={one.policy.threshold} m={one.policy.min_active}"
+            name = f"k={policy.window} t={policy.threshold} m={policy.min_active}"
         gpu_probes.say(
             f"  {name:15} dev {100 * one.score:.2f} test {100 * on_test.score:.2f} "
             f"operations x{on_test.flops_speedup:.2f} token-layers x{row['layer_speedup']:.2f}"
-            f"{' <- chosen on dev' if one is chosen else ''}",
+            f"{' <- chosen on dev' if policy == chosen else ''}",
             keep=True,
         )
-    return chosen.policy
 
 
 def measure(
     tagger: Tagger,
-    dev: Dataset,
     test: Dataset,
     train: Dataset,
     out: Path,
     *,
-    most_loss: float = 0.005,
+    parts: Sequence[str] = PARTS,
     sizes: Sequence[int] = (64, 256),
-    most: int = 18,
+    most: int = 12,
     shape: dict | None = None,
     step: tuple[int, int] = (32, 128),
     warm: bool = False,
-    **facts,
 ):
-    """All of it: scores, clocks of the trained tagger and of BERT-base, the step of training.
+    """Clocks of the trained tagger and of BERT-base, and the step of training.
 
     Args:
-        tagger: trained, in fp32.
+        tagger: trained, in fp32, with its policy.
+        parts: of `PARTS`.
         sizes: sentences of a batch.
         most: batches that are timed of each kind.
         shape: of the large tagger, see `gpu.base`.
         step: sentences and tokens of a step of training.
-        warm: run everything once on little text, so that all kernels are compiled.
-        facts: of the rows of scores.
+        warm: run everything once, so that all kernels are compiled.
     """
-    device = tagger.model.device
-    dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
-    exact = _pair(tagger.model.eval())
-    trained = exact.to(device, dtype)
-    tagger = Tagger(trained.ours, tagger.tokenizer, sizes[0])
-    policy = ExitPolicy(threshold=0.3)
-    if not warm:
-        policy = accuracy(tagger, dev, test, most_loss, out, dtype=str(dtype)[6:], **facts)
-    windows = tagger.windows(test["words"])
-    exits = exits_of(tagger, windows, policy)
+    policy = tagger.model.policy
+    exact, half = _pair(tagger.model.eval()), in_half(tagger)
+    device, dtype = half.model.device, half.model.dtype
+    windows = half.windows(test["words"])
+    exits = exits_of(half, windows, policy)
     if not warm:
         save_exits(exits, windows, out / "exits.npz")
-    share = sampled_share(tagger, train.take(min(512, len(train))))
-    base = gpu.base(**(shape or {})).to(device, torch.float32)
     gpu_loop.FALLBACKS.clear()
-    plan = [("trained", exact, trained, policy, sizes[0])]
-    half = base.to(device, dtype)
-    plan += [("BERT-base", base, half, None, size) for size in sizes]
-    for name, truth, one, its_policy, size in plan:
-        for order in ("sorted", "file"):
+
+    @cache
+    def large():
+        return gpu.base(**(shape or {})).to(device, torch.float32)
+
+    def clocks(name, truth, its_policy, size):
+        one = truth.to(device, dtype)
+        for order in ("file", "sorted"):
+            if gpu_probes.left() < LEAST:
+                gpu_probes.say(f"no time for {name}, {size} sentences, {order}", keep=True)
+                return
             given = batches(windows, exits, size, order, most)
             title = f"{name}, {size} sentences, {order}"
             facts = dict(tagger=name, sentences=size, order=order, dtype=str(dtype)[6:])
             run = partial(clock, title, truth, one, given, its_policy, warm, **facts)
             gpu_probes.attempt(title, run)
+
+    if "trained" in parts:
+        clocks("trained", exact, policy, sizes[0])
+    if "BERT-base" in parts:
+        clocks("BERT-base", large(), None, sizes[0])
+    if "training step" in parts and gpu_probes.left() > LEAST:
+        share = sampled_share(half, train.take(min(512, len(train))))
+        share = max(share, 1 / len(exact.ours.exit_heads))
+        run = partial(training_step, large().ours, *step, share, warm)
+        gpu_probes.attempt("training step", run)
+    if "BERT-base" in parts:
+        for size in sizes[1:]:
+            clocks("BERT-base", large(), None, size)
     if gpu_loop.FALLBACKS:
         gpu_probes.say(f"a slower path served: {dict(gpu_loop.FALLBACKS)}", keep=True)
-    share = max(share, 1 / len(exact.ours.exit_heads))
-    gpu_probes.attempt("training step", partial(training_step, base.ours, *step, share, warm))
+
+
+def in_half(tagger: Tagger) -> Tagger:
+    """A copy in fp16, on a CPU in bf16, which takes 64 sentences at a time."""
+    model = copy.deepcopy(tagger.model).eval()
+    dtype = torch.bfloat16 if model.device.type == "cpu" else torch.float16
+    return Tagger(model.to(dtype), tagger.tokenizer, 64)
 
 
 def _pair(ours) -> gpu.Model:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_probes
 import numpy as np
 import pytest
 import torch
@@ -263,6 +264,25 @@ def test_the_fastest_within_the_loss_is_chosen():
     assert clock.front(found) == [found[i] for i in (1, 2, 3)]
 
 
+def test_the_boldest_policies_within_the_loss_are_found_by_halves(monkeypatch):
+    def evaluate(tagger, data, policy):
+        lost = 0.0 if policy == ExitPolicy.never() else policy.threshold * (1 + policy.window) / 50
+        return Evaluation(policy, {"score": 0.9 - lost}, 1.0, [], 1 + policy.threshold)
+
+    monkeypatch.setattr(clock, "evaluate", evaluate)
+    monkeypatch.setattr(gpu_probes, "left", lambda: 100)
+    found = list(clock.path(None, None, 0.005))
+    assert len(found) <= 1 + 4 * len(clock.BASES) and found[0].policy == ExitPolicy.never()
+    for base, wanted in zip(clock.BASES, (0.25, 0.1, 0.25), strict=True):
+        same = (base.window, base.min_active)
+        its = [one for one in found[1:] if (one.policy.window, one.policy.min_active) == same]
+        assert max(x.policy.threshold for x in its if x.score >= 0.895) == wanted
+    assert clock.fastest(found, 0.005).policy.threshold == 0.25
+    monkeypatch.setattr(gpu_probes, "say", lambda *words, keep: None)
+    monkeypatch.setattr(gpu_probes, "left", lambda: 1)
+    assert len(list(clock.path(None, None, 0.005))) == 1
+
+
 def test_exits_are_kept_token_by_token(tmp_path, tiny_tokenizer):
     model, tokenizer = random_tagger(labels=3), tiny_tokenizer(["a", "b", "c", "d"])
     tagger = Tagger(model, tokenizer, 2)
@@ -290,14 +310,16 @@ def test_all_that_a_gpu_is_asked_runs_without_one(tmp_path):
         "  - {name: joint, seconds: 5}\n"
         "  - {name: exits, start: joint, sampling: {exits: online}}\n"
     )
-    command = [sys.executable, "-m", "experiments", "gpu", str(plan), "--texts", str(texts)]
-    command += ["--device", "cpu", "--tiny", "--out", str(tmp_path / "out")]
+    same = [str(plan), "--texts", str(texts), "--device", "cpu", "--tiny"]
+    same += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "tagger")]
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = (tmp_path / "out/notes/evidence.txt").read_text()
+    for what in ("gpu-train", "gpu-measure"):
+        command = [sys.executable, "-m", "experiments", what, *same]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    told = (tmp_path / "out/notes/teach.txt").read_text()
     assert "full depth" in told and "<- chosen on dev" in told
     scores = [json.loads(row) for row in (tmp_path / "out/gpu_scores.jsonl").open()]
     assert {row["run"] for row in scores} == {"exits-1"} and sum(r["chosen"] for r in scores) == 1

@@ -395,7 +395,7 @@ class Tagger:
         results = [[]] * len(windows)
         for indices, output, firsts in self.run(windows, policy):
             logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
-            sure = logits.softmax(-1).amax(-1)
+            sure = logits.softmax(-1).amax(-1).cpu()
             found = zip(indices, self.words(output, firsts), sure, firsts, strict=True)
             for index, (labels, layers), its_sure, places in found:
                 results[index] = [*zip(labels, layers, its_sure[places].tolist(), strict=True)]
@@ -434,10 +434,10 @@ class Tagger:
     ) -> Iterator[tuple[list[str], list[int]]]:
         """Labels and exit layers of the words of each window of a batch, as `run` yields it."""
         names = self.model.config.id2label
-        best = output.logits.argmax(-1)
+        best, layers = output.logits.argmax(-1).cpu(), output.exit_layers.cpu()  # one wait, not B
         for row, positions in enumerate(firsts):
             labels = [names[i] for i in best[row, positions].tolist()]
-            yield labels, output.exit_layers[row, positions].tolist()
+            yield labels, layers[row, positions].tolist()
 
     @torch.inference_mode()
     def run(
