@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from statistics import fmean, median
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from tokenexit import flops, promise
 from tokenexit.dial import Dial, Speed
@@ -23,6 +23,9 @@ from tokenexit.reference import uncertainty
 from tokenexit.schedule import Schedule, simulate_exits
 from tokenexit.text.encoding import Window, merge
 from tokenexit.text.scoring import score
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 THRESHOLDS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 WINDOWS = (0, 1, 2, 4)
@@ -350,7 +353,7 @@ def make_dial(
         policies = policy_grid(thresholds=FINE)
     full = policies[0].replace(level="token", threshold=0.0, schedule="constant", min_active=1)
     whole = labels or tag_windows(tagger, tagger.windows(words), full).labels
-    data = Dataset.from_dict({"words": words[:cut], "labels": whole[:cut]})
+    data = {"words": words[:cut], "labels": whole[:cut]}
     sweep = Sweep(tagger, data, policies[0].criterion, "accuracy")
     simulated = []
     for number, policy in enumerate(policies, 1):
@@ -486,7 +489,7 @@ def pareto_front(points: Iterable[Point]) -> list[Point]:
 class Sweep:
     """Full-depth logits of all words, and what a policy would make of them."""
 
-    def __init__(self, tagger: Tagger, data: Dataset, criterion: str, metric: str):
+    def __init__(self, tagger: Tagger, data: Mapping[str, Sequence], criterion: str, metric: str):
         self.config = tagger.model.config
         self.gold = list(data["labels"])
         self.metric = metric

@@ -7,9 +7,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 
 from tokenexit import flops
 from tokenexit.models.tagger import Tagger
@@ -17,6 +17,9 @@ from tokenexit.policy import ExitPolicy
 from tokenexit.text.data import label_lists
 from tokenexit.text.encoding import Window, merge
 from tokenexit.text.scoring import check_metric, choose_metric, score, shown, warn_once
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)

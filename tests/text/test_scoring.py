@@ -1,7 +1,10 @@
+from itertools import product
+
 import pytest
 import seqeval.metrics
+from seqeval.metrics.sequence_labeling import get_entities
 
-from tokenexit.text.scoring import choose_metric, detect_metric, score, warn_once
+from tokenexit.text.scoring import choose_metric, detect_metric, score, spans, warn_once
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,15 @@ def test_entity_f1_by_hand():
         "types": {"LOC": 0.0, "ORG": 0.0, "PER": 1.0},
     }
     assert result["score"] == pytest.approx(seqeval.metrics.f1_score(gold, predicted))
+
+
+@pytest.mark.parametrize("names", [("A", "B"), ("_",)])
+def test_chunks_are_those_of_seqeval(names):
+    """Of all sequences of four labels."""
+    labels = ["O", *(f"{tag}-{name}" for tag in "BIES" for name in names)]
+    labels = [label.removesuffix("-_") for label in labels]
+    for sequence in product(labels, repeat=4):
+        assert spans(sequence, "entity_f1") == get_entities(list(sequence)), sequence
 
 
 def test_entity_f1_with_unequal_precision_and_recall():

@@ -31,6 +31,9 @@ for _command in (
 ):
     app.command()(_command)
 
+# What a command may lack, and the extra that brings it.
+_EXTRAS = {"datasets": "train", "accelerate": "train", "matplotlib": "plot"}
+
 
 def _version(wanted: bool):
     if wanted:
@@ -65,6 +68,8 @@ def main():
         if os.environ.get("TOKENEXIT_TRACEBACK"):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
+        if (extra := _EXTRAS.get(getattr(error, "name", None))) and isinstance(error, ImportError):
+            text += f"; expected it installed: pip install 'tokenexit[{extra}]'"
         known = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError))
         kind = "" if known else f"{type(error).__name__}: "
         print(f"error: {kind}{text}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -152,12 +152,14 @@ def _number(column: str | None) -> int | str | None:
 
 def be_quiet():
     """Our own messages only."""
-    import datasets
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    with suppress(ImportError):  # tagging does without
+        import datasets
+
+        datasets.disable_progress_bars()
 
 
 def check_heads(model, name: str, policy: ExitPolicy | None = None):

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, repeat
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import datasets
 import huggingface_hub
-from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 from tokenexit.text.scoring import shown
+
+if TYPE_CHECKING:  # else imported where it is needed: tagging does without
+    import datasets
+    from datasets import Dataset, DatasetDict
 
 WORD_KEYS = ("words", "tokens")
 LABEL_KEYS = ("labels", "tags", "ner_tags", "pos_tags")
@@ -88,6 +90,8 @@ def read_sentences(
             names file and line); an option that does not fit the source.
         TypeError: a source that is neither a path, a name nor a data set.
     """
+    from datasets import Dataset, DatasetDict
+
     if isinstance(source, (Dataset, DatasetDict)):
         if config is not None or format is not None:
             raise ValueError(
@@ -602,6 +606,8 @@ def is_missing_path(source: str | os.PathLike) -> bool:
 
 def check_hub_name(name: str) -> None:
     """Raise ValueError at once if `name` is no data set, where `datasets` would try for long."""
+    import datasets
+
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=10)
     except Exception as error:
@@ -614,6 +620,8 @@ def check_hub_name(name: str) -> None:
 
 
 def _load(source: str | os.PathLike, path: Path, config: str | None, split: str | None) -> Dataset:
+    import datasets
+
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if path.is_dir() and not saved:
         # `datasets` has ideas of its own of these: it would drop labels.
@@ -635,6 +643,8 @@ def _load(source: str | os.PathLike, path: Path, config: str | None, split: str 
 
 
 def _one_split(dataset: Dataset | DatasetDict, split: str | None, name: str) -> Dataset:
+    from datasets import Dataset
+
     if isinstance(dataset, Dataset):
         if split is not None:
             raise ValueError(f"got split {split!r}, but {name} has no splits; expected none")
@@ -648,6 +658,8 @@ def _one_split(dataset: Dataset | DatasetDict, split: str | None, name: str) -> 
 
 def _from_dataset(dataset: Dataset, column: int | str | None) -> Dataset:
     """Bring a data set's columns to our names, and the numbers of classes to theirs."""
+    from datasets import ClassLabel
+
     keys = dataset.column_names
     word_key = _key(keys, WORD_KEYS, "columns of the data set")
     label_key = None
@@ -690,4 +702,6 @@ def _from_dataset(dataset: Dataset, column: int | str | None) -> Dataset:
 
 
 def _features(columns: Iterable[str]) -> datasets.Features:
-    return datasets.Features({name: datasets.Sequence(Value("string")) for name in columns})
+    from datasets import Features, Sequence, Value
+
+    return Features({name: Sequence(Value("string")) for name in columns})

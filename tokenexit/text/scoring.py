@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = ("entity_f1", "word_f1", "accuracy")
 
-# BMES and BILOU in the letters of IOBES, the ones that seqeval reads.
+# BMES and BILOU in the letters of IOBES.
 _TO_IOBES = {"M": "I", "L": "E", "U": "S"}
 _LABEL = {
     "entity_f1": re.compile(r"O|[BIESMLU](-.+)?", re.DOTALL),
@@ -104,7 +104,7 @@ def score(
 ) -> dict[str, str | float | dict[str, float]]:
     """Score predicted labels.
 
-    Chunks are read as CoNLL's own script does (seqeval's default), whether IOB1, IOB2, BIOES,
+    Chunks are read as CoNLL's own script does (and seqeval by default), whether IOB1, IOB2, BIOES,
     BMES or BILOU; one that breaks the rules counts as far as it goes. The words of a segmentation
     are chunks that together cover the sentence.
 
@@ -177,27 +177,31 @@ def spans(labels: Sequence[str], scheme: str) -> list[tuple[str, int, int]]:
     """
     if scheme == "accuracy":
         return [(label, i, i) for i, label in enumerate(labels) if label != "O"]
-    return sorted(_chunks([labels], scheme), key=lambda chunk: chunk[1])
+    return _chunks([labels], scheme)
 
 
 def _chunks(sentences: Sequence[Sequence[str]], metric: str) -> list[tuple[str, int, int]]:
     """Return (type, first, last) of each chunk, in positions of all sentences together."""
-    from seqeval.metrics.sequence_labeling import get_entities  # brings scikit-learn, slowly
+    chunks, place = [], 0
+    for number, labels in enumerate(sentences):
+        last, last_kind = "O", ""
+        for label in labels:
+            tag, kind = _iobes(label, metric, number)
+            if tag != "O" and (tag in "BS" or last in "ESO" or kind != last_kind):
+                chunks.append([kind, place, place])
+            elif tag != "O":
+                chunks[-1][2] = place
+            last, last_kind, place = tag, kind, place + 1
+    return [tuple(chunk) for chunk in chunks]
 
-    return get_entities(
-        [
-            [_iobes(label, metric, number) for label in labels]
-            for number, labels in enumerate(sentences)
-        ]
-    )
 
-
-def _iobes(label: str, metric: str, sentence: int) -> str:
+def _iobes(label: str, metric: str, sentence: int) -> tuple[str, str]:
+    """Letter of IOBES and type of a label; `_` without one."""
     if not _LABEL[metric].fullmatch(label):
         raise ValueError(
             f"sentence {sentence}: got the label {label!r}; expected {_EXAMPLE[metric]}"
         )
-    return _TO_IOBES.get(label[0], label[0]) + label[1:]
+    return _TO_IOBES.get(label[0], label[0]), label[2:] or "_"
 
 
 def _f1(found: int, wanted: int, got: int) -> float:

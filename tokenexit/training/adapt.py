@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from transformers import (
     AutoModelForTokenClassification,
     PreTrainedModel,
@@ -37,6 +37,9 @@ from tokenexit.training.trainer import (
     training_arguments,
     write_record,
 )
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _MOST_HELD_OUT = 3000
 
@@ -156,6 +159,8 @@ def adapt(
         tagger, tagger.windows(words), memory_mib=memory_mib, seed=seed, progress=progress
     )
     if tune:
+        from datasets import Dataset
+
         data = Dataset.from_dict({"words": words, "labels": labels})
         _tune(tagger, data, epochs, seed, progress, checkpoints, resume)
     found = make_dial(

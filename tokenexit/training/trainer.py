@@ -9,9 +9,9 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from transformers import (
@@ -34,6 +34,9 @@ from tokenexit.text.encoding import Window, collate
 from tokenexit.text.scoring import choose_metric
 from tokenexit.training.self_sampling import Remembered, SelfSampling, cached_exits, remember
 from tokenexit.training.settings import OURS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
