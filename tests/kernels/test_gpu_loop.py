@@ -28,7 +28,7 @@ def taken(device, monkeypatch):
     """The calls of the loop, which the interpreter runs on a CPU."""
     calls, loop = [], gpu.exit_loop
     monkeypatch.setattr(gpu, "_DEVICES", {device})
-    monkeypatch.setattr(gpu, "exit_loop", lambda *a: calls.append(a) or loop(*a))
+    monkeypatch.setattr(gpu, "exit_loop", lambda *a, **k: calls.append(a) or loop(*a, **k))
     return calls
 
 
@@ -51,7 +51,7 @@ CHOSEN = [*MINE[:-1:4], MINE[-1], ExitPolicy(window=1, threshold=(0.0, 0.5, 0.0,
 
 @pytest.mark.parametrize("family, policy", list(zip(itertools.cycle(FAMILIES), CHOSEN)), ids=str)
 @torch.no_grad()
-def test_equals_the_reference(family, policy, device, taken):
+def test_equals_the_reference(family, policy, device, taken, poisoned):
     tagger = random_tagger(family, dtype=torch.float32).to(device)
     batch = {name: value.to(device) for name, value in random_batch(LENGTHS).items()}
     ours, truth = both(tagger, batch, policy=policy)

@@ -13,8 +13,7 @@ for all tokens, whose first rows count; the count stays on the device. A layer i
     compact_active    the new lists of active and of seen tokens
 
 A relative-position bias adds one, a gather of the queries' positions. Before the first layer lie a
-copy of the states and eight fills. `tokenexit.loops.graphs` records the loop with all that a model
-does before and after it.
+few fills. `tokenexit.loops.graphs` records the loop with all that a model does before and after it.
 """
 
 from __future__ import annotations
@@ -94,17 +93,15 @@ class Roomy(Packed):
     See `reference.pack_static` for what it has in excess.
 
     Attributes:
-        place: `[B, N]` int64, the packed index of each real token.
-        real: `[B, N]` bool.
+        place: `[B, N]` int64, the packed index of each real token, and of one in no sentence for
+            padding.
     """
 
     place: torch.Tensor = None
-    real: torch.Tensor = None
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """`[T, ...] -> [B, N, ...]`, zero at padding."""
-        real = self.real.view(*self.real.shape, *[1] * (values.dim() - 1))
-        return values[self.place].where(real, 0)
+        """`[T, ...] -> [B, N, ...]`, at padding what values have of tokens in no sentence."""
+        return values[self.place]
 
 
 def pack(real: torch.Tensor, word_ids: torch.Tensor) -> Roomy:
@@ -117,14 +114,15 @@ def pack(real: torch.Tensor, word_ids: torch.Tensor) -> Roomy:
 
     by_token, offsets, first_token, place = pack_static(real, word_ids)
     shape = len(real) + 1, real.shape[1]
-    return Roomy.of(shape, by_token, offsets, first_token, place=place, real=real)
+    place = torch.where(real, place, offsets[0, -1])
+    return Roomy.of(shape, by_token, offsets, first_token, place=place)
 
 
 def run(call, h, packed, schedule, bias, exits) -> Outcome:
     """See `tokenexit.loops.Loop`."""
     layers, heads = call.encoder.layers, call.encoder.heads
     schedule = schedule.padded(packed.num_sentences)
-    logits, left_at = exit_loop(layers, heads, h, packed, schedule, bias, exits)
+    logits, left_at = exit_loop(layers, heads, h, packed, schedule, bias, exits, keep=False)
     return Outcome(logits, left_at, no_nan=is_sound(heads, logits))
 
 
@@ -137,6 +135,7 @@ def exit_loop(
     bias: torch.Tensor | None = None,
     exits: torch.Tensor | None = None,
     precision: str | None = None,
+    keep: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `eager.last_of` makes of the trace of `eager.ExitEncoder` for these arguments.
 
@@ -145,6 +144,7 @@ def exit_loop(
             `packed.cu_tokens[B]` are in no sentence, and nothing is computed of them.
         precision: of fp32 products, "ieee" or "tf32"; None: what PyTorch is set to. Heads and
             decisions are "ieee".
+        keep: leave h as it is.
 
     Returns:
         Logits `[T, C]` and layers `[T]` int64 that tokens left with; 0 for those in no sentence.
@@ -154,17 +154,18 @@ def exit_loop(
     from tokenexit.kernels.linear import linear, query_key_value
 
     precision = precision or float32_precision()
-    numbers = torch.arange(1, len(layers), device=h.device)
-    h, active, cu_active = h.clone(), torch.arange(h.shape[0], device=h.device), packed.cu_tokens
+    h, size, cu_active = h.clone() if keep else h, h.shape[0], packed.cu_tokens
+    active = torch.arange(size, device=h.device)
     seen, cu_seen, all_rows = active, cu_active, True  # until some have left
-    left, layer_of_token = torch.zeros_like(active), torch.zeros_like(active)
-    logits = h.new_zeros(h.shape[0], heads[0].out_features)
-    uncertainty = torch.zeros_like(active, dtype=torch.float32)
+    sizes = size, size, cu_active.shape[0] // 8 + 3
+    left, layer_of_token, places = active.new_zeros(sum(sizes)).split(sizes)
+    logits = h.new_zeros(size, heads[0].out_features)
+    uncertainty = torch.empty_like(active, dtype=torch.float32)  # all are asked at first
     arrived = torch.zeros_like(schedule.window, dtype=torch.int32)
-    places = cu_active.new_zeros(len(cu_active) // 8 + 3)
     bias = None if bias is None else bias.contiguous()
     positions = None if bias is None else packed.positions
     if exits is not None:
+        numbers = torch.arange(1, len(layers), device=h.device)
         left_by = torch.where(exits <= numbers[:, None], exits, 0)
 
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), 1):
@@ -277,4 +278,5 @@ def is_sound(heads: Sequence[nn.Module], logits: torch.Tensor) -> torch.Tensor:
     not finite makes NaN of a sound state, which a later head may hide.
     """
     sizes = torch.stack(torch._foreach_norm([w for head in heads for w in head.parameters()]))
-    return sizes.isfinite().all() & ~logits.isnan().any()
+    worst = logits.amax()  # NaN of any, here and of sizes
+    return (sizes.amax() < torch.inf) & (worst == worst)
