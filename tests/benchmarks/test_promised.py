@@ -44,6 +44,17 @@ def test_a_promise_without_a_test_is_found_to_fail(monkeypatch):
     assert row["failed"] == row["failed_untested"] > 0.3
 
 
+def test_the_worst_that_can_be():
+    rng = np.random.default_rng(2)
+    steps = [step(rng, risk, 2.0) for risk in (0.0, 0.005, 0.02, 0.2)]
+    rows = [{"tested": n, **promised.at_the_edge(steps, n, draws=300)} for n in (500, 1000)]
+    for row in rows:
+        assert row["steps"] == 2 and 0.005 < row["mean_passed"] <= row["most_passed"] < 0.16
+    assert "(of 2 steps" in promised.edges(rows) and "draws of 1,000 sentences" in promised.edges(
+        rows
+    )
+
+
 def test_a_path_is_run_with_real_exits(tiny_tokenizer):
     tokenizer = tiny_tokenizer()
     model = tokenexit.convert(random_classifier(vocab_size=len(tokenizer)), tokenizer).double()
