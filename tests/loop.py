@@ -10,12 +10,14 @@ import torch
 
 
 def _linear(linear, x):
-    return linear.weight @ x + linear.bias
+    out = linear.weight @ x
+    return out if linear.bias is None else out + linear.bias
 
 
 def _norm(norm, x):
     centred = x - x.mean()
-    return centred / (centred.pow(2).mean() + norm.eps).sqrt() * norm.weight + norm.bias
+    scaled = centred / (centred.pow(2).mean() + norm.eps).sqrt() * norm.weight
+    return scaled if norm.bias is None else scaled + norm.bias
 
 
 def _softmax(values):
@@ -89,14 +91,49 @@ def _attend(layer, states, i, bias):
     return middle + _linear(layer.down, layer.activation(_linear(layer.up, middle)))
 
 
+def _turned(head, position, theta):
+    """A head's key or query: coordinates p and p + D/2 turned by position * theta ** (-2p / D)."""
+    half = len(head) // 2
+    result = head.clone()
+    for p in range(half):
+        angle = position * theta ** (-p / half)
+        x, y = float(head[p]), float(head[p + half])
+        result[p] = x * math.cos(angle) - y * math.sin(angle)
+        result[p + half] = y * math.cos(angle) + x * math.sin(angle)
+    return result
+
+
+def _attend_norm_first(layer, sums, i, is_first):
+    """New sum of token i of a layer that normalises what it reads."""
+    d = len(sums[0])
+    size = d // layer.num_heads
+    seen = [x if is_first else _norm(layer.attention_norm, x) for x in sums]
+    query = _linear(layer.query, seen[i])
+    context = []
+    near = [j for j in range(len(sums)) if layer.reach is None or abs(i - j) <= layer.reach]
+    pairs = {j: _linear(layer.key_value, seen[j]) for j in near}
+    for head in range(layer.num_heads):
+        part = slice(head * size, (head + 1) * size)
+        mine = _turned(query[part], i, layer.theta)
+        its = [float(mine @ _turned(pairs[j][:d][part], j, layer.theta)) for j in near]
+        weights = _softmax([score / math.sqrt(size) for score in its])
+        context.append(sum(w * pairs[j][d:][part] for w, j in zip(weights, near, strict=True)))
+    middle = sums[i] + _linear(layer.attention_output, torch.cat(context))
+    inner = _linear(layer.up, _norm(layer.inner_norm, middle))
+    half = len(inner) // 2
+    return middle + _linear(layer.down, layer.activation(inner[:half]) * inner[half:])
+
+
 @torch.no_grad()
-def loop_forward(states, layers, heads, word_of, policy, bias=None):
+def loop_forward(states, layers, heads, word_of, policy, bias=None, neck=None):
     """One sentence.
 
     Args:
         states: list of n embeddings [d]; word_of: list of n word numbers, None for special tokens.
         bias: [H, 2R+1] of relative positions; or, of disentangled attention, a function that gives
             the state [d] of the distance from a key to a query.
+        neck: what comes before the heads of layers that normalise first: these layers' states are
+            sums, and what is copied of a token that left is its sum, whatever the policy's `copy`.
 
     Returns:
         logits (list of n tensors [C]), exit layers (list of n ints), and the smallest distance of
@@ -109,25 +146,34 @@ def loop_forward(states, layers, heads, word_of, policy, bias=None):
     own = {}  # word -> its last known uncertainty
     logits, exits, stored = [None] * n, [None] * n, [None] * n
     margin = math.inf
+
+    def ask(head, state):
+        if neck is not None:
+            state = _norm(neck.final_norm, state)
+            state = _norm(neck.norm, neck.activation(_linear(neck.dense, state)))
+        return _linear(head, state)
+
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), 1):
         if len(left_at) == len(words):
             break
         active = [i for i in range(n) if word_of[i] not in left_at]
-        fresh = {i: _attend(layer, states, i, bias) for i in active}
-        if policy.copy == "pre_norm":
-            for i in active:
-                stored[i] = fresh[i]
-            states = [_norm(layer.output_norm, s) for s in stored]
+        if neck is not None:
+            fresh = {i: _attend_norm_first(layer, states, i, number == 1) for i in active}
+            states = [fresh.get(i, states[i]) for i in range(n)]
         else:
-            states = [
-                _norm(layer.output_norm, fresh[i]) if i in fresh else states[i] for i in range(n)
-            ]
+            fresh = {i: _attend(layer, states, i, bias) for i in active}
+            if policy.copy == "pre_norm":
+                stored = [fresh.get(i, stored[i]) for i in range(n)]
+                states = [_norm(layer.output_norm, s) for s in stored]
+            else:
+                normed = {i: _norm(layer.output_norm, x) for i, x in fresh.items()}
+                states = [normed.get(i, states[i]) for i in range(n)]
         for i in active:
-            logits[i] = _linear(head, states[i])
+            logits[i] = ask(head, states[i])
             exits[i] = number
         for w in words:
             if w not in left_at or policy.neighbors == "recompute":
-                own[w] = _uncertainty(_linear(head, states[first[w]]), policy.criterion)
+                own[w] = _uncertainty(ask(head, states[first[w]]), policy.criterion)
         if number == num_layers:
             break
         leaving = []

@@ -17,7 +17,13 @@ SETTINGS = {
         "position_buckets": 8,
         "norm_rel_ebd": "layer_norm",
         "position_biased_input": False,
-    }
+    },
+    "modernbert": {
+        "local_attention": 8,
+        "norm_bias": True,
+        "pad_token_id": 0,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
+    },
 }
 
 

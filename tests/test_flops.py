@@ -13,6 +13,14 @@ def layer(a, n):
     return projections + attention + a * 2 * 10 * 30 + a * 10 * 4
 
 
+def test_counts_of_layers_that_normalise_first():
+    kinds = {"norm_first": True, "rotary_thetas": [1.0] * 3, "attention_reach": [None] * 3}
+    config = TokenExitConfig(**{**CONFIG.to_dict(), **kinds})
+    spent = flops.multiply_adds(torch.tensor([[4, 2, 0]]), torch.tensor([4]), config)
+    gates_and_necks = 6 * (10 * 30 + 10 * 10)
+    assert spent.tolist() == [layer(4, 4) + layer(2, 4) + gates_and_necks]
+
+
 def test_counts():
     exits = torch.tensor([[3, 1, 2, 3], [1, 1, 0, 0]])
     active = flops.active_tokens(exits, 3)

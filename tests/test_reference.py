@@ -43,7 +43,7 @@ def bias_of(tagger):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2"])
+@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2", "modernbert"])
 def test_exit_forward_is_the_contract(family, policy):
     tagger = random_tagger(family, seed=3)
     tagger.backend = "reference"
@@ -63,6 +63,7 @@ def test_exit_forward_is_the_contract(family, policy):
                 [None if word < 0 else int(word) for word in words],
                 policy,
                 bias,
+                tagger.encoder.neck,
             )
             assert margin > 1e-9
             assert got.exit_layers[row, :n].tolist() == exits

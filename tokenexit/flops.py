@@ -18,7 +18,8 @@ def multiply_adds(
         + 2 n d^2                  keys and values, of tokens that left too
         + 2 a n d                  scores and context
 
-    and nothing once the sentence is finished.
+    and nothing once the sentence is finished. Gated inner states take a third product of d f, and a
+    neck before the classifier one of d^2.
 
     Args:
         active: `[B, L]`, tokens computed in each layer.
@@ -27,7 +28,8 @@ def multiply_adds(
     """
     d, f, labels = config.hidden_size, config.intermediate_size, config.num_labels
     a, n = active.double(), tokens.double()[:, None]
-    own = a * (2 * d * d + 2 * d * f + d * labels)
+    products, neck = (3, d * d) if config.norm_first else (2, 0)
+    own = a * (2 * d * d + products * d * f + neck + d * labels)
     shared = (a > 0) * n * 2 * d * d + 2 * a * n * d
     return (own + shared).sum(1)
 

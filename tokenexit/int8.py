@@ -99,7 +99,7 @@ def quantize(model: nn.Module) -> nn.Module:
     rounded = []
     for number, layer in enumerate(dict.fromkeys(layers)):  # one may stand several times
         for name, part in layer.named_children():
-            if isinstance(part, (nn.LayerNorm, nn.Dropout)):
+            if isinstance(part, (nn.LayerNorm, nn.Dropout, nn.Identity)):
                 continue
             # What was changed would be lost: only weights are kept.
             reads = Reads([part], [nn.Linear], [part._parameters.get("weight")])

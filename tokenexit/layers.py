@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +20,7 @@ from tokenexit.ops.exit_attention import exit_attention
 from tokenexit.ops.exit_layer import DEVICES, exit_layer
 from tokenexit.ops.linear import linear
 from tokenexit.packing import Active
+from tokenexit.reference import rotated
 
 # Parts of a layer, those with weights in the order of `exit_layer`'s; and the names of these.
 _PARTS = {
@@ -62,6 +63,8 @@ class ExitLayer(nn.Module):
     Source: Devlin et al. 2019 for the layer; Li et al. 2021 (arXiv 2105.13878), section 3.3.
     """
 
+    norm_first = False
+
     def __init__(
         self,
         hidden_size: int,
@@ -94,7 +97,7 @@ class ExitLayer(nn.Module):
         self,
         h: torch.Tensor,
         active: Active,
-        bias: torch.Tensor | Relative | None = None,
+        bias: torch.Tensor | Relative | Rotary | None = None,
         pre_norm: bool = False,
     ) -> torch.Tensor:
         """New states of the active tokens; the caller stores them.
@@ -260,6 +263,105 @@ class DisentangledLayer(ExitLayer):
         )
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """What layers with rotary positions know of where tokens are.
+
+    Attributes:
+        turns: by theta, the cosines and the sines `[T, D/2]` of each token's angles.
+    """
+
+    turns: Mapping[float, tuple[torch.Tensor, torch.Tensor]]
+
+
+class NormFirstLayer(ExitLayer):
+    """A layer that normalises what it reads and gives the sum: gated, with rotary positions.
+
+    A token that left is a key and a value by the sum it left with, under this layer's own
+    LayerNorm. `output_norm` is the identity, so that the policy's two kinds of copies are one. In
+    its forward, `bias` is a `Rotary`; None: tokens are nowhere in particular.
+
+    Args:
+        args, kwargs: of `ExitLayer`; intermediate_size is that of the gated inner states, and
+            dropout that of the attention's output.
+        theta: of its rotary positions.
+        reach: how many tokens to either side a token sees. None: all.
+        reads_normed: what it reads is normalised already, as embeddings are.
+        inner_dropout: of the gated inner states, in training.
+        norm_bias, attention_bias, mlp_bias: whether these parts have biases.
+
+    Raises:
+        ValueError: heads of an odd width.
+
+    Source: Warner et al. 2024 (arXiv 2412.13663), section 2.1.
+    """
+
+    norm_first = True
+
+    def __init__(
+        self,
+        *args,
+        theta: float,
+        reach: int | None = None,
+        reads_normed: bool = False,
+        inner_dropout: float = 0.0,
+        norm_bias: bool = True,
+        attention_bias: bool = True,
+        mlp_bias: bool = True,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        d, f = self.query.in_features, self.down.in_features
+        if d // self.num_heads % 2:
+            raise ValueError(f"heads are {d // self.num_heads} wide; expected an even width")
+        self.theta, self.reach = theta, reach
+        self.up = nn.Linear(d, 2 * f)
+        self.inner_norm = nn.LayerNorm(d, self.output_norm.eps)
+        if reads_normed:
+            self.attention_norm = nn.Identity()
+        self.output_norm = nn.Identity()
+        self.inner_dropout = nn.Dropout(inner_dropout)
+        for has_bias, parts in (
+            (attention_bias, (self.query, self.key_value, self.attention_output)),
+            (mlp_bias, (self.up, self.down)),
+            (norm_bias, (self.attention_norm, self.inner_norm)),
+        ):
+            for part in parts:
+                if not has_bias:
+                    part.bias = None
+
+    def forward(self, h, active, bias=None, pre_norm=False):
+        """See `ExitLayer`; pre_norm changes nothing."""
+        keys, cu_keys = active.keys
+        seen, own = h if keys is None else h[keys], active.rows(h)
+        normed = self.attention_norm(seen)
+        k, v = self.key_value(normed).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        q = self.query(normed if own is seen else self.attention_norm(own))
+        q = q.unflatten(-1, (self.num_heads, -1))
+        if bias is not None:
+            cos, sin = bias.turns[self.theta]
+            q = rotated(q, active.rows(cos), active.rows(sin))
+            k = rotated(k, *((cos, sin) if keys is None else (cos[keys], sin[keys])))
+        window = self._window(q, active.packed.shape[1])
+        context = self._attend(q, k, v, cu_keys, active, window)
+        h = own + self.dropout(self.attention_output(context.flatten(1)))
+        inner, gate = self.up(self.inner_norm(h)).chunk(2, -1)
+        return h + self.down(self.inner_dropout(self.activation(inner) * gate))
+
+    def drops(self) -> bool:
+        inner = self._modules["inner_dropout"]
+        return super().drops() or bool(inner.training and inner.p)
+
+    def _window(self, q, longest):
+        """The bias of scores that leaves no weight to tokens out of reach; None if none is."""
+        if self.reach is None or longest <= self.reach + 1:
+            return None
+        table = q.new_zeros(self.num_heads, 2 * self.reach + 3)
+        # Finite, as a kernel may come to a block of keys all of which are out of reach.
+        table[:, :: table.shape[1] - 1] = torch.finfo(q.dtype).min / 2
+        return table
+
+
 def _add_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     if not is_plain(norm, nn.LayerNorm):
         return norm(x + residual)
@@ -279,6 +381,35 @@ class ExitHead(nn.Linear):
         if self.training and self.dropout:
             h = F.dropout(h, self.dropout)
         return linear(h, self.weight, self.bias)
+
+
+class ExitNeck(nn.Module):
+    """What stands between states and the classifiers of all layers: `[n, d] -> [n, d]`.
+
+    Args:
+        hidden_size: d.
+        activation: elementwise.
+        eps: of both LayerNorms.
+        norm_bias, bias: whether these have biases, and whether the product has.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        activation: Callable[[torch.Tensor], torch.Tensor] = F.gelu,
+        eps: float = 1e-5,
+        norm_bias: bool = True,
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.final_norm = nn.LayerNorm(hidden_size, eps, bias=norm_bias)
+        self.dense = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.activation = activation
+        self.norm = nn.LayerNorm(hidden_size, eps, bias=norm_bias)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return self.norm(self.activation(self.dense(self.final_norm(h))))
 
 
 _KINDS = {

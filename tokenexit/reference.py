@@ -359,8 +359,45 @@ def exit_step(
     return h, logits, token_layer, uncertainty_, exit_layer
 
 
-def layer_sum(layer, h, bias=None):
-    """One BERT layer on all tokens of one sentence, short of its last LayerNorm: [n, d]."""
+def rotated(x, cos, sin):
+    """Rotary positions: the halves of each head `[n, H, D]` turned by angles, `[n, D/2]` of each.
+
+    Source: Su et al. 2021 (arXiv 2104.09864), section 3.4, with halves in place of neighbours.
+    """
+    low, high = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x.dtype)
+
+
+def norm_first_sum(layer, h, rotary=None, tokens=slice(None)):
+    """One layer that normalises what it reads, on all tokens of one sentence: [n, d].
+
+    What it gives is the sum itself: whoever reads that has a LayerNorm of its own.
+
+    Args:
+        rotary: `tokenexit.layers.Rotary` or None; tokens: where the sentence's are in it.
+    """
+    n = len(h)
+    normed = layer.attention_norm(h)
+    q = layer.query(normed).view(n, layer.num_heads, -1)
+    k, v = layer.key_value(normed).view(n, 2, layer.num_heads, -1).unbind(1)
+    if rotary is not None:
+        cos, sin = (part[tokens] for part in rotary.turns[layer.theta])
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+    scores = torch.einsum("ahd,khd->hak", q, k) * layer.scale
+    if layer.reach is not None:
+        at = torch.arange(n, device=h.device)
+        scores = scores.masked_fill((at[:, None] - at).abs() > layer.reach, -math.inf)
+    context = torch.einsum("hak,khd->ahd", scores.softmax(-1), v).flatten(1)
+    h = h + layer.attention_output(context)
+    inner, gate = layer.up(layer.inner_norm(h)).chunk(2, -1)
+    return h + layer.down(layer.activation(inner) * gate)
+
+
+def layer_sum(layer, h, bias=None, tokens=slice(None)):
+    """One layer on all tokens of one sentence, short of a last LayerNorm: [n, d]."""
+    if layer.norm_first:
+        return norm_first_sum(layer, h, bias, tokens)
     n = len(h)
     q = layer.query(h).view(n, layer.num_heads, -1)
     k, v = layer.key_value(h).view(n, 2, layer.num_heads, -1).unbind(1)
@@ -385,7 +422,8 @@ def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None)
         packed: `tokenexit.packing.Packed`, the offsets and words of the batch.
         schedule: `tokenexit.schedule.Schedule`, the policy of each sentence.
         bias: `[H, 2R+1]` or None, relative-position bias of the scores; or, for layers of
-            disentangled attention, `tokenexit.layers.Relative`.
+            disentangled attention, `tokenexit.layers.Relative`; for those that normalise first,
+            `tokenexit.layers.Rotary`.
         exit_layer: `[W]` or None; where given, words leave there, and the schedule is not asked.
 
     Returns:
@@ -407,7 +445,7 @@ def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None)
             if (left > 0).all():
                 break
             active = (word < 0) | (left[word.clamp(min=0)] == 0)
-            fresh = layer_sum(layer, state, bias)
+            fresh = layer_sum(layer, state, bias, slice(first, last))
             if schedule.pre_norm:
                 stored = torch.where(active[:, None], fresh, stored)
                 state = layer.output_norm(stored)

@@ -25,7 +25,7 @@ def both(tagger, batch, **kwargs):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2"])
+@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2", "modernbert"])
 @torch.no_grad()
 def test_equals_the_reference(family, policy):
     ours, truth = both(random_tagger(family), random_batch(LENGTHS), policy=policy)

@@ -1,15 +1,16 @@
-"""What is special in a family: layers that stand several times, and scores of distances."""
+"""What is special in a family: shared layers, scores of distances, layers that normalise first."""
 
 import copy
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 import transformers
 from random_models import random_batch, random_classifier, random_tagger
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tokenexit
 from tokenexit import ExitPolicy, TokenExitForTokenClassification
@@ -95,14 +96,20 @@ def test_8_bit_layers_stay_shared(tmp_path):
 
 
 @torch.no_grad()
-def test_8_bit_layers_of_disentangled_attention():
-    for shared in (True, False):
-        settings = {"share_att_key": shared, "initializer_range": 0.1}
-        tagger = random_tagger("deberta-v2", dtype=torch.float32, **settings)
+def test_8_bit_layers_without_a_fast_loop(tmp_path):
+    for family, settings in (
+        ("deberta-v2", {"share_att_key": True}),
+        ("deberta-v2", {"share_att_key": False}),
+        ("modernbert", {"mlp_bias": True}),
+    ):
+        tagger = random_tagger(family, dtype=torch.float32, initializer_range=0.1, **settings)
         batch = random_batch([9, 3])
         expected = tagger(**batch).logits
         error = (tokenexit.quantize(tagger)(**batch).logits - expected).abs().mean()
         assert 0 < error < 0.05 * expected.abs().mean()
+        tagger.save_pretrained(tmp_path)
+        again = TokenExitForTokenClassification.from_pretrained(tmp_path)
+        assert torch.equal(again(**batch).logits, tagger(**batch).logits)
 
 
 @pytest.mark.parametrize("layer_of", [[0, 0, 0], [0, 2, 2, 2], [0, -1, 0, 0], ["0"] * 4], ids=str)
@@ -113,18 +120,19 @@ def test_refuses_an_order_that_cannot_be(layer_of):
         TokenExitForTokenClassification(config)
 
 
-NEW = ["albert", "deberta-v2"]
+NEW = ["albert", "deberta-v2", "modernbert"]
 
 
 @pytest.mark.parametrize("family", NEW)
 @torch.no_grad()
 def test_as_hugging_face_takes_types_positions_and_padding_on_the_left(family):
     theirs = random_classifier(family, type_vocab_size=2, position_biased_input=True)
+    typed = ["token_type_ids"] * (family != "modernbert")
     ours = tokenexit.convert(theirs)
     batch = random_batch([9, 20, 3])
     ids, mask = (batch[name].flip(1) for name in ("input_ids", "attention_mask"))
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    more = {"token_type_ids": torch.arange(20).expand(3, -1) % 2, "position_ids": places}
+    more = {**dict.fromkeys(typed, torch.arange(20).expand(3, -1) % 2), "position_ids": places}
     got = ours(ids, mask, **more).logits
     expected = theirs(ids, mask, **more).logits
     real = mask != 0
@@ -170,6 +178,10 @@ def test_what_runs_them():
     tagger.backend = "cpu"
     with pytest.raises(ValueError, match="needs .* without disentangled attention"):
         tagger(**random_batch([3]))
+    tagger = random_tagger("modernbert", dtype=torch.float32).eval()
+    assert (
+        tagger.loop == "eager: a fast loop needs layers as BERT's, which normalise last, not first"
+    )
     # Without relative positions it is a layer like BERT's.
     plain = {"relative_attention": False, "pos_att_type": None, "norm_rel_ebd": "none"}
     assert type(random_tagger("deberta-v2", **plain).encoder.layers[0]) is ExitLayer
@@ -208,6 +220,32 @@ def test_pipeline(family, tiny_tokenizer):
         ("deberta-v2", {"attention_head_size": 4}, "attention_head_size is 4; expected 8"),
         ("deberta-v2", {"position_buckets": 1}, "position_buckets is 1; expected none"),
         ("deberta-v2", {"pos_att_type": ["p2p"]}, r"pos_att_type has \['p2p'\]; expected 'c2p'"),
+        ("modernbert", {"num_attention_heads": 32}, "heads are 1 wide, .*; expected an even width"),
+        (
+            "modernbert",
+            {"layer_types": ["full_attention"]},
+            "does not fit: .* .4. must be equal to .*layer_types",
+        ),
+        (
+            "modernbert",
+            {"layer_types": ["chunked_attention"] * 4},
+            "configuration of .* does not fit",
+        ),
+        (
+            "modernbert",
+            {"classifier_activation": "x"},
+            "classifier_activation is 'x'; expected one",
+        ),
+        (
+            "modernbert",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 9.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},
+                }
+            },
+            "full_attention of rope_type 'linear'; expected 'default'",
+        ),
     ],
     ids=str,
 )
@@ -222,7 +260,8 @@ def test_refuses_configurations_before_their_model_is_built(family, change, mess
 @pytest.mark.parametrize("family", NEW)
 def test_one_step_of_training_with_dropout(family):
     """Dropout of attention and of the states of distances included: every weight has a gradient."""
-    tagger = random_tagger(family, dtype=torch.float32, attention_probs_dropout_prob=0.3).train()
+    name = "attention_dropout" if family == "modernbert" else "attention_probs_dropout_prob"
+    tagger = random_tagger(family, dtype=torch.float32, **{name: 0.3}).train()
     batch = random_batch([9, 3])
     labels = (batch["input_ids"] % 5).masked_fill(batch["word_ids"] < 0, -100)
     losses = []
@@ -233,3 +272,125 @@ def test_one_step_of_training_with_dropout(family):
     losses[0].backward()
     without = [name for name, p in tagger.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+@torch.no_grad()
+def test_copies_of_layers_that_normalise_first_are_their_sums():
+    """A token that left is never changed again, whatever `copy` says; its state is no norm's."""
+    tagger, batch = random_tagger("modernbert"), random_batch([9, 20, 3])
+    policy = ExitPolicy(threshold=0.4, window=0)
+    one = tagger(**batch, policy=policy, output_hidden_states=True)
+    other = tagger(**batch, policy=policy.replace(copy="pre_norm"), output_hidden_states=True)
+    assert torch.equal(one.exit_layers, other.exit_layers) and len(one.exit_layers.unique()) >= 4
+    assert torch.equal(one.logits, other.logits)
+    for number, (before, after) in enumerate(pairwise(one.hidden_states)):
+        gone = one.exit_layers <= number
+        assert torch.equal(before[gone], after[gone])
+        assert torch.equal(after, other.hidden_states[number + 1])
+    last = one.hidden_states[-1]
+    states = tagger.encoder.neck(last)
+    for number, head in enumerate(tagger.exit_heads, 1):
+        mine = one.exit_layers == number
+        torch.testing.assert_close(head(states[mine]), one.logits[mine])
+
+
+@torch.no_grad()
+def test_local_layers_do_not_see_beyond_their_reach():
+    """One local layer: another word changes what is near it, and nothing else."""
+    kinds = {"layer_types": ["sliding_attention"], "local_attention": 6}
+    tagger = random_tagger("modernbert", layers=1, **kinds)
+    ids = random_batch([20])["input_ids"]
+    other = ids.clone()
+    other[0, 10] = 4 + (ids[0, 10] - 3) % 56
+    changed = (tagger(ids).logits != tagger(other).logits).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [*range(7, 14)]
+    half = tagger.to(torch.bfloat16)
+    changed = (half(ids).logits != half(other).logits).any(-1)[0].nonzero().flatten()
+    assert set(changed.tolist()) <= {*range(7, 14)} and 10 in changed
+
+
+@pytest.mark.parametrize(
+    "name", ["embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"]
+)
+def test_dropout_of_layers_that_normalise_first(name):
+    """Each of Hugging Face's settings has a place, and no other has one."""
+    tagger = random_tagger("modernbert", dtype=torch.float32, **{name: 0.5})
+    batch = random_batch([9, 3])
+    with torch.no_grad():
+        expected = tagger(**batch).logits
+        assert not torch.equal(tagger.train()(**batch).logits, expected)
+        for part in tagger.modules():
+            for place in ("p", "dropout", "attention_dropout"):
+                if isinstance(getattr(part, place, None), float):
+                    setattr(part, place, 0.0)
+        torch.testing.assert_close(tagger(**batch).logits, expected)
+    assert getattr(tokenexit.to_hugging_face(tagger).config, name) == 0.5
+    assert tagger.config.embedding_size is None
+
+
+def test_an_encoder_that_normalises_first_gets_a_new_neck(tmp_path, caplog):
+    theirs = random_classifier("modernbert")
+    load = TokenExitForTokenClassification.from_pretrained
+    theirs.model.save_pretrained(tmp_path / "encoder")
+    tagger = load(tmp_path / "encoder", num_labels=6)
+    assert tagger.untrained_heads() == [1, 2, 3, 4]
+    assert torch.equal(tagger.encoder.neck.final_norm.weight, theirs.model.final_norm.weight)
+    masked = transformers.ModernBertForMaskedLM(theirs.config)
+    masked.save_pretrained(tmp_path / "masked")
+    tagger = load(tmp_path / "masked", num_labels=6)
+    assert tagger.untrained_heads() == [1, 2, 3, 4]
+    assert torch.equal(tagger.encoder.neck.dense.weight, masked.head.dense.weight)
+    theirs.save_pretrained(tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged" / "model.safetensors")
+    del weights["head.dense.weight"]
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks 1 weights: \['head.dense.weight'\]; expected them"
+    ):
+        load(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"rotary_thetas": [1.0] * 3},
+            r"rotary_thetas is \[1.0, 1.0, 1.0\]; expected a number abo",
+        ),
+        ({"rotary_thetas": None}, "rotary_thetas is None; expected a number above 0, of each of 4"),
+        ({"attention_reach": [None, -1, 2, 3]}, "attention_reach is .*; expected an int of 0 or"),
+        ({"mlp_dropout": 2}, "mlp_dropout is 2; expected a number from 0 to 1"),
+        ({"classifier_activation": None}, "classifier_activation is None; expected one of"),
+        ({"num_attention_heads": 32}, "heads are 1 wide; expected an even width"),
+    ],
+    ids=str,
+)
+def test_refuses_damaged_configurations_of_layers_that_normalise_first(change, message):
+    config = tokenexit.convert(random_classifier("modernbert")).config
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        TokenExitForTokenClassification(config)
+
+
+def test_kinds_of_layers_that_one_of_both_has_not():
+    theirs = random_classifier("modernbert")
+    model = tokenexit.convert(theirs)
+    for kinds in (["full_attention"], ["full_attention", "chunked_attention"] * 2):
+        theirs.config.layer_types = kinds
+        with pytest.raises(ValueError, match="layer_types is .*; expected one of .* of 4 layers"):
+            tokenexit.convert(theirs)
+    model.config.attention_reach[1] = 7
+    with pytest.raises(ValueError, match="expected one reach and one theta in each kind"):
+        tokenexit.to_hugging_face(model)
+
+
+@torch.no_grad()
+def test_layers_that_normalise_first_saved_and_loaded(tmp_path):
+    tagger = random_tagger("modernbert", dtype=torch.float32)
+    tagger.policy = ExitPolicy(threshold=0.4, window=0)
+    tagger.save_pretrained(tmp_path)
+    batch = random_batch([9, 20])
+    logits, parameters = in_a_new_process(tmp_path, batch)
+    torch.testing.assert_close(logits, tagger(**batch).logits, atol=1e-5, rtol=1e-5)
+    assert parameters == len(list(tagger.parameters()))

@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 
 from tokenexit.conditions import CALLS, TENSORS, Condition, Held, Reads, unmet
-from tokenexit.layers import LAYERS, STATES, DisentangledLayer, ExitLayer, reads
+from tokenexit.layers import LAYERS, STATES, DisentangledLayer, ExitLayer, NormFirstLayer, reads
 from tokenexit.loops import cpu, eager, gpu
 from tokenexit.loops.eager import ExitEncoder, Outcome
 from tokenexit.ops.pack_tokens import pack
@@ -138,6 +138,11 @@ _FAST: list[Condition] = [
         "layers as BERT's, without disentangled attention",
         lambda call: not any([isinstance(x, DisentangledLayer) for x in call.layers]),
     ),
+    (
+        "layers as BERT's, which normalise last, not first",
+        lambda call: not any([isinstance(x, NormFirstLayer) for x in call.layers]),
+    ),
+    ("classifiers on the states themselves", lambda call: call.encoder.neck is None),
 ]
 # The op of the CPU sees to tensors itself, but where it is only traced; see `conditions.refused`.
 _TRACED: list[Condition] = [

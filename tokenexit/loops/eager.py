@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,12 +28,19 @@ class ExitEncoder(nn.Module):
     Args:
         layers: L `ExitLayer`.
         heads: L classifiers, `[n, d] -> [n, C]`.
+        neck: what comes before each of them, `[n, d] -> [n, d]`, or None.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], heads: Sequence[nn.Module]):
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        heads: Sequence[nn.Module],
+        neck: nn.Module | None = None,
+    ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.heads = nn.ModuleList(heads)
+        self.neck = neck
         self.gradient_checkpointing = False  # as Hugging Face's models switch it on
 
     def forward(
@@ -72,7 +80,7 @@ class ExitEncoder(nn.Module):
             h = layer.output_norm(stored) if schedule.pre_norm else stored
             if states is not None:
                 states.append(h)
-            logits = head(active.rows(h) if schedule.pre_norm else fresh)
+            logits = self.logits(head, active.rows(h) if schedule.pre_norm else fresh)
             trace.append((active.tokens, logits))
             if number == len(self.layers):
                 break
@@ -85,7 +93,7 @@ class ExitEncoder(nn.Module):
                 asked, words = logits, packed.word_at[active.tokens]
                 if schedule.recompute:
                     keys, _ = active.keys
-                    asked, words = head(h), packed.word_at
+                    asked, words = self.logits(head, h), packed.word_at
                     if keys is not None:
                         asked, words = asked[keys], words[keys]
                 uncertainty, left = exit_decision(
@@ -104,6 +112,10 @@ class ExitEncoder(nn.Module):
                 break
             active = Active(packed, tokens[:count], cu_tokens)
         return trace
+
+    def logits(self, head: nn.Module, h: torch.Tensor) -> torch.Tensor:
+        """What a classifier gives for states: `[n, d] -> [n, C]`."""
+        return head(h if self.neck is None else self.neck(h))
 
 
 class Unmet(Exception):
@@ -148,8 +160,9 @@ def run(call, h, packed, schedule, bias, exits) -> Outcome:
 
 def run_reference(call, h, packed, schedule, bias, exits) -> Outcome:
     """See `tokenexit.loops.Loop`."""
-    layers, heads = call.encoder.layers, call.encoder.heads
-    trace = reference.exit_forward(h, layers, heads, packed, schedule, bias, exits)
+    encoder = call.encoder
+    heads = [partial(encoder.logits, head) for head in encoder.heads]
+    trace = reference.exit_forward(h, encoder.layers, heads, packed, schedule, bias, exits)
     return Outcome(*last_of(trace, len(h)), trace)
 
 

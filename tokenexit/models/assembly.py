@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from tokenexit.layers import DisentangledLayer, ExitLayer
+from tokenexit.layers import DisentangledLayer, ExitLayer, ExitNeck, NormFirstLayer
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import activation_of
 
@@ -27,11 +27,24 @@ def layers_of(config: TokenExitConfig) -> list[nn.Module]:
         )
     layers: list[nn.Module] = []
     for number, first in zip(numbers, firsts, strict=True):
-        layers.append(layers[first] if first < number else _layer(config))
+        layers.append(layers[first] if first < number else _layer(config, number))
     return layers
 
 
-def _layer(config: TokenExitConfig) -> nn.Module:
+def neck_of(config: TokenExitConfig) -> ExitNeck | None:
+    """What comes before each classifier."""
+    if not config.norm_first:
+        return None
+    return ExitNeck(
+        config.hidden_size,
+        activation_of(config.classifier_activation),
+        config.layer_norm_eps,
+        norm_bias=config.norm_bias,
+        bias=config.classifier_bias,
+    )
+
+
+def _layer(config: TokenExitConfig, number: int) -> nn.Module:
     common = (
         config.hidden_size,
         config.num_attention_heads,
@@ -41,6 +54,20 @@ def _layer(config: TokenExitConfig) -> nn.Module:
         config.hidden_dropout_prob,
         config.attention_probs_dropout_prob,
     )
+    if config.norm_first:
+        *common, _, attention_dropout = common
+        return NormFirstLayer(
+            *common,
+            attention_dropout,
+            attention_dropout,
+            theta=config.rotary_thetas[number],
+            reach=config.attention_reach[number],
+            reads_normed=number == 0,
+            inner_dropout=config.mlp_dropout,
+            norm_bias=config.norm_bias,
+            attention_bias=config.attention_bias,
+            mlp_bias=config.mlp_bias,
+        )
     terms = config.pos_att_type or ()
     if not (config.relative_attention or terms):
         return ExitLayer(*common)

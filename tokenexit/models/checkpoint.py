@@ -8,7 +8,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -82,6 +82,9 @@ def load(loader, name, *args, **kwargs):
         return loader(name, *args, **kwargs)
     except (SafetensorError, UnpicklingError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"the checkpoint {name} is damaged: {error}") from error
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the configuration of {name} does not fit: {reason}") from error
     except OSError as error:
         if isinstance(error.__cause__, HFValidationError):  # a path
             raise FileNotFoundError(f"{name} is neither a folder nor a name on the hub") from None

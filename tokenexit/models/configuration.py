@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -30,6 +31,13 @@ class TokenExitConfig(PreTrainedConfig):
         position_biased_input: whether embeddings have those of positions in them.
         relative_attention, max_relative_positions, position_buckets, pos_att_type, share_att_key,
             norm_rel_ebd: of disentangled attention, as a DeBERTa-v2 configuration has them.
+        norm_first: layers normalise what they read, not what they give, and have rotary positions
+            and gated inner states; before each classifier comes one neck, the same for all. What
+            follows here is of these.
+        rotary_thetas: of each layer.
+        attention_reach: of each layer, how many tokens to either side a token sees; None: all.
+        norm_bias, attention_bias, mlp_bias, mlp_dropout, classifier_bias, classifier_activation:
+            as a ModernBERT configuration has them.
         position_padding_id: families that number positions from a padding id: positions start
             after it, and that token itself does not count. None: from 0.
         relative_attention_buckets: rows of the relative-position bias table; 0 for none.
@@ -71,6 +79,15 @@ class TokenExitConfig(PreTrainedConfig):
     pos_att_type: list[str] | None = None
     share_att_key: bool = False
     norm_rel_ebd: str = "none"
+    norm_first: bool = False
+    rotary_thetas: list[float] | None = None
+    attention_reach: list[int | None] | None = None
+    norm_bias: bool = True
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    mlp_dropout: float = 0.0
+    classifier_bias: bool = True
+    classifier_activation: str = "gelu"
     type_vocab_size: int = 2
     relative_attention_buckets: int = 0
     initializer_range: float = 0.02
@@ -114,9 +131,12 @@ def check_sizes(config: PreTrainedConfig):
 def check_config(config: TokenExitConfig):
     """Raise ValueError for settings of which there is no model; labels are made whole."""
     check_sizes(config)
-    if not isinstance(config.hidden_act, str) or config.hidden_act not in ACT2FN:
-        raise ValueError(f"config.hidden_act is {config.hidden_act!r}; expected one of {[*ACT2FN]}")
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+    for name in ("hidden_act", "classifier_activation"):
+        check_activation(config, name)
+    for name in (
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+        "mlp_dropout",
+    ):
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"config.{name} is {value!r}; expected a number from 0 to 1")
@@ -127,7 +147,33 @@ def check_config(config: TokenExitConfig):
             f"config.max_position_embeddings is {config.max_position_embeddings}; expected more "
             f"than position_padding_id, {config.position_padding_id}, takes up"
         )
+    if config.norm_first:
+        _check_by_layer(config, "rotary_thetas", "a number above 0", _is_theta)
+        _check_by_layer(config, "attention_reach", "an int of 0 or more, or None", _is_reach)
     config.id2label, config.label2id = label_maps(config.id2label, config.label2id)
+
+
+def check_activation(config: PreTrainedConfig, name: str):
+    """Raise ValueError if that field, ours or theirs, is no activation that Hugging Face knows."""
+    value = getattr(config, name)
+    if not isinstance(value, str) or value not in ACT2FN:
+        raise ValueError(f"config.{name} is {value!r}; expected one of {[*ACT2FN]}")
+
+
+def _is_theta(value):
+    return isinstance(value, (int, float)) and 0 < value < math.inf
+
+
+def _is_reach(value):
+    return value is None or (isinstance(value, int) and value >= 0)
+
+
+def _check_by_layer(config, name, expected, is_right):
+    values, layers = getattr(config, name), config.num_hidden_layers
+    if not isinstance(values, list) or len(values) != layers or not all(map(is_right, values)):
+        raise ValueError(
+            f"config.{name} is {values!r:.80}; expected {expected}, of each of {layers} layers"
+        )
 
 
 def _size(config, name, least):

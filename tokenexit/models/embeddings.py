@@ -33,7 +33,7 @@ class ExitEmbeddings(nn.Module):
             self.projection = nn.Linear(width, config.hidden_size, bias=bias)
         self.projects_last = not config.norm_after_projection
         width = width if self.projects_last else config.hidden_size
-        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.norm = nn.LayerNorm(width, config.layer_norm_eps, bias=config.norm_bias)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, positions, token_type_ids, words=None):

@@ -34,11 +34,15 @@ class Family:
         shared_layers: of their configuration, what the names of each layer start with, in the order
             of computation: one that stands twice is one layer, computed twice. None: each has its
             own, `layer_prefix` with its number.
+        fused: the end of a name of theirs that holds several matrices one below the other, to the
+            ends that `outer` and `layer` know these by.
         config: our configuration's fields where names or meanings differ: the name of theirs, or a
             value that is no text.
         prepare: changes their weights, given by name, where values differ, and takes out those
             that ours needs no more; or None.
-        back: of our configuration, settings of theirs that `config` does not give.
+        settings: of their configuration, fields of ours that `config` does not give; back: of ours,
+            settings of theirs.
+        new_head: their parameters that an encoder without a classifier lacks.
         unsupported_because: what of their configuration there is no layer for, and what is
             expected; None where there is.
     """
@@ -48,9 +52,12 @@ class Family:
     layer: Mapping[str, str | tuple[str, ...]]
     layer_prefix: str = "encoder.layer.{i}."
     shared_layers: Callable[[PreTrainedConfig], list[str]] | None = None
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
     prepare: Callable[[dict[str, Tensor], PreTrainedConfig], None] | None = None
+    settings: Callable[[PreTrainedConfig], dict[str, object]] = lambda config: {}
     back: Callable[[TokenExitConfig], dict[str, object]] = lambda config: {}
+    new_head: tuple[str, ...] = ("classifier.weight", "classifier.bias")
     unsupported_because: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
     def names(self, config: PreTrainedConfig) -> dict[str, tuple[str, ...]]:
@@ -72,6 +79,19 @@ class Family:
                 names[f"encoder.layers.{i}.{ours}"] = tuple(start + part for part in parts)
         names[f"encoder.heads.{len(starts) - 1}"] = ("classifier",)
         return names
+
+    def parted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their weights by name, with views of the parts in place of those that hold several."""
+        result = {}
+        for name, value in weights.items():
+            stem, _, kind = name.rpartition(".")
+            end = next((end for end in self.fused if stem.endswith(end)), None)
+            parts = (stem,)
+            if end is not None:
+                parts = [stem.removesuffix(end) + part for part in self.fused[end]]
+            for part, rows in zip(parts, value.tensor_split(len(parts)), strict=True):
+                result[f"{part}.{kind}"] = rows
+        return result
 
     def layer_starts(self, config: PreTrainedConfig) -> list[str]:
         """What their names of each layer start with, in the order of computation."""
@@ -159,6 +179,55 @@ def _unlike_deberta_v3(config: PreTrainedConfig) -> str | None:
         return "config.position_buckets is 1; expected none (-1) or 2 or more"
     unknown = sorted({*(config.pos_att_type or ())} - {"c2p", "p2c"})
     return f"config.pos_att_type has {unknown}; expected 'c2p' and 'p2c'" if unknown else None
+
+
+def _unlike_modernbert(config: PreTrainedConfig) -> str | None:
+    kinds, width = config.layer_types, config.hidden_size // config.num_attention_heads
+    if len(kinds) != config.num_hidden_layers or not {*kinds} <= {*_REACHES}:
+        return (
+            f"config.layer_types is {kinds!r:.80}; expected one of {[*_REACHES]} for each of "
+            f"{config.num_hidden_layers} layers"
+        )
+    for kind in sorted({*kinds}):
+        if (got := config.rope_parameters[kind]["rope_type"]) != "default":
+            return f"config.rope_parameters has {kind} of rope_type {got!r}; expected 'default'"
+    if (name := config.classifier_activation) not in ACT2FN:
+        return f"config.classifier_activation is {name!r}; expected one of {[*ACT2FN]}"
+    if width % 2:
+        return f"heads are {width} wide, by config.hidden_size; expected an even width"
+    return None
+
+
+# How far each kind of ModernBERT's layers sees, as its configuration says.
+_REACHES: Mapping[str, Callable[[PreTrainedConfig], int | None]] = {
+    "full_attention": lambda config: None,
+    "sliding_attention": lambda config: config.sliding_window,
+}
+
+
+def _modernbert_layers(config: PreTrainedConfig) -> dict[str, object]:
+    kinds = config.layer_types
+    thetas = [float(config.rope_parameters[kind]["rope_theta"]) for kind in kinds]
+    return {"rotary_thetas": thetas, "attention_reach": [_REACHES[kind](config) for kind in kinds]}
+
+
+def _modernbert_kinds(config: TokenExitConfig) -> dict[str, object]:
+    """Kinds of layers that see as far as ours, each with one theta and one reach."""
+    full, sliding = _REACHES
+    kinds = [full if reach is None else sliding for reach in config.attention_reach]
+    pairs = {*zip(kinds, config.attention_reach, config.rotary_thetas, strict=True)}
+    if len(pairs) > len({*kinds}):
+        raise ValueError(
+            f"config has layers of {sorted(map(str, pairs))}; expected one reach and one theta in "
+            "each kind"
+        )
+    rope = {kind: {"rope_type": "default", "rope_theta": theta} for kind, _, theta in pairs}
+    reaches = [2 * reach for _, reach, _ in pairs if reach is not None]
+    return {
+        "layer_types": kinds,
+        "rope_parameters": rope,
+        **({"local_attention": reaches[0]} if reaches else {}),
+    }
 
 
 def _roberta() -> Family:
@@ -266,6 +335,47 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "ernie": Family(
             prefix="ernie.", outer=_BERT_EMBEDDINGS, layer=_BERT_LAYER, prepare=_add_task
+        ),
+        "modernbert": Family(
+            prefix="",
+            outer={
+                "embeddings.word": "model.embeddings.tok_embeddings",
+                "embeddings.norm": "model.embeddings.norm",
+                "encoder.neck.final_norm": "model.final_norm",
+                "encoder.neck.dense": "head.dense",
+                "encoder.neck.norm": "head.norm",
+            },
+            layer={
+                "attention_norm": "attn_norm",
+                "query": "attn.query",
+                "key_value": ("attn.key", "attn.value"),
+                "attention_output": "attn.Wo",
+                "inner_norm": "mlp_norm",
+                "up": "mlp.Wi",
+                "down": "mlp.Wo",
+            },
+            layer_prefix="model.layers.{i}.",
+            fused={"attn.Wqkv": ("attn.query", "attn.key", "attn.value")},
+            config={
+                "norm_first": True,
+                "type_vocab_size": 0,
+                "position_biased_input": False,
+                "hidden_act": "hidden_activation",
+                "hidden_dropout_prob": "embedding_dropout",
+                "attention_probs_dropout_prob": "attention_dropout",
+                "layer_norm_eps": "norm_eps",
+                **{
+                    name: name  # whose defaults are others
+                    for name in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
+                },
+            },
+            settings=_modernbert_layers,
+            back=_modernbert_kinds,
+            new_head=(
+                *("classifier.weight", "classifier.bias", "head.dense.weight", "head.dense.bias"),
+                *("head.norm.weight", "head.norm.bias"),
+            ),
+            unsupported_because=_unlike_modernbert,
         ),
         "mpnet": Family(
             prefix="mpnet.",

@@ -30,7 +30,7 @@ from tokenexit.layers import ExitHead
 from tokenexit.loops import BACKENDS, tell
 from tokenexit.loops.eager import ExitEncoder, padded_logits
 from tokenexit.loops.graphs import Graphs
-from tokenexit.models.assembly import layers_of, other_names
+from tokenexit.models.assembly import layers_of, neck_of, other_names
 from tokenexit.models.checkpoint import (
     HUB_ARGUMENTS,
     check_dtype_of_int8,
@@ -43,7 +43,13 @@ from tokenexit.models.loss import check_labels, exit_loss, final_loss
 from tokenexit.models.pipeline import call_of, run
 from tokenexit.models.relative import RelativeStates
 from tokenexit.models.rows import Rows, check_others
-from tokenexit.models.translation import check_checkpoint, check_supported, config_of, copy_weights
+from tokenexit.models.translation import (
+    check_checkpoint,
+    check_supported,
+    config_of,
+    copy_weights,
+    family_of,
+)
 from tokenexit.packing import STARTS_WORD
 from tokenexit.policy import ExitPolicy
 from tokenexit.schedule import Schedule
@@ -62,7 +68,8 @@ class TokenExitOutput(TokenClassifierOutput):
         logits: `[B, N, C]`, those each token left with; 0 at padding.
         hidden_states: with `output_hidden_states`, L + 1 of `[B, N, d]`, before the first layer and
             after each: those that the next layer sees, of a token that left as it left (of the copy
-            "pre_norm", under that layer's LayerNorm). The last are what tokens left with.
+            "pre_norm", under that layer's LayerNorm; of layers that normalise first, before their
+            LayerNorm and the last one). The last are what tokens left with.
         exit_layers: `[B, N]` int64, the layer each token left at, from 1; 0 at padding.
         layer_logits: with `output_layer_logits`, `[L, B, N, C]`: each layer's logits for the
             tokens computed in it, NaN for the others.
@@ -84,7 +91,13 @@ class TokenExitForTokenClassification(PreTrainedModel):
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # forward takes num_items_in_batch
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["ExitEmbeddings", "ExitLayer", "DisentangledLayer"]
+    _no_split_modules: ClassVar[list[str]] = [
+        "DisentangledLayer",
+        "ExitEmbeddings",
+        "ExitLayer",
+        "ExitNeck",
+        "NormFirstLayer",
+    ]
 
     def __init__(self, config: TokenExitConfig):
         check_config(config)
@@ -96,7 +109,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
             ExitHead(config.hidden_size, config.num_labels, config.classifier_dropout)
             for _ in layers
         ]
-        self.encoder = ExitEncoder(layers, heads)
+        self.encoder = ExitEncoder(layers, heads, neck_of(config))
         if config.relative_attention_buckets:
             self.relative_bias = nn.Embedding(
                 config.relative_attention_buckets, config.num_attention_heads
@@ -328,7 +341,7 @@ class TokenExitForTokenClassification(PreTrainedModel):
             model.mark_untrained(model.config.untrained_heads or ())
         else:
             check_supported(config)
-            new = ("classifier.weight", "classifier.bias")  # of an encoder without a classifier
+            new = family_of(config).new_head
             loader = AutoModelForTokenClassification.from_pretrained
             theirs, info = load_whole(loader, name, new, True, *args, **kwargs)
             check_checkpoint(name, config, info)

@@ -16,6 +16,7 @@ from tokenexit.loops import LOOPS, Call, Loop, cannot, choose
 from tokenexit.loops.eager import Trace, Unmet, explain_nan
 from tokenexit.loops.gpu import fell_back
 from tokenexit.models.embeddings import ExitEmbeddings, positions_of, relative_buckets
+from tokenexit.models.relative import rotary_of
 from tokenexit.models.rows import Rows, limits_of
 from tokenexit.packing import Packed
 from tokenexit.schedule import Schedule
@@ -141,9 +142,10 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
         raise _explain(model, rows)
     ids = packed.pack(inside.input_ids)
     types, words = inside.token_type_ids, inside.inputs_embeds
+    positions = positions_of(config, packed, ids, inside.position_ids)
     h = model.embeddings(
         ids,
-        positions_of(config, packed, ids, inside.position_ids),
+        positions,
         torch.zeros_like(ids) if types is None else packed.pack(types),
         None if words is None else packed.pack(words),
     )
@@ -152,6 +154,8 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
         bias = model.relative_bias(relative_buckets(h.device)).T
     elif model.relative_states is not None:
         bias = model.relative_states(packed.shape[1])
+    elif config.norm_first:
+        bias = rotary_of(config, positions, h.dtype)
     outcome = loop.run(call, h, packed, call.schedule.to(h), bias, exits)
     if not model.training:
         sound = sound & outcome.is_sound()

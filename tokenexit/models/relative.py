@@ -1,11 +1,11 @@
-"""What layers of disentangled attention know of how far apart two tokens are."""
+"""What layers know of where tokens are: how far apart, or by turns of rotary positions."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from tokenexit.layers import Relative
+from tokenexit.layers import Relative, Rotary
 from tokenexit.models.configuration import TokenExitConfig
 
 
@@ -48,3 +48,19 @@ class RelativeStates(nn.Module):
             grown = (far / most * (half - 1)).ceil().long() + half
             distance = torch.where(distance.abs() <= half, distance, grown * distance.sign())
         return (distance + self.span).clamp(0, 2 * self.span - 1)
+
+
+def rotary_of(config: TokenExitConfig, positions: torch.Tensor, dtype: torch.dtype) -> Rotary:
+    """The turns of tokens at `positions [T]`, for all thetas of the layers.
+
+    Source: Su et al. 2021 (arXiv 2104.09864), section 3.2.2.
+    """
+    width = config.hidden_size // config.num_attention_heads
+    wide = torch.promote_types(dtype, torch.float32)  # Hugging Face takes fp32 for all
+    steps = torch.arange(0, width, 2, device="cpu").to(wide) / width
+    turns = {}
+    for theta in config.rotary_thetas:
+        if theta not in turns:
+            angles = positions[:, None].to(wide) * (1.0 / theta**steps).to(positions.device)
+            turns[theta] = angles.cos().to(dtype), angles.sin().to(dtype)
+    return Rotary(turns)

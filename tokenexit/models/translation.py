@@ -13,10 +13,9 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
-from tokenexit.models.configuration import TokenExitConfig, check_sizes
+from tokenexit.models.configuration import TokenExitConfig, check_activation, check_sizes
 from tokenexit.models.families import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
@@ -53,6 +52,7 @@ def config_of(model: PreTrainedModel) -> TokenExitConfig:
     }
     for name, value in family.config.items():
         shared[name] = getattr(theirs, value) if isinstance(value, str) else value
+    shared |= family.settings(theirs)
     starts = family.layer_starts(theirs)
     shared["num_hidden_layers"] = len(starts)
     if len(set(starts)) < len(starts):
@@ -83,6 +83,7 @@ def copy_weights(model: PreTrainedModel, ours: Mapping[str, torch.Tensor]):
         raise ValueError("got a model on the meta device; expected one with its weights")
     if family.prepare is not None:
         family.prepare(weights, model.config)
+    weights = family.parted(weights)
     expected = token_classifier(model.config)
     for name, parts in family.names(model.config).items():
         for kind in ("weight", "bias"):
@@ -105,9 +106,9 @@ def their_config(config: TokenExitConfig) -> PreTrainedConfig:
         if shared[name] == getattr(default, name):
             del shared[name]
     named = {name: value for name, value in family.config.items() if isinstance(value, str)}
-    shared |= {theirs: getattr(config, ours) for ours, theirs in reversed(named.items())}
     for name in family.config:
         shared.pop(name, None)
+    shared |= {theirs: getattr(config, ours) for ours, theirs in reversed(named.items())}
     if shared.get("embedding_size", 0) is None:
         del shared["embedding_size"]
     shared |= family.back(config)
@@ -119,7 +120,7 @@ _ONLY_OURS = frozenset(
         *("model_type", "architectures", "transformers_version", "exit_policy", "dtype"),
         *("source_model_type", "position_padding_id", "relative_attention_buckets", "int8"),
         *("untrained_heads", "always_project", "layer_of", "norm_after_projection", "dial"),
-        "made_from",
+        *("made_from", "norm_first", "rotary_thetas", "attention_reach"),
     )
 )
 
@@ -133,13 +134,20 @@ _ONE_FAMILY = (
     "pos_att_type",
     "share_att_key",
     "norm_rel_ebd",
+    "norm_bias",
+    "attention_bias",
+    "mlp_bias",
+    "mlp_dropout",
+    "classifier_bias",
+    "classifier_activation",
 )
 
 
 def copy_weights_back(ours: Mapping[str, torch.Tensor], model: PreTrainedModel):
     """Copy the weights of ours, by name, into a Hugging Face token classifier."""
-    theirs = model.state_dict()
-    for name, parts in family_of(model.config).names(model.config).items():
+    family = family_of(model.config)
+    theirs = family.parted(model.state_dict())
+    for name, parts in family.names(model.config).items():
         for kind in ("weight", "bias"):
             if (value := ours.get(f"{name}.{kind}")) is not None:
                 for part, rows in zip(parts, value.chunk(len(parts)), strict=True):
@@ -175,10 +183,7 @@ def check_supported(config: PreTrainedConfig):
             f"config.position_embedding_type is {positions!r}; expected 'absolute', the only one "
             "that Hugging Face's models still have"
         )
-    name = family.config.get("hidden_act", "hidden_act")
-    activation = getattr(config, name)
-    if not isinstance(activation, str) or activation not in ACT2FN:
-        raise ValueError(f"config.{name} is {activation!r}; expected one of {[*ACT2FN]}")
+    check_activation(config, family.config.get("hidden_act", "hidden_act"))
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"config.hidden_size is {config.hidden_size}; expected a multiple of "
@@ -204,6 +209,11 @@ def check_checkpoint(name: str | os.PathLike, config: PreTrainedConfig, info: di
     expected = token_classifier(config)
     if "classifier.weight" in info["missing_keys"] or info["mismatched_keys"]:
         return
+    if lacking := sorted({*info["missing_keys"]} & {*family_of(config).new_head}):
+        raise ValueError(
+            f"the checkpoint {name} lacks {len(lacking)} weights: {lacking[:3]}; expected them "
+            "beside its classifier"
+        )
     made_by = (config.architectures or [expected])[0]
     extra = sorted(key for key in info["unexpected_keys"] if not key.startswith("cls."))
     if made_by != expected:
