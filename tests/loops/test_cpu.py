@@ -220,7 +220,7 @@ def test_one_graph_for_torch_compile():
     assert all(map(torch.equal, got, expected))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "albert"])
 @pytest.mark.parametrize("policy", POLICIES[:2], ids=str)
 @torch.no_grad()
 def test_torch_export_takes_the_whole_model(family, policy):
@@ -233,3 +233,19 @@ def test_torch_export_takes_the_whole_model(family, policy):
         got, expected = program(**batch), model(**batch)
         assert torch.equal(got.logits, expected.logits)
         assert torch.equal(got.exit_layers, expected.exit_layers)
+
+
+@pytest.mark.parametrize(
+    "family, lacks",
+    [
+        ("bert", "that backend"),
+        ("deberta-v2", "layers as BERT's, without disentangled attention"),
+        ("modernbert", "layers as BERT's, which normalise last"),
+    ],
+)
+@torch.no_grad()
+def test_torch_export_of_what_goes_by_values(family, lacks):
+    model = random_tagger(family, torch.float32)
+    model.backend = "eager" if family == "bert" else "auto"
+    with pytest.raises(ValueError, match=f"met the loop 'eager', .* can run, with {lacks}"):
+        torch.export.export(model, (), random_batch((5, 9)), strict=False)

@@ -63,11 +63,11 @@ class Call:
 
     @property
     def layers(self) -> list[torch.nn.Module]:
-        return [*self.encoder.layers]
+        return _themselves(self.encoder.layers)
 
     @property
     def heads(self) -> list[torch.nn.Module]:
-        return [*self.encoder.heads]
+        return _themselves(self.encoder.heads)
 
     @property
     def reads(self) -> Reads:
@@ -91,6 +91,13 @@ class Call:
         if self.memory is None or torch.compiler.is_compiling():
             return find()
         return self.held.once(key, find)
+
+
+def _themselves(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    """A list of them; torch.export has stand-ins for those of a model in which one stands twice."""
+    if not torch.compiler.is_exporting():
+        return [*modules]
+    return [each.get_base() if hasattr(each, "get_base") else each for each in modules]
 
 
 @dataclass(frozen=True)
@@ -201,11 +208,16 @@ def choose(backend: str, call: Call) -> Loop:
     """The loop that runs a call; see `pick`.
 
     Raises:
-        ValueError: the one asked for can't.
+        ValueError: the one asked for can't; torch.export of one that goes by values.
     """
     name, failed = pick(backend, call)
     if name is None:
         raise cannot(backend, failed)
+    if torch.compiler.is_exporting() and name in ("eager", "reference"):
+        raise ValueError(
+            f"torch.export met the loop {name!r}, which goes by values; expected a call that the "
+            f"loop 'cpu' can run, with {failed or 'that backend'}"
+        )
     if failed == gpu.INSTALLED:
         what = gpu.lacks(call.like.device.type)
         message = f"slow on this GPU: {what} is missing; see `tokenexit info`"

@@ -46,7 +46,7 @@ def call_of(model, schedule: Schedule, rows: Rows | None = None, **wants: bool) 
         return within and (rows is None or rows.inputs_embeds is None)
 
     return Call(
-        encoder=model._modules["encoder"],  # itself, for which torch.export has a stand-in
+        encoder=vars(model)["_modules"]["encoder"],  # itself: torch.export has stand-ins
         like=like,
         schedule=schedule,
         around=lambda: _around(model),
