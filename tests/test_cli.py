@@ -114,6 +114,7 @@ def test_train_calibrate_evaluate(trained, folder, capsys):
     tagger = Tagger.from_pretrained(trained)
     assert tagger.model.policy == ExitPolicy.from_dict(chosen["policy"])
     assert (trained / "model.safetensors").read_bytes() == weights
+    assert len(tagger.model.config.temperatures) == 4
 
     code, out, err = call(capsys, "evaluate", trained, "-d", folder / "test.conll", "--json")
     result = json.loads(out)

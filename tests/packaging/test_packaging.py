@@ -262,7 +262,7 @@ def test_kernels_package_is_a_docstring_only_and_is_mapped():
 # Each room imports from those below it only; those of the first two lines, from each other too.
 ARROWS = [
     {"cli", "benchmarks"},  # and what is not named
-    {"training", "calibrate", "evaluate", "flops", "promise"},
+    {"training", "calibrate", "evaluate", "flops", "promise", "temperature"},
     {"models"},
     {"loops"},
     {"layers"},

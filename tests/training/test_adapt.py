@@ -174,6 +174,7 @@ def test_a_folder_and_texts_to_a_faster_tagger(trained, tmp_path):
     assert dial.promised >= 1 and model.policy == dial.at("promised").policy
     assert dial.at("promised").speedup > 1.2 and dial.at("promised").disagreement < 0.05
     assert result.metric == "entity_f1" and len(result.scores) == len(dial.speeds)
+    assert len(model.config.temperatures) == 4 and min(model.config.temperatures) > 0
     assert min(result.scores[: dial.promised + 1]) > 0.9
     assert {"read the texts", "train the heads", "test the path", "score"} <= {s[0] for s in seen}
     result.tagger.save_pretrained(tmp_path / "out")
@@ -226,6 +227,18 @@ def test_tuning_goes_on_after_a_kill(trained, tmp_path):
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     with pytest.raises(ValueError, match="got resume, but no complete checkpoint is in .*nowhere"):
         run("nowhere", resume=True)
+
+
+def test_it_is_done_on_the_device_that_is_asked_for(tiny_tokenizer, monkeypatch):
+    moved, tokenizer = [], tiny_tokenizer()
+    cls = tokenexit.TokenExitForTokenClassification
+    to = cls.to
+    monkeypatch.setattr(cls, "to", lambda self, *args: (moved.append(args), to(self, *args))[1])
+    adapt(theirs(tokenizer), sentences(80), tokenizer, device="cpu", **BOUND)
+    assert ("cpu",) in moved
+    moved.clear()
+    adapt(theirs(tokenizer), sentences(80), tokenizer, **BOUND)
+    assert ("cpu",) not in moved
 
 
 def test_what_can_not_be_adapted(tiny_tokenizer, tmp_path):

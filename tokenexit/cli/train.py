@@ -17,6 +17,7 @@ from tokenexit.cli.options import (
     Criterion,
     Data,
     Dev,
+    Device,
     Epochs,
     Format,
     HeadLearningRate,
@@ -202,7 +203,7 @@ def _planned(
                 "depth until the next `calibrate`"
             )
         model.policy = policy
-        model.dial = None
+        model.dial = model.config.temperatures = None
         arguments = training_arguments(
             checkpoints, model.config.hidden_size, len(train_data), **options
         )
@@ -294,6 +295,7 @@ def calibrate(
     from tokenexit.files import write_folder_aside
     from tokenexit.models.checkpoint import check_tagger_folder
     from tokenexit.promise import check_share
+    from tokenexit.temperature import fit_temperatures
     from tokenexit.text.scoring import check_metric
 
     if json_output:
@@ -336,6 +338,9 @@ def calibrate(
     tagger.model.policy = result.chosen.policy
     if promised:
         tagger.model.dial = result.dial
+    else:
+        policies = dict.fromkeys((ExitPolicy.never(), result.chosen.policy))
+        tagger.model.config.temperatures = fit_temperatures(tagger, texts, policies)
     _save_config(tagger.model, model)
     if json_output:
         print(json.dumps(result.to_dict()))
@@ -392,6 +397,7 @@ def adapt(
     timing_runs: Annotated[
         int, typer.Option(help="Timed runs of each speed; 0 for none.", min=0)
     ] = 3,
+    device: Device = None,
     batch_size: BatchSize = 32,
     seed: Seed = 42,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -448,6 +454,7 @@ def adapt(
             epochs=epochs,
             batch_size=batch_size,
             timing_runs=timing_runs,
+            device=device,
             seed=seed,
             progress=progress,
             checkpoints=checkpoints if tune else None,

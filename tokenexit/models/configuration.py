@@ -48,6 +48,8 @@ class TokenExitConfig(PreTrainedConfig):
         int8: whether the layers' products have 8-bit weights, see `tokenexit.quantize`.
         made_from: the model it was converted from: a name on the hub, or "./" and the name of a
             folder.
+        temperatures: for each layer what logits are divided by for the confidences of a `Tagger`,
+            see `tokenexit.temperature`. None: 1.
 
     The others are those of a BERT configuration.
     """
@@ -98,6 +100,7 @@ class TokenExitConfig(PreTrainedConfig):
     untrained_heads: list[int] | None = None
     int8: bool = False
     made_from: str | None = None
+    temperatures: list[float] | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -142,6 +145,15 @@ def check_config(config: TokenExitConfig):
             raise ValueError(f"config.{name} is {value!r}; expected a number from 0 to 1")
     if not isinstance(config.int8, bool):
         raise ValueError(f"config.int8 is {config.int8!r}; expected true or false")
+    warmth, layers = config.temperatures, config.num_hidden_layers
+    if warmth is not None and not (
+        isinstance(warmth, list)
+        and len(warmth) == layers
+        and all(isinstance(value, (int, float)) and 0 < value < math.inf for value in warmth)
+    ):
+        raise ValueError(
+            f"config.temperatures is {warmth!r:.80}; expected {layers} numbers above 0, or None"
+        )
     if config.max_tokens < 1:
         raise ValueError(
             f"config.max_position_embeddings is {config.max_position_embeddings}; expected more "

@@ -63,7 +63,7 @@ class Tagged:
     Attributes:
         words, labels, exit_layers: one a word.
         confidences: the probability of each label, by the classifier of the layer that the word
-            left at.
+            left at, at that layer's temperature where one was fitted.
         text: what was given: a text, or None where it was a list of words.
         offsets: (start, stop) of each word in the text; None without.
         num_layers: of the tagger.
@@ -392,9 +392,12 @@ class Tagger:
         self, windows: Sequence[Window], policy: ExitPolicy | Sequence[ExitPolicy]
     ) -> list[list[tuple[str, int, float]]]:
         """Label, layer and confidence of each word of each window."""
-        results = [[]] * len(windows)
+        results, temperatures = [[]] * len(windows), self.model.config.temperatures
         for indices, output, firsts in self.run(windows, policy):
             logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+            if temperatures is not None:
+                each = logits.new_tensor([1.0, *temperatures])  # of padding, of layer 1, ...
+                logits = logits / each[output.exit_layers][..., None]
             sure = logits.softmax(-1).amax(-1).cpu()
             found = zip(indices, self.words(output, firsts), sure, firsts, strict=True)
             for index, (labels, layers), its_sure, places in found:

@@ -120,7 +120,7 @@ _ONLY_OURS = frozenset(
         *("model_type", "architectures", "transformers_version", "exit_policy", "dtype"),
         *("source_model_type", "position_padding_id", "relative_attention_buckets", "int8"),
         *("untrained_heads", "always_project", "layer_of", "norm_after_projection", "dial"),
-        *("made_from", "norm_first", "rotary_thetas", "attention_reach"),
+        *("made_from", "temperatures", "norm_first", "rotary_thetas", "attention_reach"),
     )
 )
 

@@ -27,6 +27,7 @@ from tokenexit.models.convert import convert
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
+from tokenexit.temperature import fit_temperatures
 from tokenexit.text.encoding import Window, collate, load_tokenizer
 from tokenexit.training.heads import distill_heads
 from tokenexit.training.self_sampling import SelfSampling
@@ -85,6 +86,7 @@ def adapt(
     epochs: float | None = None,
     batch_size: int = 32,
     timing_runs: int = 3,
+    device: str | torch.device | None = None,
     memory_mib: int = 2048,
     seed: int = 42,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -106,11 +108,13 @@ def adapt(
         tune: train encoder and classifier as well, by self-sampling on the labels that the model
             gives the texts; takes longer, goes faster, and full depth is no longer the model.
         max_disagreement, confidence: of the promise: labels are held against the model's.
-        annotated: sentences with `words` and `labels`, to score each speed on.
+        annotated: sentences with `words` and `labels`, to score each speed on, and to fit the
+            temperatures of confidences by.
         metric: of that, see `tokenexit.text.scoring.score`.
         epochs: of `tune`; None: see `training_arguments`.
         batch_size: sentences a forward pass.
         timing_runs: of the wall clock of each speed.
+        device: to do it on, as "cuda", where the result stays. None: where the model is.
         memory_mib: that the states of words may take, see `distill_heads`.
         seed: of everything random.
         progress: called with (what, done, total).
@@ -140,7 +144,9 @@ def adapt(
             "expected a token classifier that was fine-tuned"
         )
     adapted.eval()
-    adapted.policy, adapted.dial = ExitPolicy.never(), None
+    if device is not None:
+        adapted.to(device)
+    adapted.policy, adapted.dial, adapted.config.temperatures = ExitPolicy.never(), None, None
     tagger = Tagger(adapted, tokenizer, batch_size)
     if annotated is not None:
         metric = check_annotated(tagger, annotated, metric)
@@ -186,6 +192,9 @@ def adapt(
         speeds = tuple(replace(speed, score=score) for speed, score in speeds)
         found = replace(found, dial=replace(found.dial, speeds=speeds, metric=metric))
         adapted.dial = found.dial
+        some = (found.dial.at("full"), found.dial.at("fastest"))
+        policies = dict.fromkeys((adapted.policy, *(speed.policy for speed in some)))
+        adapted.config.temperatures = fit_temperatures(tagger, annotated, policies)
     original_wall, original = None, model
     if timing_runs and not isinstance(original, PreTrainedModel):
         original = AutoModelForTokenClassification.from_pretrained(model)
