@@ -106,7 +106,7 @@ def test_every_kernel_fits(model, arch, tmp_path):
     check(rows)
     stems = {row["kernel"].split("_")[0] for row in rows}
     bookkeeping = {"count", "place", "exit", "uncertainty"}
-    assert stems == {"absorbed", "add", "bias", "linear", "query"} | bookkeeping
+    assert stems == {"absorbed", "add", "bias", "embed", "linear", "query"} | bookkeeping
     products = {row["kernel"].split("_")[0] for row in rows if row["wants_tensor_cores"]}
     assert products == {"absorbed", "exit", "linear", "query"}
     (plain,) = (row for row in rows if row["kernel"] == "exit_attention_fwd")

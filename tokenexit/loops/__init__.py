@@ -111,17 +111,20 @@ class Loop:
             and given exits `[W]` (each or None): what tokens leave with. Raises `eager.Unmet` where
             it finds out late that it can't.
         waits: whether the host waits for the device in it, and may as well look at values before.
+        embed: in place of a call of the model's embeddings, which it is given with the layout and
+            the arguments.
     """
 
     name: str
     pack: Callable[[torch.Tensor, torch.Tensor], Packed]
     run: Callable[..., Outcome]
     waits: bool = True
+    embed: Callable[..., torch.Tensor] = lambda embeddings, packed, *given: embeddings(*given)
 
 
 LOOPS: Mapping[str, Loop] = MappingProxyType(
     {
-        "gpu": Loop("gpu", gpu.pack, gpu.run, waits=False),
+        "gpu": Loop("gpu", gpu.pack, gpu.run, waits=False, embed=gpu.embed),
         "cpu": Loop("cpu", pack, cpu.run),
         "eager": Loop("eager", pack, eager.run),
         "reference": Loop("reference", pack, eager.run_reference),

@@ -118,6 +118,30 @@ def pack(real: torch.Tensor, word_ids: torch.Tensor) -> Roomy:
     return Roomy.of(shape, by_token, offsets, first_token, place=place)
 
 
+def embed(embeddings, packed, ids, positions, types=None, words=None) -> torch.Tensor:
+    """A call of `ExitEmbeddings`, by one launch if all is plain; but for tokens in no sentence."""
+    from tokenexit.kernels.embed import embed as launch
+
+    tables = [embeddings.word, embeddings.position, embeddings.token_type]
+    norm, projection = embeddings.norm, embeddings.projection
+    read = [part.weight for part in (*tables, norm) if part is not None] + [norm.bias]
+    plain = (
+        words is None
+        and not embeddings.dropout.training
+        and (projection is None or embeddings.projects_last)
+        and norm.bias is not None
+        and all([part is None or part.max_norm is None for part in tables])
+        and all([type(x) is nn.Parameter and x.is_contiguous() for x in read])
+        and all([(x.dtype, x.device) == (norm.bias.dtype, ids.device) for x in read])
+    )
+    if not plain:
+        return embeddings(ids, positions, types, words)
+    tables = [None if part is None else part.weight for part in tables]
+    count = packed.cu_tokens[-1:]
+    h = launch(ids, positions, types, *tables, norm.weight, norm.bias, norm.eps, count)
+    return h if projection is None else projection(h)
+
+
 def run(call, h, packed, schedule, bias, exits) -> Outcome:
     """See `tokenexit.loops.Loop`."""
     layers, heads = call.encoder.layers, call.encoder.heads

@@ -36,8 +36,10 @@ class ExitEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(width, config.layer_norm_eps, bias=config.norm_bias)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids, positions, token_type_ids, words=None):
+    def forward(self, input_ids, positions, token_type_ids=None, words=None):
         """`[T]` of each to `[T, d]`; words: `[T, d]` in place of the word embeddings."""
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
         h = self.word(input_ids) if words is None else words
         if self.position is not None:
             h = h + self.position(positions)

@@ -143,10 +143,12 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
     ids = packed.pack(inside.input_ids)
     types, words = inside.token_type_ids, inside.inputs_embeds
     positions = positions_of(config, packed, ids, inside.position_ids)
-    h = model.embeddings(
+    h = loop.embed(
+        model.embeddings,
+        packed,
         ids,
         positions,
-        torch.zeros_like(ids) if types is None else packed.pack(types),
+        None if types is None else packed.pack(types),
         None if words is None else packed.pack(words),
     )
     bias = None
