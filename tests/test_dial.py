@@ -281,6 +281,29 @@ def test_a_dial_is_saved_with_the_model(tmp_path):
             loaded.set_speed("full")
 
 
+def test_speeds_in_wall_clock():
+    """By the times that were measured; where one was not, none can be asked for."""
+    with pytest.raises(ValueError, match="speed is '2 wall', but speeds were not timed; expected"):
+        DIAL.at("2 wall")
+    walls = (1.0, 1.2, 1.1, 2.0)
+    timed = zip(SPEEDS, walls, strict=True)
+    dial = dataclasses.replace(
+        DIAL, speeds=tuple(dataclasses.replace(speed, wall_speedup=wall) for speed, wall in timed)
+    )
+    for speed, number in (("1 wall", 0), ("1.15x wall", 1), ("1.2 wall", 1), ("1.3 wall", 3)):
+        assert dial.at(speed) == dial.speeds[number]
+    with pytest.raises(ValueError, match="speed is '?2.1 wall'?; expected at most 2.00"):
+        dial.at("2.1 wall")
+    with pytest.raises(ValueError, match="speed is 0.5 wall; expected 1 or more"):
+        dial.at("0.5 wall")
+    with pytest.raises(ValueError, match="speed is 'x wall'; expected a number or one of"):
+        dial.at("x wall")
+    model = random_tagger("bert", torch.float32)
+    model.dial = dial
+    model.set_speed("1.3 wall")
+    assert model.policy == SPEEDS[3].policy
+
+
 def test_the_dial_is_turned_while_others_tag(tiny_tokenizer):
     """Each call goes by one policy, whichever it met."""
     tokenizer = tiny_tokenizer()

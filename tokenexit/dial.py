@@ -9,6 +9,7 @@ from numbers import Real
 from tokenexit.policy import ExitPolicy
 
 NAMES = ("full", "promised", "fastest")
+_WALL = " wall"
 
 
 @dataclass(frozen=True)
@@ -75,25 +76,35 @@ class Dial:
 
         Args:
             speed: "full"; "promised", the fastest within the promise; "fastest"; or a number, the
-                most cautious that is at least so many times as fast as full depth in multiply-adds.
+                most cautious that is at least so many times as fast as full depth in multiply-adds;
+                or a text as "2.5 wall", so many times as fast on the machine that timed them.
 
         Raises:
             TypeError: neither a name nor a number.
             ValueError: another name; a number below 1, or beyond the fastest; "promised" where
-                nothing is.
+                nothing is; "wall" where nothing was timed.
         """
         speed = parse_speed(speed)
         if speed == "promised" and self.promised is None:
             raise ValueError("speed is 'promised', but nothing is; expected another")
-        if isinstance(speed, str):
+        if speed in NAMES:
             where = {"full": 0, "promised": self.promised, "fastest": len(self.speeds) - 1}
             return self.speeds[where[speed]]
-        for one in self.speeds:
-            if one.speedup >= speed:
+        times, wanted = [one.speedup for one in self.speeds], speed
+        if isinstance(speed, str):
+            times = [one.wall_speedup for one in self.speeds]
+            wanted = float(speed.removesuffix(_WALL))
+            if None in times:
+                raise ValueError(
+                    f"speed is {speed!r}, but speeds were not timed; expected one calibrated with "
+                    "timing_runs, or a number of times in multiply-adds"
+                )
+        for one, its in zip(self.speeds, times, strict=True):
+            if its >= wanted:
                 return one
-        fastest = max(one.speedup for one in self.speeds)
         raise ValueError(
-            f"speed is {speed:g}; expected at most {fastest:.2f}, the fastest that was calibrated"
+            f"speed is {speed if isinstance(speed, str) else format(speed, 'g')}; expected at most "
+            f"{max(times):.2f}, the fastest that was calibrated"
         )
 
     def to_dict(self) -> dict:
@@ -128,15 +139,19 @@ def parse_speed(speed: float | str) -> float | str:
     Raises:
         TypeError, ValueError: see there.
     """
+    given, wall = speed, False
     if isinstance(speed, str) and speed not in NAMES:
+        wall = speed.endswith(_WALL)
         try:
-            speed = float(speed.removesuffix("x"))
+            speed = float(speed.removesuffix(_WALL).removesuffix("x"))
         except ValueError:
-            raise ValueError(f"speed is {speed!r}; expected a number or one of {NAMES}") from None
+            raise ValueError(
+                f"speed is {given!r}; expected a number or one of {NAMES}, or as '2.5 wall'"
+            ) from None
     if isinstance(speed, str):
         return speed
     if not isinstance(speed, Real) or isinstance(speed, bool):
         raise TypeError(f"speed is {speed!r}; expected a number or one of {NAMES}")
     if not 1 <= speed < math.inf:
-        raise ValueError(f"speed is {speed}; expected 1 or more, or one of {NAMES}")
-    return speed
+        raise ValueError(f"speed is {given}; expected 1 or more, or one of {NAMES}")
+    return f"{speed:g}{_WALL}" if wall else speed

@@ -54,7 +54,8 @@ Dtype = Annotated[
 Speed = Annotated[
     str | None,
     typer.Option(
-        help="Of the calibrated ones: full, promised, fastest, or a number of times as fast."
+        help="Of the calibrated ones: full, promised, fastest, a number of times fewer "
+        "multiply-adds, or as '2 wall', a number of times as fast where they were timed."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="To run on, as cuda. Default: the CPU.")]
