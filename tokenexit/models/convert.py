@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from tokenexit.int8 import is_quantized
+from tokenexit.models.loading import of_hugging_face
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.translation import copy_weights_back, their_config
 
@@ -39,7 +40,7 @@ def convert(
     """
     if isinstance(model, TokenExitForTokenClassification):
         raise ValueError("the model is a TokenExitForTokenClassification already")
-    return TokenExitForTokenClassification.from_hugging_face(model, tokenizer)
+    return of_hugging_face(TokenExitForTokenClassification, model, tokenizer)
 
 
 def to_hugging_face(model: TokenExitForTokenClassification) -> PreTrainedModel:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,70 +14,33 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_outputs import TokenClassifierOutput
 
 from tokenexit.conditions import Memory
-from tokenexit.dial import Dial, Speed, parse_speed
 from tokenexit.files import write_folder_aside
-from tokenexit.int8 import dtype_of, is_quantized, quantize
+from tokenexit.int8 import is_quantized, quantize
 from tokenexit.layers import ExitHead
 from tokenexit.loops import BACKENDS, tell
 from tokenexit.loops.eager import ExitEncoder, padded_logits
 from tokenexit.loops.graphs import Graphs
 from tokenexit.models.assembly import layers_of, neck_of, other_names
-from tokenexit.models.checkpoint import (
-    HUB_ARGUMENTS,
-    check_dtype_of_int8,
-    load_config,
-    load_whole,
-)
 from tokenexit.models.configuration import TokenExitConfig, check_config
 from tokenexit.models.embeddings import ExitEmbeddings
+from tokenexit.models.loading import load_tagger
 from tokenexit.models.loss import check_labels, exit_loss, final_loss
+from tokenexit.models.output import TokenExitOutput
 from tokenexit.models.pipeline import call_of, run
 from tokenexit.models.relative import RelativeStates
 from tokenexit.models.rows import Rows, check_others
-from tokenexit.models.translation import (
-    check_checkpoint,
-    check_supported,
-    config_of,
-    copy_weights,
-    family_of,
-)
+from tokenexit.models.steering import Steered
 from tokenexit.packing import STARTS_WORD
 from tokenexit.policy import ExitPolicy
 from tokenexit.schedule import Schedule
-from tokenexit.text.vocabulary import marks_of, token_kinds
-
-logger = logging.getLogger(__name__)
 
 
-@dataclass
-class TokenExitOutput(TokenClassifierOutput):
-    """Padded results of a batch.
-
-    Attributes:
-        loss: in training, `exit_loss`; in evaluation, cross-entropy of `logits`. None without
-            labels.
-        logits: `[B, N, C]`, those each token left with; 0 at padding.
-        hidden_states: with `output_hidden_states`, L + 1 of `[B, N, d]`, before the first layer and
-            after each: those that the next layer sees, of a token that left as it left (of the copy
-            "pre_norm", under that layer's LayerNorm; of layers that normalise first, before their
-            LayerNorm and the last one). The last are what tokens left with.
-        exit_layers: `[B, N]` int64, the layer each token left at, from 1; 0 at padding.
-        layer_logits: with `output_layer_logits`, `[L, B, N, C]`: each layer's logits for the
-            tokens computed in it, NaN for the others.
-    """
-
-    exit_layers: torch.Tensor | None = None
-    layer_logits: torch.Tensor | None = None
-
-
-class TokenExitForTokenClassification(PreTrainedModel):
+class TokenExitForTokenClassification(Steered, PreTrainedModel):
     """A BERT-family tagger whose tokens leave as soon as they are settled.
 
     Stands where a Hugging Face token classifier stood. Made by `tokenexit.convert` or
@@ -122,10 +83,6 @@ class TokenExitForTokenClassification(PreTrainedModel):
         self._backend = "auto"
         self._graphs, self._memory = Graphs(), Memory()
         self.cuda_graphs = True
-        self._new_heads: dict[int, torch.Tensor] = {}  # what was never trained, by layer
-        self._warned = False
-        self._policy = None, None  # what the configuration said, and the policy of it
-        self._dial = None, None
         self.policy = self.policy
         self.post_init()
         if config.int8:
@@ -139,113 +96,6 @@ class TokenExitForTokenClassification(PreTrainedModel):
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         return other_names(self, buffers=False)  # of those, it takes none
-
-    @property
-    def policy(self) -> ExitPolicy:
-        """When tokens leave. Assigning one takes effect at the next call; it is saved along.
-
-        It is what `config.exit_policy` says, which may be assigned as well.
-
-        Raises:
-            TypeError, ValueError: `config.exit_policy` is not the fields of a policy for the model.
-        """
-        said, policy = self._policy
-        if policy is None or said != self.config.exit_policy:
-            said = self.config.exit_policy
-            if isinstance(said, ExitPolicy):
-                said = self.config.exit_policy = said.to_dict()  # as JSON has it
-            policy = ExitPolicy.never() if said is None else ExitPolicy.from_dict(said)
-            policy.thresholds(self.config.num_hidden_layers)  # a list of the wrong length
-            self._policy = copy.deepcopy(said), policy
-        return policy
-
-    @policy.setter
-    def policy(self, policy: ExitPolicy):
-        if not isinstance(policy, ExitPolicy):
-            raise TypeError(f"policy is a {type(policy).__name__}; expected an ExitPolicy")
-        policy.thresholds(self.config.num_hidden_layers)  # a list of the wrong length
-        self.config.exit_policy = policy.to_dict()
-        self._warn_of_untrained_heads()
-
-    @property
-    def dial(self) -> Dial | None:
-        """The speeds that calibration with a promise found; None before. Saved along."""
-        said, dial = self._dial
-        if said != self.config.dial:
-            said = copy.deepcopy(self.config.dial)
-            dial = None if said is None else Dial.from_dict(said)
-            self._dial = said, dial
-        return dial
-
-    @dial.setter
-    def dial(self, dial: Dial | None):
-        self.config.dial = None if dial is None else dial.to_dict()
-
-    def speed(self, speed: float | str) -> Speed:
-        """What the dial has for a speed: "full", "promised", "fastest", or a number as 2.5.
-
-        Raises:
-            TypeError, ValueError: see `Dial.at`; no dial; "promised" of weights in another dtype
-                than those that the promise was tested with.
-        """
-        speed, dial = parse_speed(speed), self.dial
-        if dial is None:
-            raise ValueError(
-                f"speed is {speed!r}, but the tagger has no dial; expected one calibrated with "
-                "max_disagreement (`tokenexit calibrate --max-disagreement`, `tokenexit adapt`)"
-            )
-        if speed == "promised" and dial.dtype not in (None, (now := dtype_of(self))):
-            raise ValueError(
-                f"speed is 'promised', tested in {dial.dtype}, but the tagger is in {now}; "
-                "expected it as it was tested, or calibrated anew, or another speed"
-            )
-        return dial.at(speed)
-
-    def set_speed(self, speed: float | str):
-        """Assign the policy of a speed; at any time, also while other threads call the model.
-
-        Args:
-            speed: as of `speed`. Each call goes by the policy that it found at its start.
-        """
-        self.policy = self.speed(speed).policy
-
-    def untrained_heads(self, policy: ExitPolicy | None = None) -> list[int]:
-        """Layers, from 1, whose classifiers are as they were initialised: they know nothing yet.
-
-        Whatever changes a classifier trains it: a Trainer, a loop of one's own, an assignment. Of
-        a tagger saved by a version that did not keep count, all are trained.
-
-        Args:
-            policy: only those that decide labels under it. None: all.
-        """
-        weights = {number: self.exit_heads[number - 1].weight for number in self._new_heads}
-        heads = [
-            number
-            for number, weight in weights.items()
-            if not weight.is_meta and torch.equal(self._new_heads[number].to(weight), weight)
-        ]
-        if policy is None:
-            return heads
-        thresholds = policy.thresholds(self.config.num_hidden_layers)
-        return [number for number in heads if thresholds[number - 1] > 0]
-
-    def mark_untrained(self, heads: Iterable[int]):
-        """Take the classifiers of these layers, from 1, for untrained as they are now."""
-        self._new_heads = {n: self.exit_heads[n - 1].weight.detach().clone() for n in heads}
-        self.config.untrained_heads = list(self._new_heads)
-
-    def _warn_of_untrained_heads(self):
-        """Say once that the policy reads what nobody trained."""
-        if not self._new_heads or self._warned:
-            return
-        heads = self.untrained_heads(self.policy)
-        if heads and heads[0] < self.config.num_hidden_layers:
-            self._warned = True
-            logger.warning(
-                "the policy is to let words leave at classifiers that were never trained, those of "
-                "layers %s: labels mean nothing there; train them first",
-                ", ".join(map(str, heads)),
-            )
 
     @property
     def backend(self) -> str:
@@ -327,48 +177,8 @@ class TokenExitForTokenClassification(PreTrainedModel):
                 dtype for one with 8-bit weights.
             OSError: no such folder or hub name.
         """
-        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        config = kwargs.get("config", name)
-        if not isinstance(config, PreTrainedConfig):
-            config = load_config(config, **hub)
-        if config.model_type == TokenExitConfig.model_type:
-            # Weights come from safetensors only: no pickle is ever opened.
-            kwargs["use_safetensors"] = True
-            if config.int8:
-                check_dtype_of_int8(kwargs.get("dtype"))
-                kwargs["dtype"] = torch.float32
-            model, info = load_whole(super().from_pretrained, name, (), False, *args, **kwargs)
-            model.mark_untrained(model.config.untrained_heads or ())
-        else:
-            check_supported(config)
-            new = family_of(config).new_head
-            loader = AutoModelForTokenClassification.from_pretrained
-            theirs, info = load_whole(loader, name, new, True, *args, **kwargs)
-            check_checkpoint(name, config, info)
-            model = cls.from_hugging_face(theirs, tokenizer)
-            if set(new) & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}:
-                model.mark_untrained(range(1, model.config.num_hidden_layers + 1))
-            if tokenizer is None:
-                model.token_kinds.copy_(marks_of(name, model.config.vocab_size, **hub))
-        if policy is not None:
-            model.policy = policy
-        else:
-            model._warn_of_untrained_heads()
-        return (model, info) if kwargs.get("output_loading_info") else model
-
-    @classmethod
-    def from_hugging_face(
-        cls, theirs: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> TokenExitForTokenClassification:
-        """See `tokenexit.convert`."""
-        config = config_of(theirs)
-        with torch.device("cpu"):  # whatever the user's default is
-            model = cls(config).to(theirs.dtype)
-        model.mark_untrained(range(1, config.num_hidden_layers))
-        copy_weights(theirs, model.state_dict())
-        if tokenizer is not None:
-            model.token_kinds.copy_(token_kinds(tokenizer, config.vocab_size))
-        return model.to(theirs.device).train(theirs.training)
+        load_saved, which = super().from_pretrained, {"tokenizer": tokenizer, "policy": policy}
+        return load_tagger(cls, load_saved, name, *args, **which, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Save weights (safetensors), configuration and policy; see `PreTrainedModel`.

@@ -1,0 +1,88 @@
+"""From a checkpoint, a tagger's or a Hugging Face model's, to a tagger."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tokenexit.models.checkpoint import (
+    HUB_ARGUMENTS,
+    check_dtype_of_int8,
+    load_config,
+    load_whole,
+)
+from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.models.translation import (
+    check_checkpoint,
+    check_supported,
+    config_of,
+    copy_weights,
+    family_of,
+)
+from tokenexit.policy import ExitPolicy
+from tokenexit.text.vocabulary import marks_of, token_kinds
+
+
+def load_tagger(
+    cls: type,
+    load_saved: Callable,
+    name: str | os.PathLike,
+    *args,
+    tokenizer: PreTrainedTokenizerBase | None,
+    policy: ExitPolicy | None,
+    **kwargs,
+):
+    """See `TokenExitForTokenClassification.from_pretrained`.
+
+    Args:
+        cls: that class.
+        load_saved: `PreTrainedModel.from_pretrained` of it.
+    """
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    config = kwargs.get("config", name)
+    if not isinstance(config, PreTrainedConfig):
+        config = load_config(config, **hub)
+    if config.model_type == TokenExitConfig.model_type:
+        # Weights come from safetensors only: no pickle is ever opened.
+        kwargs["use_safetensors"] = True
+        if config.int8:
+            check_dtype_of_int8(kwargs.get("dtype"))
+            kwargs["dtype"] = torch.float32
+        model, info = load_whole(load_saved, name, (), False, *args, **kwargs)
+        model.mark_untrained(model.config.untrained_heads or ())
+    else:
+        check_supported(config)
+        new = family_of(config).new_head
+        loader = AutoModelForTokenClassification.from_pretrained
+        theirs, info = load_whole(loader, name, new, True, *args, **kwargs)
+        check_checkpoint(name, config, info)
+        model = of_hugging_face(cls, theirs, tokenizer)
+        if set(new) & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}:
+            model.mark_untrained(range(1, model.config.num_hidden_layers + 1))
+        if tokenizer is None:
+            model.token_kinds.copy_(marks_of(name, model.config.vocab_size, **hub))
+    if policy is not None:
+        model.policy = policy
+    else:
+        model.warn_of_untrained_heads()
+    return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def of_hugging_face(cls: type, theirs: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None):
+    """See `tokenexit.convert`; cls: that of its result."""
+    config = config_of(theirs)
+    with torch.device("cpu"):  # whatever the user's default is
+        model = cls(config).to(theirs.dtype)
+    model.mark_untrained(range(1, config.num_hidden_layers))
+    copy_weights(theirs, model.state_dict())
+    if tokenizer is not None:
+        model.token_kinds.copy_(token_kinds(tokenizer, config.vocab_size))
+    return model.to(theirs.device).train(theirs.training)
