@@ -22,6 +22,17 @@ def test_buckets():
         assert graphs.bucket(graphs.bucket(size)) == graphs.bucket(size)
 
 
+def test_few_sentences_have_buckets_of_their_own(recorded):
+    recorded.module = module = Sums()
+    recorder = graphs.Graphs()
+    with torch.no_grad():
+        for sentences in (1, 2, 3, 4, 5, 8, 9, 10, 16):
+            rows, schedule = rows_of(sentences), schedule_of(sentences=sentences)
+            got = recorder(module, rows, schedule, held(module))
+            assert all(map(torch.equal, got, module(rows, schedule)))
+    assert len(recorded) == 5
+
+
 def test_buffers_made_in_inference_mode_are_filled_in_any():
     for number, mode in enumerate([torch.inference_mode, torch.no_grad, torch.inference_mode]):
         with mode():
@@ -179,7 +190,7 @@ def test_other_options_get_another_graph(name, recorded):
 def test_one_graph_serves_values_sizes_and_thresholds(recorded):
     recorded.module = module = Sums()
     recorder = graphs.Graphs()
-    for sentences, tokens, threshold in [(3, 5, 0.25), (8, 16, 0.5), (1, 1, 0.75), (3, 5, 0.25)]:
+    for sentences, tokens, threshold in [(3, 5, 0.25), (4, 16, 0.5), (4, 1, 0.75), (3, 5, 0.25)]:
         policies = [ExitPolicy(threshold=threshold, window=i) for i in range(sentences)]
         rows, schedule = rows_of(sentences, tokens), schedule_of(policies, sentences)
         got = recorder(module, rows, schedule, held(module))

@@ -68,6 +68,16 @@ def test_sound_are_those_that_nothing_is_to_be_said_of(data):
         assert torch.equal(value[kept], getattr(rows, name)[kept])
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])
+def test_real_tokens_are_those_whose_mask_is_not_0(dtype):
+    mask = torch.tensor([[3, 1, 0], [0.5, 0, 0]]) if dtype == torch.float32 else torch.eye(2, 3)
+    rows = Rows.of(CONFIG, torch.ones(2, 3).long(), mask.to(dtype))
+    assert torch.equal(rows.real, mask != 0) and rows.real.dtype == torch.bool
+    inside, _ = rows.clamped(limits_of(CONFIG), CONFIG.max_tokens)
+    assert torch.equal(inside.attention_mask, mask != 0)
+    assert Rows.of(CONFIG, torch.ones(2, 3).long(), None).real.all()
+
+
 def test_exit_layers_are_read_at_words_alone():
     mask = torch.ones(2, 4, dtype=torch.bool)
     exits = torch.tensor([[2, 99, 3, 99], [1, 0, 4, 0]])

@@ -66,9 +66,10 @@ class Inputs:
         if shape != self._shape:
             self.rows["attention_mask"].zero_()
             self._shape = shape
-        for name, value in rows.items():
-            if value is not None:
-                self.rows[name][:b, :n].copy_(value)
+        given = {name: value for name, value in rows.items() if value is not None}
+        # One launch, of rows of one dtype that fill the buffers.
+        larger = [self.rows[name][:b, :n] for name in given]
+        torch._foreach_copy_(larger, [*given.values()])
         if schedule is not self._schedule:  # which nobody writes into
             for larger, value in zip(self.schedule.tensors, schedule.tensors, strict=True):
                 larger[..., :b].copy_(value)
@@ -147,8 +148,8 @@ class Graphs:
 
         Args:
             run: gives tensors `[B, N, ..]` and a last one of another shape; it must not wait for
-                the host, nor look at where "attention_mask" is false.
-            rows: by name `[B, N]` or None, on the GPU; "attention_mask" is bool.
+                the host, nor look at where "attention_mask" is 0.
+            rows: by name `[B, N]` or None, on the GPU.
             schedule: of B sentences; a recorded run has room for one more.
             weights: gives all parameters and buffers that run reads.
             ahead: what `ahead` gave for these.
@@ -204,7 +205,8 @@ def _is_traced():
 
 def _size(rows):
     b, n = rows["attention_mask"].shape
-    return bucket(b, 8), bucket(n)
+    # Of few sentences not the double, which a lone one would wait for.
+    return bucket(b, 8) if b > 8 else 1 << (b - 1).bit_length(), bucket(n)
 
 
 def _key(rows, schedule):

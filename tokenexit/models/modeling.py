@@ -261,7 +261,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
 
         num_layers, loss = self.config.num_hidden_layers, None
         if labels is not None:
-            check_labels(labels, rows.attention_mask, self.config.num_labels)
+            check_labels(labels, rows.real, self.config.num_labels)
         if labels is not None and self.training:
             floor = None if loss_floor is None else found.packed.pack(loss_floor)
             if floor is not None and floor.shape[1:] != (num_layers,):

@@ -130,7 +130,7 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
     """From padded rows to padded results: the one way there is, in which loops differ."""
     config = model.config
     inside, sound = rows.clamped(limits_of(config), config.max_tokens)
-    packed = loop.pack(rows.attention_mask, inside.words(model.token_kinds))
+    packed = loop.pack(inside.attention_mask, inside.words(model.token_kinds))
     exits = None
     if rows.exit_layers is not None:
         given = packed.pack(rows.exit_layers)[packed.first_token]

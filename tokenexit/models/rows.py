@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,7 +33,7 @@ class Rows:
 
     Attributes:
         input_ids: `[B, N]` int64.
-        attention_mask: `[B, N]` bool, true at real tokens.
+        attention_mask: `[B, N]` bool or int64, not 0 at real tokens.
         word_ids, token_type_ids, position_ids, exit_layers: `[B, N]` int64, or None.
         inputs_embeds: `[B, N, d]` or None; then input_ids stand in for them.
     """
@@ -75,14 +75,23 @@ class Rows:
                 given["position_ids"] = more["position_ids"].expand_as(input_ids)
         _check({**given, "labels": labels})
         given = {name: _as_int64(value) for name, value in given.items()}
-        real = given["attention_mask"]
-        real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real != 0
-        return cls(**{**given, "attention_mask": real}, inputs_embeds=inputs_embeds)
+        mask = given["attention_mask"]
+        if mask is None:
+            given["attention_mask"] = torch.ones_like(given["input_ids"])
+        elif mask.dtype not in (torch.bool, torch.int64):
+            given["attention_mask"] = mask != 0
+        return cls(**given, inputs_embeds=inputs_embeds)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """All of them by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @property
+    def real(self) -> torch.Tensor:
+        """`[B, N]` bool, true at real tokens."""
+        mask = self.attention_mask
+        return mask if mask.dtype == torch.bool else mask != 0
 
     def clamped(self, limits: Limits, most: int) -> tuple[Rows, torch.Tensor]:
         """Rows whose values may be looked up, whatever these have; and `[]` bool, `sound`.
@@ -90,7 +99,7 @@ class Rows:
         That is whether those of real tokens are as they were, there is one, and no sentence has
         more than `most`. The host does not wait.
         """
-        real, inside, bad = self.attention_mask, {}, None
+        real, inside, bad = self.real, {}, None
         for name, (low, high) in limits.items():
             if (value := getattr(self, name)) is not None:
                 inside[name] = value.clamp(low, high)
@@ -99,7 +108,7 @@ class Rows:
         sound = real.any() & ~(bad & real).any()
         if real.shape[1] > most:
             sound = sound & (real.sum(1) <= most).all()
-        return replace(self, **inside), sound
+        return replace(self, **inside, attention_mask=real), sound
 
     def words(self, kinds: torch.Tensor) -> torch.Tensor:
         """`[B, N]` int64: the word of each token, as given or by the `kinds` of the vocabulary.
@@ -108,13 +117,13 @@ class Rows:
         """
         if self.word_ids is not None:
             return self.word_ids
-        return word_ids_from_kinds(kinds[self.input_ids], self.attention_mask)
+        return word_ids_from_kinds(kinds[self.input_ids], self.real)
 
     def explain(
         self, limits: Limits, config: TokenExitConfig, kinds: torch.Tensor
     ) -> ValueError | None:
         """The error for rows that are not sound; None if they are."""
-        real, (inside, _) = self.attention_mask, self.clamped(limits, config.max_tokens)
+        real, (inside, _) = self.real, self.clamped(limits, config.max_tokens)
         if not real.any():
             return ValueError("attention_mask is 0 everywhere; expected at least one token")
         longest, row = (int(x) for x in real.sum(1).max(0))
