@@ -108,6 +108,34 @@ def test_what_is_measured_is_so(tagger, found):
     assert tagger.model.policy == ExitPolicy.never() and tagger.model.dial is None  # not changed
 
 
+def test_a_promise_of_each_layer(tagger, found):
+    """The bound is that of the worst layer, of the words that left by it; few are not asked."""
+    words = sentences(200)
+    dial = make_dial(tagger, words, BOUND, 0.9, policies=GRID, per_layer=True).dial
+    assert dial.per_layer and "by each layer, too; tested" in dial.promise
+    assert [s.policy for s in dial.speeds] == [s.policy for s in found.dial.speeds]
+    _, apart = parts(200)
+    whole = [tagged.labels for tagged in tagger.tag(apart, ExitPolicy.never())]
+    kinds, least = [], needed(BOUND, 0.9)
+    for speed in dial.speeds:
+        tagged = tagger.tag(apart, speed.policy)
+        losses = []
+        for layer in (4, 1, 2, 3):
+            rows = [
+                [a != b for a, b, x in zip(t.labels, w, t.exit_layers, strict=True) if x <= layer]
+                for t, w in zip(tagged, whole, strict=True)
+            ]
+            rows = [np.mean(row) for row in rows if row]
+            losses += [rows] if len(rows) >= least else []
+        kinds.append(tuple(losses))
+        if speed is not dial.speeds[0]:
+            assert speed.bound == pytest.approx(max(upper_bound(x, 0.9) for x in losses))
+    assert any(len(losses) > 2 for losses in kinds)
+    assert dial.promised == fixed_sequence(kinds, BOUND, 0.9) - 1 <= found.dial.promised
+    for one, other in zip(dial.speeds[1:], found.dial.speeds[1:], strict=True):
+        assert one.bound >= other.bound and one.disagreement == other.disagreement
+
+
 def test_nothing_is_chosen_by_what_is_tested(tagger, found, monkeypatch):
     """The path is the same whatever the labels of the others are, which decide how far it goes."""
     first, apart = parts(200)

@@ -152,6 +152,17 @@ def test_a_path_is_walked_to_its_first_failure():
     assert fixed_sequence(path(), 0.02, 0.9) == 1 and len(asked) == 2
 
 
+def test_each_of_several_kinds_has_to_hold():
+    """What left early is wrong too often, in a fifth of the sentences: all together hide it."""
+    rng, found = np.random.default_rng(10), np.zeros(2)
+    for _ in range(DRAWS):
+        every = all_or_nothing(rng, 0.004, 800)
+        early = all_or_nothing(rng, 0.0201, 160)
+        found += [fixed_sequence([x], 0.02, 0.9) for x in (every, (every, early))]
+    assert found[0] / DRAWS > 0.8 and found[1] / DRAWS <= TOO_OFTEN
+    assert fixed_sequence([([0.0] * 500, [0.0] * 500), ([0.0] * 500, [1.0] * 500)], 0.02, 0.9) == 1
+
+
 def test_power():
     """At half the bound, 500 sentences do about half of the time, and 1,000 nearly always."""
     rng = np.random.default_rng(5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -127,6 +127,7 @@ def calibrate(
     confidence: float = 0.9,
     timing_runs: int = 0,
     original: Tagger | None = None,
+    per_layer: bool = False,
 ) -> Calibration:
     """Sweep policies on development data and pick one.
 
@@ -146,9 +147,9 @@ def calibrate(
         verify: at most so many run with real exits, the likeliest first. None: no limit.
         metric: see `tokenexit.text.scoring.score`.
         progress: called with (what, done, total).
-        max_disagreement, confidence, timing_runs: in place of the targets, a promise for text
-            without labels, see `make_dial`, which says how it is found. Full depth is chosen where
-            every policy with exits disagrees too much.
+        max_disagreement, confidence, per_layer, timing_runs: in place of the targets, a promise for
+            text without labels, see `make_dial`, which says how it is found. Full depth is chosen
+            where every policy with exits disagrees too much.
         original: the tagger that this one was before it was trained to exit: a loss is of its
             score, a promise about its labels, at full depth. None: full depth of this one.
 
@@ -176,6 +177,7 @@ def calibrate(
             confidence,
             reference=original and _whole(original, data["words"]),
             policies=policies,
+            per_layer=per_layer,
             timing_runs=timing_runs,
             progress=progress,
         )
@@ -293,6 +295,7 @@ def make_dial(
     known: Sequence[Sequence[str]] | None = None,
     known_reference: Sequence[Sequence[str]] | None = None,
     policies: Sequence[ExitPolicy] | None = None,
+    per_layer: bool = False,
     timing_runs: int = 0,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
@@ -315,6 +318,10 @@ def make_dial(
         known, known_reference: sentences to find the path with, and their labels, such as those
             that classifiers learnt from; then all others test it. None: three tenths, as above.
         policies: to take the path from. None: `policy_grid` with `FINE` thresholds.
+        per_layer: promise the same of the words that left at or before each layer by themselves, so
+            that bad exits that come early do not hide behind good ones that come late (Ringel et
+            al., arXiv 2402.00857). Layers by which words of too few sentences left are not held to
+            it; theirs count at the next.
         timing_runs: measure the wall clock of each step, over 200 sentences, so often.
         seed: of the shuffling.
         progress: called with (what, done, total).
@@ -371,14 +378,15 @@ def make_dial(
     windows, tested, losses = tagger.windows(words[cut:]), [], []
     for number, policy in enumerate(path, 1):
         its_losses, real = _run(tagger, windows, policy, whole[cut:])
-        losses.append(its_losses)
+        kinds = (its_losses, *(_by_layer(real, whole[cut:], least) if per_layer else ()))
+        losses.append(kinds)
         itself = reference is None and policy == full  # which agrees by definition
         tested.append(
             Speed(
                 policy=policy,
                 speedup=real.speedup,
                 disagreement=float(its_losses.mean()),
-                bound=0.0 if itself else promise.upper_bound(its_losses, confidence),
+                bound=0.0 if itself else max(promise.upper_bound(x, confidence) for x in kinds),
                 mean_exit_layer=fmean(layer for exits in real.exits for layer in exits),
             )
         )
@@ -386,10 +394,13 @@ def make_dial(
     passed = promise.fixed_sequence(losses, max_disagreement, confidence)
     needed = None
     if passed <= 1:
-        found = (
-            promise.needed(max_disagreement, confidence, its_losses) for its_losses in losses[1:]
-        )
-        fewest = min((n for n in found if n is not None), default=None)
+        found = []
+        for kinds in losses[1:]:
+            each = [promise.needed(max_disagreement, confidence, x) for x in kinds]
+            if None not in each:  # words leave early in a part of the sentences only
+                scaled = zip(each, kinds, strict=True)
+                found.append(max(math.ceil(n * len(kinds[0]) / len(x)) for n, x in scaled))
+        fewest = min(found, default=None)
         needed = fewest and next(n for n in count(fewest) if n - used(n) >= fewest)
     if timing_runs:
         some = [window for window in windows if window.sentence < TIMED_SENTENCES]
@@ -413,6 +424,7 @@ def make_dial(
             sentences=len(words) - cut,
             dtype=dtype_of(tagger.model),
             reference="full depth" if reference is None else "the original",
+            per_layer=per_layer,
         ),
         needed=needed,
     )
@@ -446,6 +458,21 @@ def _run(
         for labels, wanted in zip(outcome.labels, whole, strict=True)
     ]
     return np.array(losses), outcome
+
+
+def _by_layer(outcome: Outcome, whole: Sequence[Sequence[str]], least: int) -> Iterator[np.ndarray]:
+    """For each layer below the last: of the words that left by it, as `_run`; where any did.
+
+    Layers with fewer than `least` such sentences are left out.
+    """
+    for layer in range(1, max(map(max, outcome.exits))):
+        losses = []
+        for labels, wanted, exits in zip(outcome.labels, whole, outcome.exits, strict=True):
+            rows = zip(labels, wanted, exits, strict=True)
+            if wrong := [a != b for a, b, left in rows if left <= layer]:
+                losses.append(fmean(wrong))
+        if len(losses) >= least:
+            yield np.array(losses)
 
 
 def _rising(points: Iterable[Point], margin: float) -> list[Point]:

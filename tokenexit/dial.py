@@ -51,6 +51,7 @@ class Dial:
         dtype: of the weights that it was tested with: "float32", "int8", ...; None: not known.
         metric: of the speeds' scores, or None.
         reference: whose labels count as right: "full depth" or "the original".
+        per_layer: whether it is promised of the words that left by each layer by themselves, too.
     """
 
     speeds: tuple[Speed, ...]
@@ -61,6 +62,7 @@ class Dial:
     dtype: str | None = None
     metric: str | None = None
     reference: str = "full depth"
+    per_layer: bool = False
 
     @property
     def promise(self) -> str:
@@ -68,7 +70,9 @@ class Dial:
         return (
             f"with a confidence of {self.confidence:.0%}, the labels of fewer than "
             f"{self.max_disagreement:.2%} of a sentence's words, in the mean over such sentences, "
-            f"are not those of {self.reference}; tested on {self.sentences} sentences"
+            f"are not those of {self.reference}"
+            + (", which holds of the words that left by each layer, too" if self.per_layer else "")
+            + f"; tested on {self.sentences} sentences"
         )
 
     def at(self, speed: float | str) -> Speed:

@@ -63,21 +63,26 @@ def upper_bound(losses: ArrayLike, confidence: float) -> float:
     return high
 
 
-def fixed_sequence(path: Iterable[ArrayLike], bound: float, confidence: float) -> int:
+def fixed_sequence(
+    path: Iterable[ArrayLike | tuple[ArrayLike, ...]], bound: float, confidence: float
+) -> int:
     """How many of a path, from its start, have a mean loss below `bound`.
 
     With probability `confidence` all of these have: they are tested in turn up to the first that
     fails, so for a wrong one to be among them, the first wrong one has to be passed.
 
     Args:
-        path: for each of its steps the losses; the order was fixed before these were looked at.
+        path: for each of its steps the losses, or a tuple of several kinds, each of which has to
+            have such a mean; the order was fixed before these were looked at. To claim it of all
+            kinds, each is tested at the full confidence: one that is wrong has to pass.
 
     Raises:
         ValueError: as above.
     """
     number = 0
     for losses in path:
-        if not holds(losses, bound, confidence):
+        kinds = losses if isinstance(losses, tuple) else (losses,)
+        if not all(holds(kind, bound, confidence) for kind in kinds):
             break
         number += 1
     return number

@@ -58,6 +58,13 @@ Speed = Annotated[
         "multiply-adds, or as '2 wall', a number of times as fast where they were timed."
     ),
 ]
+PerLayer = Annotated[
+    bool,
+    typer.Option(
+        "--per-layer",
+        help="Promise it of the words that left by each layer by themselves, too.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="To run on, as cuda. Default: the CPU.")]
 Revision = Annotated[
     str | None, typer.Option(help="Of a tagger on the hub: a branch, a tag or a commit.")

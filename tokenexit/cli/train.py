@@ -26,6 +26,7 @@ from tokenexit.cli.options import (
     Model,
     Neighbors,
     Output,
+    PerLayer,
     Resume,
     Schedule,
     Seed,
@@ -250,6 +251,7 @@ def calibrate(
         ),
     ] = None,
     confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.9,
+    per_layer: PerLayer = False,
     original: Annotated[
         str | None,
         typer.Option(
@@ -334,6 +336,7 @@ def calibrate(
             confidence=confidence,
             timing_runs=timing_runs,
             original=theirs,
+            per_layer=per_layer,
         )
     tagger.model.policy = result.chosen.policy
     if promised:
@@ -387,6 +390,7 @@ def adapt(
         float, typer.Option(help="Promise that a smaller share of labels changes.")
     ] = 0.01,
     confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.9,
+    per_layer: PerLayer = False,
     tune: Annotated[
         bool, typer.Option("--tune", help="Train the encoder, too: faster exits, other labels.")
     ] = False,
@@ -449,6 +453,7 @@ def adapt(
             tune=tune,
             max_disagreement=max_disagreement,
             confidence=confidence,
+            per_layer=per_layer,
             annotated=annotated,
             metric=metric,
             epochs=epochs,

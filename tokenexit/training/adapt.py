@@ -81,6 +81,7 @@ def adapt(
     tune: bool = False,
     max_disagreement: float = 0.01,
     confidence: float = 0.9,
+    per_layer: bool = False,
     annotated: Dataset | None = None,
     metric: str = "auto",
     epochs: float | None = None,
@@ -107,7 +108,8 @@ def adapt(
         tokenizer: of the model. None: the one beside it, for a folder or a name.
         tune: train encoder and classifier as well, by self-sampling on the labels that the model
             gives the texts; takes longer, goes faster, and full depth is no longer the model.
-        max_disagreement, confidence: of the promise: labels are held against the model's.
+        max_disagreement, confidence, per_layer: of the promise, see `make_dial`: labels are held
+            against the model's.
         annotated: sentences with `words` and `labels`, to score each speed on, and to fit the
             temperatures of confidences by.
         metric: of that, see `tokenexit.text.scoring.score`.
@@ -177,6 +179,7 @@ def adapt(
         reference=reference,
         known=words,
         known_reference=labels,
+        per_layer=per_layer,
         timing_runs=timing_runs,
         seed=seed,
         progress=progress,
