@@ -39,7 +39,7 @@ def is_wide(x):
 def tiles_of(x, num_rows, n, k):
     """Of products of up to so many rows, in the dtype of x: programs of a multiprocessor, options.
 
-    Those for Hopper are the fastest of 19 on an H100, for 400 to 8192 rows of BERT-base.
+    Those for Hopper are the fastest of 17 on an H100, for 400 to 8192 rows of BERT-base.
     """
     size, stages = x.element_size(), 2 if torch.version.hip else 3
     if num_rows <= _SMALL:

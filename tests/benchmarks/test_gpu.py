@@ -6,6 +6,7 @@ import weakref
 from types import SimpleNamespace
 
 import gpu
+import gpu_page
 import harness
 import pytest
 import texts
@@ -163,3 +164,10 @@ def test_sizes_and_rates_are_chosen_and_the_truth_has_no_graphs(tmp_path, monkey
 def test_where_rows_come_from_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert harness.origin()["commit"] == ""
+
+
+def test_the_page_is_written_from_its_rows():
+    text = gpu_page.DOCUMENT.read_text(encoding="utf-8")
+    inside = text.partition("<!-- gpu -->\n")[2].partition("<!-- /gpu -->")[0]
+    assert inside == gpu_page.tables() + "\n"
+    assert gpu_page.table(["a", "b"], [("x", 1)]) == "| a | b |\n| --- | --: |\n| x | 1 |"

@@ -40,6 +40,13 @@ def test_a_stage_that_fails_or_hangs_keeps_none_from_running(check, monkeypatch)
     assert not any(map(is_alive, check.log("smoke").split()))
 
 
+@pytest.mark.parametrize("ended", [None, 3])
+def test_what_was_not_sanitized_is_not_clean(check, monkeypatch, ended):
+    statuses = iter([0, ended])
+    monkeypatch.setattr(check, "run", lambda *_: next(statuses))
+    assert check.run_sanitize(100) == ended
+
+
 def is_alive(pid):
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
