@@ -121,8 +121,8 @@ def word_ids_from_kinds(kinds: torch.Tensor, attention_mask: torch.Tensor) -> to
     A token continues the word before it if it is so marked and there is one; after a special
     token or padding it starts a word all the same.
     """
-    kinds = kinds.masked_fill(attention_mask == 0, SPECIAL)
-    inside = kinds != SPECIAL
+    real = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+    inside = real > (kinds == SPECIAL)  # and not
     after_word = F.pad(inside[:, :-1], (1, 0))
-    starts = inside & ~((kinds == CONTINUES_WORD) & after_word)
-    return (starts.cumsum(1) - 1).masked_fill(~inside, -1)
+    starts = inside > ((kinds == CONTINUES_WORD) & after_word)
+    return starts.cumsum(1) * inside - 1

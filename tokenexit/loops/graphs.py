@@ -157,7 +157,7 @@ class Graphs:
         if _is_traced():
             return run(rows, schedule)
         key, weights = _key(rows, schedule), weights()
-        addresses = [weight.data_ptr() for weight in weights]
+        addresses = [*map(torch.Tensor.data_ptr, weights)]
         with self._lock, torch.cuda.device(rows["attention_mask"].device):
             if addresses != self._addresses:
                 self._forget()

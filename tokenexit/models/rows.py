@@ -105,7 +105,7 @@ class Rows:
                 inside[name] = value.clamp(low, high)
                 other = inside[name] != value
                 bad = other if bad is None else bad | other
-        sound = real.any() & ~(bad & real).any()
+        sound = real.any() > (bad & real).any()  # and not
         if real.shape[1] > most:
             sound = sound & (real.sum(1) <= most).all()
         return replace(self, **inside, attention_mask=real), sound
