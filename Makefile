@@ -41,6 +41,7 @@ test-matrix: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 # Less than half an hour on two cores; the tagger of `make demo` is trained once more, and kept.
 bench: $(VENV)/.bench

@@ -1,5 +1,7 @@
 """Token-level early exit for BERT-family taggers."""
 
+from typing import TYPE_CHECKING
+
 from tokenexit import reference
 from tokenexit.dial import Dial, Speed
 from tokenexit.int8 import quantize
@@ -8,6 +10,9 @@ from tokenexit.models.convert import convert, to_hugging_face
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Span, Tagged, Tagger
 from tokenexit.policy import ExitPolicy
+
+if TYPE_CHECKING:
+    from tokenexit.training.adapt import adapt
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +20,9 @@ def largest() -> int:
     every processor, and so do sums of their products, which are exact.
     """
     return 63 if instruction_set() in ("avx2", "avx512") else 127
+
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @passable
@@ -72,7 +77,7 @@ def dtype_of(model: nn.Module) -> str:
     return "int8" if is_quantized(model) else str(model.dtype).removeprefix("torch.")
 
 
-def quantize(model: nn.Module) -> nn.Module:
+def quantize(model: _Model) -> _Model:
     """Round the products of a tagger's layers to 8 bits, in place: for inference on a CPU.
 
     Embeddings, LayerNorms, attention and exit heads stay in fp32. The model takes a fourth of the

@@ -208,6 +208,7 @@ def test_install_without_a_compiler_falls_back(sdist, tmp_path):
     log = run(*command, "--target", target, sdist, cwd=tmp_path, **missing)
     message = "compiled ops for CPU were not built (no C++ compiler: no-c++ is missing); "
     assert f"tokenexit: {message}pure PyTorch does their work, only slower" in log
+    assert (target / "tokenexit" / "py.typed").exists()
     assert run_one_op(target, tmp_path)[0].startswith("tokenexit._C was not built")
 
 
