@@ -481,3 +481,13 @@ def test_what_is_remembered_is_of_what_is_still_held(model, change):
     assert new is not held and memory.of(model) is new and new.once("a", object) is not found
     assert memory.of(random_tagger(dtype=torch.float32)) is not new
     assert copy.deepcopy(memory)._last is None
+
+
+@torch.no_grad()
+def test_a_scripted_part_is_remembered_too(model):
+    model.encoder.layers[1].up = torch.jit.script(model.encoder.layers[1].up)
+    memory = conditions.Memory()
+    assert len(memory.of(model).tensors) == len(model.state_dict())
+    agrees_with_the_reference(model)
+    tensors = [x.data_ptr() for x in memory.of(model).tensors]
+    assert tensors == [x.data_ptr() for x in conditions.Held(model).tensors]

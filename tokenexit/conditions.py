@@ -7,10 +7,11 @@ plain way, layer by layer through calls in PyTorch, where hooks run and parts ma
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import is_, itemgetter, methodcaller
+from operator import attrgetter, is_, itemgetter
 
 import torch
 from torch import nn
@@ -66,9 +67,8 @@ class Held:
             modules += [x for x in module.__dict__["_modules"].values() if x is not None]
         self._modules = modules[1:]  # the root may hold this
         self._types, own = self._found(root)
-        self._names, self._values = [
-            [*x] for x in map(chain.from_iterable, (own, map(_VALUES, own)))
-        ]
+        self._names = [*chain.from_iterable(own)]
+        self._values = [*chain.from_iterable(map(dict.values, own))]
         self.tensors = [x for x in self._values if isinstance(x, torch.Tensor)]
         self._kept = {}
 
@@ -77,7 +77,7 @@ class Held:
         types, own = self._found(root)
         if types != self._types or [*chain.from_iterable(own)] != self._names:
             return False
-        values = [*chain.from_iterable(map(_VALUES, own))]
+        values = [*chain.from_iterable(map(dict.values, own))]
         return len(values) == len(self._values) and all(map(is_, values, self._values))
 
     def once(self, key: Hashable, find: Callable[[], object]) -> object:
@@ -89,11 +89,14 @@ class Held:
     def _found(self, root):
         """The modules' classes, and those of their dictionaries in which there is something."""
         modules = [root, *self._modules]
-        own = chain.from_iterable([_OWN(module.__dict__) for module in modules])
-        return [*map(type, modules)], [*filter(None, own)]
+        own = [*filter(None, chain.from_iterable(map(_OWN, map(_DICT, modules))))]
+        if not _DICTS.issuperset(map(type, own)):  # a scripted module's only look like those
+            own = [dict(x.items()) for x in own]
+        return [*map(type, modules)], own
 
 
-_OWN, _VALUES = itemgetter("_parameters", "_buffers", "_modules"), methodcaller("values")
+_OWN, _DICT = itemgetter("_parameters", "_buffers", "_modules"), attrgetter("__dict__")
+_DICTS = {dict, OrderedDict}
 
 
 class Memory:
