@@ -357,8 +357,9 @@ class NormFirstLayer(ExitLayer):
         if self.reach is None or longest <= self.reach + 1:
             return None
         table = q.new_zeros(self.num_heads, 2 * self.reach + 3)
-        # Finite, as a kernel may come to a block of keys all of which are out of reach.
-        table[:, :: table.shape[1] - 1] = torch.finfo(q.dtype).min / 2
+        # Finite, as a kernel may come to a block of keys all of which are out of reach; and far
+        # from the end of fp32, as it may divide it by the scale.
+        table[:, :: table.shape[1] - 1] = max(torch.finfo(q.dtype).min / 2, -1e9)
         return table
 
 

@@ -9,6 +9,7 @@ from tokenexit.kernels.attention import (
 )
 
 from tokenexit import reference
+from tokenexit.layers import NormFirstLayer
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 NAN = float("nan")
@@ -122,6 +123,15 @@ def test_forward_and_gradients(shape, reach, dtype, device):
 def test_reach_of_the_bias(reach, device):
     """Within one block of entries and over many; shorter than the sentence and longer."""
     Batch([(37, 70), (0, 2), (4, 4)], torch.float32, device, 16, reach, heads=1).check()
+
+
+def test_layers_that_see_what_is_near(dtype, device):
+    """Their bias leaves whole blocks of keys no weight, before the first that has some, too."""
+    batch = Batch([(70, 150), (1, 90), (3, 3)], dtype, device, 24, reach=6)
+    layer = NormFirstLayer(48, 2, 8, theta=1.0, reach=5)
+    batch.table = layer._window(batch.q, longest=150)
+    assert batch.table.shape == (2, 13) and batch.table.isfinite().all()
+    batch.check()
 
 
 def test_large_scores(device):
