@@ -144,7 +144,7 @@ def test_other_weights_get_another_graph(change, recorded):
 
 @pytest.mark.parametrize("change", CHANGES[:3], ids=lambda change: change.__name__)
 @torch.no_grad()
-def test_what_a_graph_reads_is_kept_until_it_is_forgotten(change, recorded):
+def test_what_a_graph_reads_is_kept_until_it_is_forgotten(change, recorded, monkeypatch):
     recorded.module = module = Sums()
     recorder = graphs.Graphs()
     assert recorder.ahead(rows_of(), schedule_of()) is None
@@ -153,6 +153,10 @@ def test_what_a_graph_reads_is_kept_until_it_is_forgotten(change, recorded):
     change(module)
     gc.collect()
     assert not any(storage.expired() for storage in read)
+    elsewhere = {name: x if x is None else x.to("meta") for name, x in rows_of().items()}
+    with monkeypatch.context() as patch:
+        patch.delattr(torch.cuda, "device")  # which takes none but a GPU
+        assert recorder.ahead(elsewhere, schedule_of()) is None
     ahead = recorder.ahead(rows_of(), schedule_of())
     got = recorder(module, rows_of(), schedule_of(), held(module), ahead)
     assert got is not ahead[1] and all(map(torch.equal, got, module(rows_of(), schedule_of())))

@@ -128,13 +128,13 @@ class Graphs:
         """
         if not self._graphs or _is_traced():
             return None
-        device = rows["attention_mask"].device
-        with self._lock, torch.cuda.device(device):
+        with self._lock:
             recorded = self._graphs.get(_key(rows, schedule))
-            if recorded is None:
+            if recorded is None:  # rows that are on no GPU, for one
                 return None
-            self._take_turns()
-            return recorded, recorded.replay(rows, schedule)
+            with torch.cuda.device(rows["attention_mask"].device):
+                self._take_turns()
+                return recorded, recorded.replay(rows, schedule)
 
     def __call__(
         self,
