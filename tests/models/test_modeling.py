@@ -615,11 +615,12 @@ def test_hidden_states_are_hugging_faces_at_full_depth():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("policy", [ExitPolicy.never(), POLICY], ids=str)
-def test_activation_checkpointing(policy, reentrant):
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_activation_checkpointing(family, policy, reentrant):
     """Layers are computed twice, with the same dropout, for the same gradients."""
     results = []
     for checkpointing in (False, True):
-        tagger, calls = random_tagger().train(), []
+        tagger, calls = random_tagger(family).train(), []
         if checkpointing:
             tagger.gradient_checkpointing_enable({"use_reentrant": reentrant})
         tagger.encoder.layers[0].register_forward_pre_hook(lambda *_, c=calls: c.append(1))
