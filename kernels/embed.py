@@ -9,7 +9,8 @@ from torch.library import triton_op, wrap_triton
 @triton.jit
 def _embed_kernel(
     ids_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, weight_ptr, bias_ptr,
-    out_ptr, count_ptr, num_rows, D, eps, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    out_ptr, count_ptr, num_rows, D,
+    EPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     count = num_rows
     if count_ptr is not None:
@@ -35,7 +36,7 @@ def _embed_kernel(
             x += tl.load(type_ptr + at, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1) / D
     apart = tl.where(mask_d[None, :], x - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(apart * apart, 1) / D + eps)
+    rstd = 1 / tl.sqrt(tl.sum(apart * apart, 1) / D + EPS)
     weight = tl.load(weight_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
     out = apart * rstd[:, None] * weight[None, :] + bias[None, :]

@@ -2,8 +2,8 @@
 
 Programs are persistent: as many as the GPU holds at a time take the count's tiles in turn, so that
 nobody waits for anybody. Tiles follow from the capacity, without autotuning: results must not
-change from run to run. Where the GPU has a unit that copies tiles (TMA, Hopper and later) and rows
-are multiples of 16 bytes, it does; rows that are gathered, and other GPUs, load by pointers.
+change from run to run. On Hopper, whose unit for that (TMA) copies tiles, it does so where rows are
+multiples of 16 bytes; rows that are gathered, and other GPUs, load by pointers.
 
 LayerNorm has no launch of its own: the product that makes a row x leaves sum and squared deviations
 of each of its column blocks (`stats`), and stores `y = gamma * x`. With m and s the mean and the
@@ -31,9 +31,9 @@ _SMALL = 512  # rows, up to which tiles are small: they have to spread over the 
 
 
 def is_wide(x):
-    """Whether tiles go by TMA and fill 227 KiB of shared memory; without a GPU, as on an H100."""
+    """Whether tiles are as measured on an H100, by TMA; so they are without a GPU, too."""
     cuda = x.device.type == "cuda"
-    return not cuda or torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    return not cuda or torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def tiles_of(x, num_rows, n, k):

@@ -118,7 +118,7 @@ def launches(hidden, num_heads, dtype, arch="sm_80"):
     recorded = []
     original = triton.JITFunction.run, torch.version.hip, linear.is_wide
     torch.version.hip = "7" if arch.startswith("gfx") else None
-    linear.is_wide = lambda x: arch in ("sm_90", "sm_100")
+    linear.is_wide = lambda x: arch == "sm_90"
     triton.JITFunction.run = lambda kernel, *args, grid, warmup, **named: recorded.append(
         (kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **named})
     )
