@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 
+__all__ = ["ExitPolicy", "UNBOUNDED"]
+
 UNBOUNDED = 2**62  # a window wider than any sentence
 
 _CHOICES = {

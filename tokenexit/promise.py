@@ -21,6 +21,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import ArrayLike
 
+__all__ = ["check_share", "fixed_sequence", "holds", "needed", "upper_bound"]
+
 _MOST = 1_000_000  # losses that anybody could be asked for
 
 

@@ -15,6 +15,29 @@ import math
 import torch
 import torch.nn.functional as F
 
+__all__ = [
+    "absorbed_attention",
+    "compact_active",
+    "disentangled_attention",
+    "dropout_keep",
+    "exit_attention",
+    "exit_decision",
+    "exit_forward",
+    "exit_step",
+    "layer_sum",
+    "linear",
+    "norm_first_sum",
+    "pack_static",
+    "pack_tokens",
+    "query_key_value",
+    "relative_bias",
+    "rotated",
+    "too_few",
+    "uncertainty",
+    "window_max",
+    "words_of",
+]
+
 
 def pack_tokens(mask, word_ids):
     """The layout of a padded batch, see `tokenexit.ops.pack_tokens`."""

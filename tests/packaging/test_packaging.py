@@ -348,3 +348,20 @@ def test_no_circle_of_files():
                     needs[name] -= {node.module}
     graph = TopologicalSorter(needs)
     graph.prepare()  # raises CycleError, which tells the circle
+
+
+PUBLIC = ["", ".policy", ".promise", ".reference", ".training.report", ".training.trainer"]
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_modules_name_what_is_theirs(module):
+    """And tell of each."""
+    found = importlib.import_module(f"tokenexit{module}")
+    own = {
+        name
+        for name, value in vars(found).items()
+        if getattr(value, "__module__", None) == found.__name__ and not name.startswith("_")
+    }
+    assert own <= {*found.__all__} and len(found.__all__) == len({*found.__all__})
+    things = [getattr(found, name) for name in found.__all__]
+    assert all(thing.__doc__ for thing in things if callable(thing))

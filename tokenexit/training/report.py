@@ -11,6 +11,8 @@ from tokenexit.evaluate import tag_windows
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 
+__all__ = ["ReportExits"]
+
 
 class ReportExits(TrainerCallback):
     """Logs after each epoch how fast a policy is, and how often labels are those of full depth.

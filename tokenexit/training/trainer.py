@@ -35,6 +35,16 @@ from tokenexit.text.scoring import choose_metric
 from tokenexit.training.self_sampling import Remembered, SelfSampling, cached_exits, remember
 from tokenexit.training.settings import OURS
 
+__all__ = [
+    "ExitTrainer",
+    "RichProgress",
+    "check_rate",
+    "check_same_run",
+    "last_checkpoint",
+    "training_arguments",
+    "write_record",
+]
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
