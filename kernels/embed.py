@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from tokenexit.kernels.norm import layer_norm
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
@@ -34,12 +35,7 @@ def _embed_kernel(
         else:
             at = tl.load(types_ptr + rows, mask=mask_r, other=0)[:, None] * D + cols[None, :]
             x += tl.load(type_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1) / D
-    apart = tl.where(mask_d[None, :], x - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(apart * apart, 1) / D + EPS)
-    weight = tl.load(weight_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
-    out = apart * rstd[:, None] * weight[None, :] + bias[None, :]
+    out, _, _ = layer_norm(x, cols, mask_d, weight_ptr, bias_ptr, D, EPS)
     tl.store(out_ptr + rows[:, None] * D + cols[None, :], out.to(out_ptr.dtype.element_ty), mask)
 
 

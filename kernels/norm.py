@@ -35,6 +35,17 @@ def gelu_tanh(x):
 
 
 @triton.jit
+def layer_norm(x, cols, mask_d, weight_ptr, bias_ptr, D, EPS: tl.constexpr):
+    """Of rows in fp32, of which D columns count: the result, mean and 1 / standard deviation."""
+    mean = tl.sum(x, 1) / D
+    apart = tl.where(mask_d[None, :], x - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(apart * apart, 1) / D + EPS)
+    weight = tl.load(weight_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
+    return apart * rstd[:, None] * weight[None, :] + bias[None, :], mean, rstd
+
+
+@triton.jit
 def _add_layer_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, mean_ptr, rstd_ptr, count_ptr,
     num_rows, D, EPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -54,12 +65,7 @@ def _add_layer_norm_kernel(
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1) / D
-    apart = tl.where(mask_d[None, :], x - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(apart * apart, 1) / D + EPS)
-    weight = tl.load(weight_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
-    out = apart * rstd[:, None] * weight[None, :] + bias[None, :]
+    out, mean, rstd = layer_norm(x, cols, mask_d, weight_ptr, bias_ptr, D, EPS)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + rows, mean, mask=mask_r)
     tl.store(rstd_ptr + rows, rstd, mask=mask_r)

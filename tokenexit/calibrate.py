@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING
@@ -504,10 +505,14 @@ def _by_speed(points: Iterable[Point]) -> list[Point]:
     return [best[step] for step in sorted(best)]
 
 
-def pareto_front(points: Iterable[Point]) -> list[Point]:
-    """Points that no other beats in both score and speed-up, by speed-up."""
+def pareto_front(points: Iterable, speed: str = "speedup") -> list:
+    """Points that no other beats in both score and speed-up, by speed-up.
+
+    Args:
+        points: with a `score`, and the speed-up by that name.
+    """
     front = []
-    for point in sorted(points, key=lambda p: (p.speedup, p.score), reverse=True):
+    for point in sorted(points, key=attrgetter(speed, "score"), reverse=True):
         if not front or point.score > front[-1].score:
             front.append(point)
     return front[::-1]

@@ -297,15 +297,15 @@ def linear(
     `linear_` normalises on its way out is that of this function with "none".
     """
 
-    def normed(values, index, on):
-        values = values if index is None else values[index]
+    def normed(values, on):
         if norm_on != on:
             return values
         return F.layer_norm(values, values.shape[1:], norm_weight, norm_bias, eps)
 
-    out = F.linear(normed(x, None, "x"), weight, bias)
+    out = F.linear(normed(x, "x"), weight, bias)
     if residual is not None:
-        out = out + normed(residual, residual_gather, "residual")
+        near = residual if residual_gather is None else residual[residual_gather]
+        out = out + normed(near, "residual")
     if activation == "none":
         return out
     return F.gelu(out, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -24,6 +24,7 @@ from datasets import Dataset
 import tokenexit
 from experiments import reading
 from tokenexit import ExitPolicy
+from tokenexit.calibrate import pareto_front
 from tokenexit.evaluate import Evaluation, evaluate
 from tokenexit.loops import gpu as gpu_loop
 from tokenexit.models.tagger import Tagger
@@ -66,15 +67,6 @@ def fastest(found: Sequence[Evaluation], most_loss: float) -> Evaluation:
     """Of those that lose at most so much against the first, the fastest in multiply-adds."""
     good = [one for one in found if one.score >= found[0].score - most_loss]
     return max(good, key=lambda one: (one.flops_speedup, one.score))
-
-
-def front(found: Sequence[Evaluation]) -> list[Evaluation]:
-    """Those that no other beats in both score and speed, by speed."""
-    kept = []
-    for one in sorted(found, key=lambda x: (x.flops_speedup, x.score), reverse=True):
-        if not kept or one.score > kept[-1].score:
-            kept.append(one)
-    return kept[::-1]
 
 
 @torch.inference_mode()
@@ -279,7 +271,7 @@ def read(
         facts: of the rows.
     """
     tagger = in_half(tagger)
-    wanted = {one.policy: one for one in [found[0], *front(found)]}
+    wanted = {one.policy: one for one in [found[0], *pareto_front(found, "flops_speedup")]}
     wanted = {chosen: wanted[chosen], **wanted} if chosen in wanted else wanted
     for policy in [ExitPolicy.never(), *(p for p in wanted if p != found[0].policy)]:
         if gpu_probes.left() < 2:
