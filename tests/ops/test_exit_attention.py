@@ -156,25 +156,37 @@ def test_dropout_keeps_the_mean():
     assert (runs.mean(0) - exact).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dropout_where_no_op_is_compiled(dtype):
-    values, offsets, _, _ = inputs([(5, 17), (2, 2)], dtype)
+def test_dropout_where_no_op_is_compiled():
+    values, offsets, _, _ = inputs([(5, 17), (2, 2)], torch.float64)
     call = (*values.values(), *offsets, 0.4, None, None, 0.5, 7)
     assert torch.equal(exit_attention(*call), reference.exit_attention(*call))
 
 
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_in_half_precision_takes_the_compiled_op(dtype, monkeypatch):
+    """On the CPU as well, where plain PyTorch goes sentence by sentence."""
+    monkeypatch.delattr(reference, "exit_attention")
+    values, offsets, table, positions = inputs([(5, 17), (2, 2)], dtype, bias=True)
+    leaves = [v.requires_grad_() for v in (*values.values(), table)]
+    out = exit_attention(*leaves[:3], *offsets, 0.4, table, positions, 0.5, 7)
+    out.backward(grad_of(out))
+    assert [leaf.grad.dtype for leaf in leaves] == [dtype] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("shape", [SHAPES["ragged"], SHAPES["finished sentences"]], ids=str)
-def test_dropout_is_that_of_the_reference(shape, bias):
+def test_dropout_is_that_of_the_reference(shape, bias, dtype):
     """The same weights go, forward and backward, for the same seed."""
     ours, plain = (
         lambda *args, f=f: f(*args, dropout_p=0.3, seed=2**31 + 7)
         for f in (exit_attention, reference.exit_attention)
     )
-    got, got_grads = run(ours, torch.float32, shape, bias)
-    rough, rough_grads = run(plain, torch.float32, shape, bias)
+    got, got_grads = run(ours, dtype, shape, bias)
+    rough, rough_grads = run(plain, dtype, shape, bias)
     exact = lambda *args: plain(  # noqa: E731
-        *(a.float().double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+        *(a.to(dtype).double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
     )
     truth, truth_grads = run(exact, torch.float64, shape, bias)
     assert_as_exact(got, truth, rough)

@@ -71,8 +71,11 @@ def exit_attention(
     if use_triton(backend, q, k, v):
         run = torch.ops.tokenexit_triton.exit_attention
         return run(*arguments, max_length, float32_precision())[0]
-    if use_compiled(backend, q.device, _DEVICES) and q.dtype == torch.float32:
-        return torch.ops.tokenexit.exit_attention(*arguments, max_length)[0]
+    if use_compiled(backend, q.device, _DEVICES) and q.dtype != torch.float64:
+        rows = (x.float() for x in (q, k, v))
+        table = None if bias is None else bias.float()
+        rest = (cu_q, cu_k, scale, table, positions, dropout_p, seed, max_length)
+        return torch.ops.tokenexit.exit_attention(*rows, *rest)[0].to(q.dtype)
     if backend == "reference" or dropout_p:
         return reference.exit_attention(*arguments)
     return _by_sentence(q, k, v, cu_q, cu_k, scale, bias, positions)
