@@ -72,6 +72,7 @@ def runs_of(plan: Path) -> list[Run]:
 def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
     """Append the rows of a trained run: full depth, each layer, each kind of policy and target."""
     dev = splits.dev.take(min(dev_sentences, len(splits.dev)))
+    tagger.model.to(getattr(torch, run.dtype))
     common = {
         "run": run.name,
         **{k: v for k, v in dataclasses.asdict(run).items() if k not in ("name", "read")},

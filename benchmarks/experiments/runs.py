@@ -23,6 +23,7 @@ from tokenexit.training.self_sampling import SelfSampling
 from tokenexit.training.trainer import ExitTrainer, last_checkpoint, training_arguments
 
 LOSSES = ("joint", "even", "last", "distilled")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Run:
         freeze_words: word embeddings stay as they are.
         seed: of everything random.
         read: names of `KINDS` of policies whose speeds are read; () for full depth only.
+        dtype: "float32" or "bfloat16", that the tagger is read in; it trains in float32.
         settings: more fields of `transformers.TrainingArguments`.
     """
 
@@ -69,11 +71,14 @@ class Run:
     freeze_words: bool = False
     seed: int = 1
     read: tuple[str, ...] = ()
+    dtype: str = "float32"
     settings: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
         if self.loss not in LOSSES:
             raise ValueError(f"{self.name}: loss is {self.loss!r}; expected one of {LOSSES}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.name}: dtype is {self.dtype!r}; expected one of {DTYPES}")
         if self.sampling is not None and self.loss != "joint":
             raise ValueError(f"{self.name}: self-sampling has the joint loss; got {self.loss!r}")
         if unknown := set(self.read) - KINDS.keys():

@@ -5,18 +5,21 @@ import os
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import gpu_probes
+import harness
 import numpy as np
 import pytest
 import torch
 from experiments import clock, packing, reading, report, runs, sources
-from experiments.__main__ import runs_of
+from experiments.__main__ import app, runs_of
 from experiments.runs import Run
 from random_models import random_tagger
 from transformers import AutoModel, AutoTokenizer
+from typer.testing import CliRunner
 
 from tokenexit import ExitPolicy
 from tokenexit.calibrate import pareto_front
@@ -184,6 +187,8 @@ def test_the_document_has_a_place_for_each_table(tmp_path):
 def test_a_run_says_what_it_does_not_know():
     with pytest.raises(ValueError, match="self-sampling has the joint loss"):
         Run("a", "wnut", "minilm", loss="last", sampling={})
+    with pytest.raises(ValueError, match="dtype is 'int8'; expected one of"):
+        Run("a", "wnut", "minilm", dtype="int8")
     with pytest.raises(ValueError, match="expected one of"):
         sources.splits("conl")
     with pytest.raises(ValueError, match="--texts FOLDER"):
@@ -300,6 +305,34 @@ def test_exits_are_kept_token_by_token(tmp_path, tiny_tokenizer):
     for batch, layers in made:
         assert ((layers > 0) == batch.real).all()
     assert len(clock.batches(windows, exits, 1, "file", 2)) == 2
+
+
+def test_a_plan_is_read_in_its_dtype_and_once(tmp_path, monkeypatch):
+    texts, whole = texts_of(tmp_path / "texts", SENTENCES * 3), encoder_of(tmp_path / "whole")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"defaults: {{data: wnut, encoder: {whole}, dtype: bfloat16, "
+        "settings: {max_steps: 1, save_strategy: 'no'}}\n"
+        "runs: [{name: joint, read: [sentence]}, {name: last, loss: last}]\n"
+    )
+    for name in ("write", "read"):
+        monkeypatch.setattr(harness, name, partial(getattr(harness, name), folder=tmp_path))
+    monkeypatch.setenv("TOKENEXIT_CACHE", str(tmp_path / "cache"))
+    computed, evaluate = set(), reading.evaluate
+
+    def kept(tagger, *args):
+        computed.add(tagger.model.dtype)
+        return evaluate(tagger, *args)
+
+    monkeypatch.setattr("experiments.__main__.evaluate", kept)
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["run", str(plan), "--texts", str(texts)])
+        assert done.exit_code == 0 and "all runs of the plan are done" in done.output, done.output
+        rows = harness.read("experiments")
+        full = [row for row in rows if row["kind"] == "full depth"]
+        assert [row["run"] for row in full] == ["joint-1", "last-1"]
+    assert {row["dtype"] for row in rows} == {"bfloat16"} and computed == {torch.bfloat16}
+    assert [len(row["test_layers"]) for row in full] == [2, 2]
 
 
 def test_all_that_a_gpu_is_asked_runs_without_one(tmp_path):
