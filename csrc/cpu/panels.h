@@ -59,16 +59,17 @@ struct Strided {
   int64_t row, col;
 };
 
-// sums[r][v] += sum over k of a(r, k) * b[k * ldb + v-th vector]; a few rows against up to 16 lanes.
-// `next` is what the following tile reads, `next_row` apart: it is asked for from memory meanwhile.
+// sums[r][v] += sum over k of a(r, k) * b[k * ldb + v * ldv], a vector; a few rows against up to 16
+// lanes, or as many of two panels. `next` is what the following tile reads, `next_row` apart: it is
+// asked for from memory meanwhile.
 template <class S, int R, int VECS, bool PREFETCH = false>
 INLINE void tile(
     typename S::Vec (&sums)[R][VECS], Strided a, const float* b, int64_t ldb, int64_t depth,
-    const float* next = nullptr, int64_t next_row = 0) {
+    int64_t ldv = S::WIDTH, const float* next = nullptr, int64_t next_row = 0) {
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
     typename S::Vec lanes[VECS];
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) lanes[v] = S::load(b + k * ldb + v * S::WIDTH);
+    for (int v = 0; v < VECS; ++v) lanes[v] = S::load(b + k * ldb + v * ldv);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const typename S::Vec x = a.data[r * a.row + k * a.col] - typename S::Vec{};
@@ -244,31 +245,35 @@ INLINE void finish(const Factors& f, int64_t feature, int64_t at, typename S::Ve
   S::store(f.y + at, sum);
 }
 
-// R output features from n against the first VECS vectors of a panel. `rows` has their weights.
+// R output features from n against the first VECS vectors of a panel, or those of two panels.
+// `rows` has their weights.
 template <class S, int R, int VECS, bool PREFETCH = false>
 INLINE void product_tile(
     const Factors& f, Strided rows, int64_t n, int64_t panel, const float* next = nullptr) {
+  constexpr bool PAIR = VECS > S::VECS;
   const int64_t at = (panel * f.out + n) * LANES;
+  const auto lane = [&](int r, int v) __attribute__((always_inline)) {
+    return at + r * LANES + v * (PAIR ? f.out * LANES : S::WIDTH);
+  };
   typename S::Vec sums[R][VECS];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) {
-      const float* partial = f.y + at + r * LANES + v * S::WIDTH;
-      sums[r][v] = f.from ? S::load(partial) : typename S::Vec{};
+      sums[r][v] = f.from ? S::load(f.y + lane(r, v)) : typename S::Vec{};
     }
   }
   const float* x = f.x + (panel * f.depth + f.from) * LANES;
-  tile<S, R, VECS, PREFETCH>(sums, rows, x, LANES, f.to - f.from, next, f.depth);
+  const int64_t ldv = PAIR ? f.depth * LANES : S::WIDTH;
+  tile<S, R, VECS, PREFETCH>(sums, rows, x, LANES, f.to - f.from, ldv, next, f.depth);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) {
-      const int64_t lane = at + r * LANES + v * S::WIDTH;
       if (f.to == f.depth) {
-        finish<S>(f, n + r, lane, sums[r][v]);
+        finish<S>(f, n + r, lane(r, v), sums[r][v]);
       } else {
-        S::store(f.y + lane, sums[r][v]);
+        S::store(f.y + lane(r, v), sums[r][v]);
       }
     }
   }
@@ -373,13 +378,15 @@ INLINE void product(
       const float* next = n + 2 * R <= n1 ? at + R * depth
           : f.to == depth                 ? at
                                           : weight + n0 * depth + f.to;
-      for (int64_t p = 0; p < panels; ++p) {
-        if (p == 0) {
-          product_tile<S, R, S::VECS, true>(f, {at, depth, 1}, n, p, next);
-        } else {
-          product_tile<S, R, S::VECS>(f, {at, depth, 1}, n, p);
-        }
+      const auto tiles = [&]<int VECS>(int64_t p) __attribute__((always_inline)) {
+        if (p == 0) return product_tile<S, R, VECS, true>(f, {at, depth, 1}, n, p, next);
+        product_tile<S, R, VECS>(f, {at, depth, 1}, n, p);
+      };
+      int64_t p = 0;
+      if constexpr (S::VECS == 1) {  // panels of one vector share weights in twos
+        for (; p + 2 <= panels; p += 2) tiles.template operator()<2>(p);
       }
+      for (; p < panels; ++p) tiles.template operator()<S::VECS>(p);
       if constexpr (HALF > 0) {
         if (!half) continue;
         if (!panels) {  // the weights' way from memory is what takes time
