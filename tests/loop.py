@@ -88,7 +88,24 @@ def _attend(layer, states, i, bias):
         context.append(sum(w * pair[d:][part] for w, pair in zip(weights, pairs, strict=True)))
     middle = _linear(layer.attention_output, torch.cat(context)) + states[i]
     middle = _norm(layer.attention_norm, middle)
-    return middle + _linear(layer.down, layer.activation(_linear(layer.up, middle)))
+    total = middle + _linear(layer.down, layer.activation(_linear(layer.up, middle)))
+    if not layer.convolves:
+        return total
+    near = _convolved(layer.convolution, states, i)
+    return _norm(layer.inner_norm, total) + layer.convolved(near)
+
+
+def _convolved(convolution, states, i):
+    """Of token i and its neighbours, group by group of features."""
+    weight, result = convolution.weight, convolution.bias.clone()
+    size, half = weight.shape[1], weight.shape[2] // 2
+    of_group = len(result) // convolution.groups
+    for feature in range(len(result)):
+        first = feature // of_group * size
+        for j in range(max(0, i - half), min(len(states), i + half + 1)):
+            part = states[j][first : first + size]
+            result[feature] += weight[feature, :, j - i + half] @ part
+    return result
 
 
 def _turned(head, position, theta):

@@ -26,6 +26,9 @@ SETTINGS = {
     },
 }
 
+# DeBERTa's convolution behind the first layer, which v3 has not.
+CONVOLVED = {"conv_kernel_size": 3, "conv_groups": 2, "conv_act": "gelu"}
+
 
 def random_classifier(family="bert", layers=4, labels=5, hidden=32, heads=4, seed=0, **changes):
     """A tiny Hugging Face token classifier with lively random weights."""

@@ -63,7 +63,7 @@ class ExitLayer(nn.Module):
     Source: Devlin et al. 2019 for the layer; Li et al. 2021 (arXiv 2105.13878), section 3.3.
     """
 
-    norm_first = False
+    norm_first = convolves = False
 
     def __init__(
         self,
@@ -261,6 +261,61 @@ class DisentangledLayer(ExitLayer):
             *self.position_states(bias),
             **self._attention_dropout(),
         )
+
+
+class ConvolvedLayer(DisentangledLayer):
+    """A first layer: what it gives is summed with a convolution of what it reads, and normalised.
+
+    It stands before the first exit: what neighbours are convolved with are all tokens' embeddings,
+    and what leaves has its share of them in its state. Beyond the ends of a sentence are zeros. The
+    sum that it copies for `pre_norm` is that before the LayerNorm behind the convolution.
+
+    Args:
+        args, kwargs: of `DisentangledLayer`.
+        kernel_size: tokens that are convolved, an odd number.
+        groups: of the convolution.
+        convolved: the elementwise function of what it gives.
+
+    Raises:
+        ValueError: an even kernel_size; a width that is no multiple of groups.
+
+    Source: He et al. 2021 (arXiv 2006.03654), as DeBERTa-v2 was released.
+    """
+
+    convolves = True
+
+    def __init__(
+        self,
+        *args,
+        kernel_size: int,
+        groups: int = 1,
+        convolved: Callable[[torch.Tensor], torch.Tensor] = torch.tanh,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        d = self.query.in_features
+        if kernel_size % 2 == 0 or d % groups:
+            raise ValueError(
+                f"kernel_size is {kernel_size}, groups are {groups}; expected an odd number, and "
+                f"one that divides {d}"
+            )
+        self.convolution = nn.Conv1d(d, d, kernel_size, padding=kernel_size // 2, groups=groups)
+        self.convolved = convolved
+        self.inner_norm = nn.LayerNorm(d, self.output_norm.eps)
+
+    def forward(self, h, active, bias=None, pre_norm=False):
+        """See `ExitLayer`."""
+        own = self.inner_norm(super().forward(h, active, bias, pre_norm=True))
+        near = self._convolution_of(h, active.packed)
+        total = own + self.convolved(self.dropout(active.rows(near)))
+        return total if pre_norm else self.output_norm(total)
+
+    def _convolution_of(self, h, packed):
+        """`[T, d]`, of all sentences at once: one long row with room for zeros between them."""
+        room = self.convolution.padding[0]
+        at = torch.arange(h.shape[0], device=h.device) + room * packed.sentence_of_token
+        row = h.new_zeros(h.shape[0] + room * packed.num_sentences, h.shape[1])
+        return self.convolution(row.index_copy(0, at, h).T[None])[0].T[at]
 
 
 @dataclass(frozen=True)

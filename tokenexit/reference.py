@@ -431,8 +431,12 @@ def layer_sum(layer, h, bias=None, tokens=slice(None)):
     else:
         states = layer.position_states(bias)
         context = disentangled_attention(*common, bias.buckets, positions, *states).flatten(1)
-    h = layer.attention_norm(h + layer.attention_output(context))
-    return h + layer.down(layer.activation(layer.up(h)))
+    read, h = h, layer.attention_norm(h + layer.attention_output(context))
+    h = h + layer.down(layer.activation(layer.up(h)))
+    if not layer.convolves:
+        return h
+    near = layer.convolution(read.T[None])[0].T  # beyond the sentence are zeros
+    return layer.inner_norm(h) + layer.convolved(near)
 
 
 def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None):

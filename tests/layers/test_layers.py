@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit
 from tokenexit import flops
-from tokenexit.layers import ExitHead, ExitLayer
+from tokenexit.layers import ConvolvedLayer, ExitHead, ExitLayer
 from tokenexit.ops import extension_available
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import Active
@@ -59,6 +59,13 @@ def test_attention_dropout_follows_the_seed_of_torch():
 def test_refuses_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="hidden_size is 30; expected a multiple of num_heads, 4"):
         ExitLayer(30, 4, 60)
+
+
+def test_refuses_convolutions_without_a_middle_or_whole_groups():
+    terms = {"position_keys": True, "position_queries": True}
+    for kernel, groups in ((4, 1), (3, 5)):
+        with pytest.raises(ValueError, match=f"kernel_size is {kernel}, groups are {groups}; exp"):
+            ConvolvedLayer(8, 2, 16, **terms, kernel_size=kernel, groups=groups)
 
 
 def test_head_drops_its_input_in_training_only():

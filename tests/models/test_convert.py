@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from random_models import ALL_FAMILIES, FAMILIES, random_batch, random_classifier
+from random_models import ALL_FAMILIES, CONVOLVED, FAMILIES, random_batch, random_classifier
 from transformers.activations import ACT2FN
 
 import tokenexit
@@ -49,10 +49,12 @@ def test_token_types_and_positions_as_hugging_face_takes_them():
     torch.testing.assert_close(ours(ids, **extra).logits, theirs(ids, **extra).logits)
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_gradients_of_the_last_head_equal_hugging_face(family):
+@pytest.mark.parametrize(
+    "family, changes", [*((family, {}) for family in ALL_FAMILIES), ("deberta-v2", CONVOLVED)]
+)
+def test_gradients_of_the_last_head_equal_hugging_face(family, changes):
     """Each of their parameters has the gradient that ours, under its name here, has."""
-    theirs = random_classifier(family).train()
+    theirs = random_classifier(family, **changes).train()
     for part in theirs.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0
@@ -98,6 +100,9 @@ def test_gradients_of_the_last_head_equal_hugging_face(family):
         ("deberta-v2", {"pos_att_type": "p2c", "position_buckets": -1}),
         ("deberta-v2", {"pos_att_type": None}),
         ("deberta-v2", {"relative_attention": False, "norm_rel_ebd": "none"}),
+        ("deberta-v2", {"relative_attention": False, "share_att_key": False}),
+        ("deberta-v2", CONVOLVED),
+        ("deberta-v2", {"conv_kernel_size": 5, "relative_attention": False, "pos_att_type": None}),
         (
             "deberta-v2",
             {"relative_attention": False, "pos_att_type": None, "norm_rel_ebd": "none"},
@@ -452,6 +457,7 @@ def test_back_to_hugging_face_with_other_settings():
         ("albert", {"num_hidden_groups": 2, "classifier_dropout_prob": 0.3}),
         ("deberta-v2", {"share_att_key": False, "embedding_size": 16, "position_buckets": -1}),
         ("deberta-v2", {"relative_attention": False, "pos_att_type": ["c2p"], **plain}),
+        ("deberta-v2", CONVOLVED),
         ("modernbert", {"rope_parameters": ROPE, "norm_bias": False, "local_attention": 13}),
         ("modernbert", {"attention_bias": True, "mlp_bias": True, "classifier_bias": True}),
         ("modernbert", {"layer_types": ["full_attention"] * 4, "classifier_activation": "relu"}),

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
-from random_models import random_batch, random_classifier, random_tagger
+from random_models import CONVOLVED, random_batch, random_classifier, random_tagger
 from safetensors.torch import load_file, save_file
 
 import tokenexit
@@ -99,8 +99,9 @@ def test_8_bit_layers_stay_shared(tmp_path):
 def test_8_bit_layers_without_a_fast_loop(tmp_path):
     for family, settings in (
         ("deberta-v2", {"share_att_key": True}),
-        ("deberta-v2", {"share_att_key": False}),
+        ("deberta-v2", {"share_att_key": False, **CONVOLVED}),
         ("modernbert", {"mlp_bias": True}),
+        ("bert", {"hidden_act": "relu"}),
     ):
         tagger = random_tagger(family, dtype=torch.float32, initializer_range=0.1, **settings)
         batch = random_batch([9, 3])
@@ -126,7 +127,8 @@ NEW = ["albert", "deberta-v2", "modernbert"]
 @pytest.mark.parametrize("family", NEW)
 @torch.no_grad()
 def test_as_hugging_face_takes_types_positions_and_padding_on_the_left(family):
-    theirs = random_classifier(family, type_vocab_size=2, position_biased_input=True)
+    more = CONVOLVED if family == "deberta-v2" else {}
+    theirs = random_classifier(family, type_vocab_size=2, position_biased_input=True, **more)
     typed = ["token_type_ids"] * (family != "modernbert")
     ours = tokenexit.convert(theirs)
     batch = random_batch([9, 20, 3])
@@ -143,7 +145,7 @@ def test_as_hugging_face_takes_types_positions_and_padding_on_the_left(family):
 @pytest.mark.parametrize("family", NEW)
 @torch.no_grad()
 def test_a_sentence_is_the_same_in_every_batch(family):
-    tagger = random_tagger(family)
+    tagger = random_tagger(family, **(CONVOLVED if family == "deberta-v2" else {}))
     lengths = [1 + 7 * i % 40 for i in range(64)]
     batch = random_batch(lengths)
     policy = ExitPolicy(threshold=0.35, window=1)
@@ -216,7 +218,9 @@ def test_pipeline(family, tiny_tokenizer):
         ),
         ("albert", {"hidden_act": "nope"}, "config.hidden_act is 'nope'; expected one of"),
         ("albert", {"num_attention_heads": 5}, "hidden_size is 32; expected a multiple of .* 5"),
-        ("deberta-v2", {"conv_kernel_size": 3}, "config.conv_kernel_size is 3; expected 0"),
+        ("deberta-v2", {"conv_kernel_size": 4}, "conv_kernel_size is 4; expected 0 or an odd num"),
+        ("deberta-v2", CONVOLVED | {"conv_groups": 5}, "conv_groups is 5; expected a divisor of"),
+        ("deberta-v2", CONVOLVED | {"conv_act": "x"}, "config.conv_act is 'x'; expected one of"),
         ("deberta-v2", {"attention_head_size": 4}, "attention_head_size is 4; expected 8"),
         ("deberta-v2", {"position_buckets": 1}, "position_buckets is 1; expected none"),
         ("deberta-v2", {"pos_att_type": ["p2p"]}, r"pos_att_type has \['p2p'\]; expected 'c2p'"),
@@ -261,7 +265,8 @@ def test_refuses_configurations_before_their_model_is_built(family, change, mess
 def test_one_step_of_training_with_dropout(family):
     """Dropout of attention and of the states of distances included: every weight has a gradient."""
     name = "attention_dropout" if family == "modernbert" else "attention_probs_dropout_prob"
-    tagger = random_tagger(family, dtype=torch.float32, **{name: 0.3}).train()
+    more = CONVOLVED if family == "deberta-v2" else {}
+    tagger = random_tagger(family, dtype=torch.float32, **{name: 0.3}, **more).train()
     batch = random_batch([9, 3])
     labels = (batch["input_ids"] % 5).masked_fill(batch["word_ids"] < 0, -100)
     losses = []

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.activations import ACT2FN
 
-from tokenexit.layers import DisentangledLayer, ExitLayer, ExitNeck, NormFirstLayer
+from tokenexit.layers import (
+    ConvolvedLayer,
+    DisentangledLayer,
+    ExitLayer,
+    ExitNeck,
+    NormFirstLayer,
+)
 from tokenexit.models.configuration import TokenExitConfig
 from tokenexit.models.families import activation_of
 
@@ -68,14 +75,23 @@ def _layer(config: TokenExitConfig, number: int) -> nn.Module:
             attention_bias=config.attention_bias,
             mlp_bias=config.mlp_bias,
         )
-    terms = config.pos_att_type or ()
-    if not (config.relative_attention or terms):
+    terms, convolves = config.pos_att_type or (), config.conv_kernel_size and number == 0
+    if not (config.relative_attention or terms or convolves):
         return ExitLayer(*common)
-    return DisentangledLayer(
+    disentangled = {
+        "position_keys": "c2p" in terms,
+        "position_queries": "p2c" in terms,
+        # Without relative positions the terms are of no use but to the scale.
+        "shared": config.share_att_key or not config.relative_attention,
+    }
+    if not convolves:
+        return DisentangledLayer(*common, **disentangled)
+    return ConvolvedLayer(
         *common,
-        position_keys="c2p" in terms,
-        position_queries="p2c" in terms,
-        shared=config.share_att_key,
+        **disentangled,
+        kernel_size=config.conv_kernel_size,
+        groups=config.conv_groups,
+        convolved=ACT2FN[config.conv_act],
     )
 
 

@@ -31,6 +31,8 @@ class TokenExitConfig(PreTrainedConfig):
         position_biased_input: whether embeddings have those of positions in them.
         relative_attention, max_relative_positions, position_buckets, pos_att_type, share_att_key,
             norm_rel_ebd: of disentangled attention, as a DeBERTa-v2 configuration has them.
+        conv_kernel_size, conv_groups, conv_act: of the convolution behind the first layer, as a
+            DeBERTa-v2 configuration has them; a size of 0: there is none.
         norm_first: layers normalise what they read, not what they give, and have rotary positions
             and gated inner states; before each classifier comes one neck, the same for all. What
             follows here is of these.
@@ -81,6 +83,9 @@ class TokenExitConfig(PreTrainedConfig):
     pos_att_type: list[str] | None = None
     share_att_key: bool = False
     norm_rel_ebd: str = "none"
+    conv_kernel_size: int = 0
+    conv_groups: int = 1
+    conv_act: str = "tanh"
     norm_first: bool = False
     rotary_thetas: list[float] | None = None
     attention_reach: list[int | None] | None = None
@@ -134,7 +139,7 @@ def check_sizes(config: PreTrainedConfig):
 def check_config(config: TokenExitConfig):
     """Raise ValueError for settings of which there is no model; labels are made whole."""
     check_sizes(config)
-    for name in ("hidden_act", "classifier_activation"):
+    for name in ("hidden_act", "classifier_activation", "conv_act"):
         check_activation(config, name)
     for name in (
         *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),

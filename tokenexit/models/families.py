@@ -31,6 +31,8 @@ class Family:
         outer: parameters outside the layers.
         layer: parameters of layer i, with `{i}` for its number from 0.
         layer_prefix: what their layer names start with.
+        more: of their configuration, parameters that only some have, in place of those above where
+            they are named anew.
         shared_layers: of their configuration, what the names of each layer start with, in the order
             of computation: one that stands twice is one layer, computed twice. None: each has its
             own, `layer_prefix` with its number.
@@ -51,6 +53,7 @@ class Family:
     outer: Mapping[str, str]
     layer: Mapping[str, str | tuple[str, ...]]
     layer_prefix: str = "encoder.layer.{i}."
+    more: Callable[[PreTrainedConfig], dict[str, str]] = lambda config: {}
     shared_layers: Callable[[PreTrainedConfig], list[str]] | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
@@ -77,6 +80,7 @@ class Family:
             for ours, theirs in self.layer.items():
                 parts = (theirs,) if isinstance(theirs, str) else theirs
                 names[f"encoder.layers.{i}.{ours}"] = tuple(start + part for part in parts)
+        names |= {ours: (self.prefix + theirs,) for ours, theirs in self.more(config).items()}
         names[f"encoder.heads.{len(starts) - 1}"] = ("classifier",)
         return names
 
@@ -169,12 +173,35 @@ def _idle_groups(config: PreTrainedConfig) -> str | None:
     )
 
 
-def _unlike_deberta_v3(config: PreTrainedConfig) -> str | None:
+def _drop_unread_norm(weights: dict[str, Tensor], config: PreTrainedConfig):
+    """DeBERTa has a LayerNorm of states of distances, even where it reads none."""
+    if not config.relative_attention:
+        for kind in ("weight", "bias"):
+            weights.pop(f"deberta.encoder.LayerNorm.{kind}", None)
+
+
+def _deberta_convolution(config: PreTrainedConfig) -> dict[str, str]:
+    """A convolution, and its LayerNorm, that stand behind the first layer and its LayerNorm."""
+    if not getattr(config, "conv_kernel_size", 0):
+        return {}
+    return {
+        "encoder.layers.0.inner_norm": "encoder.layer.0.output.LayerNorm",
+        "encoder.layers.0.convolution": "encoder.conv.conv",
+        "encoder.layers.0.output_norm": "encoder.conv.LayerNorm",
+    }
+
+
+def _unlike_deberta(config: PreTrainedConfig) -> str | None:
     width = config.hidden_size // config.num_attention_heads
-    expected = {"conv_kernel_size": 0, "attention_head_size": width}
-    for name, value in expected.items():
-        if (got := getattr(config, name, value)) != value:
-            return f"config.{name} is {got}; expected {value}"
+    if (got := getattr(config, "attention_head_size", width)) != width:
+        return f"config.attention_head_size is {got}; expected {width}"
+    size, groups = getattr(config, "conv_kernel_size", 0), getattr(config, "conv_groups", 1)
+    if not isinstance(size, int) or size < 0 or (size and size % 2 == 0):
+        return f"config.conv_kernel_size is {size!r}; expected 0 or an odd number"
+    if not isinstance(groups, int) or groups < 1 or config.hidden_size % groups:
+        return f"config.conv_groups is {groups!r}; expected a divisor of {config.hidden_size}"
+    if (name := getattr(config, "conv_act", "tanh")) not in ACT2FN:
+        return f"config.conv_act is {name!r}; expected one of {[*ACT2FN]}"
     if getattr(config, "position_buckets", -1) == 1:
         return "config.position_buckets is 1; expected none (-1) or 2 or more"
     unknown = sorted({*(config.pos_att_type or ())} - {"c2p", "p2c"})
@@ -230,10 +257,10 @@ def _modernbert_kinds(config: TokenExitConfig) -> dict[str, object]:
     }
 
 
-def _roberta() -> Family:
-    """RoBERTa, and those that only differ from it in vocabulary."""
+def _roberta(prefix: str = "roberta.") -> Family:
+    """RoBERTa, and those that only differ from it in vocabulary, or in their prefix."""
     return Family(
-        prefix="roberta.",
+        prefix=prefix,
         outer=_BERT_EMBEDDINGS,
         layer=_BERT_LAYER,
         config={"position_padding_id": "pad_token_id"},
@@ -285,6 +312,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             layer=_BERT_LAYER,
         ),
         "camembert": _roberta(),
+        "data2vec-text": _roberta("data2vec_text."),
         "deberta-v2": Family(
             prefix="deberta.",
             outer={
@@ -303,7 +331,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 **_FEED_FORWARD,
             },
             config={"norm_after_projection": True},
-            unsupported_because=_unlike_deberta_v3,
+            prepare=_drop_unread_norm,
+            more=_deberta_convolution,
+            unsupported_because=_unlike_deberta,
         ),
         "distilbert": Family(
             prefix="distilbert.",

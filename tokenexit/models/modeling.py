@@ -53,6 +53,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
     accepts_loss_kwargs = True  # forward takes num_items_in_batch
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = [
+        "ConvolvedLayer",
         "DisentangledLayer",
         "ExitEmbeddings",
         "ExitLayer",
