@@ -1,7 +1,11 @@
 """Writing leaves nothing half-written."""
 
 import os
+import signal
 import stat
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -235,6 +239,117 @@ def test_a_failure_between_two_renames_undoes_the_others(tmp_path, monkeypatch, 
         save(tmp_path, "new")
     assert contents(tmp_path) == before
     assert len(list(tmp_path.iterdir())) == len(before)
+
+
+# Saves a tagger to a folder and is killed by a rename, or writes a file and is killed before it.
+KILLED = """
+import importlib.util, os, pathlib, signal, sys
+
+spec = importlib.util.spec_from_file_location("files", sys.argv.pop(1))
+spec.loader.exec_module(files := importlib.util.module_from_spec(spec))  # without torch
+folder, renames = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+replace = os.replace
+
+def killing(source, goal):
+    global renames
+    renames -= 1
+    if renames < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, goal)
+
+files.os.replace = killing
+if sys.argv[3:]:
+    with files.write_aside(folder / sys.argv[3]) as aside:
+        aside.write_text("killed")
+with files.write_folder_aside(folder) as aside:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (aside / name).write_text("killed")
+"""
+
+
+def kill(*arguments):
+    command = [sys.executable, "-c", KILLED, files.__file__, *map(str, arguments)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+
+@needs_posix
+@pytest.mark.parametrize("renames", [0, 2, 4])
+def test_what_a_killed_process_left_is_no_tagger_and_goes_with_the_next_save(tmp_path, renames):
+    save(tmp_path, "old")
+    before = contents(tmp_path)
+    others = [".writing-notes", ".writing-0123456789abcdef"]
+    for name in others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    kill(tmp_path, renames)
+    assert "config.json" not in contents(tmp_path) or contents(tmp_path) == before
+    assert len([f for f in tmp_path.iterdir() if f.is_dir()]) == 3
+    with write_folder_aside(tmp_path) as mine:  # whose folder another save has to leave alone
+        save(tmp_path, "new")
+        (mine / "more.txt").write_text("new")
+    assert contents(tmp_path) == {**dict.fromkeys(before, "new"), "more.txt": "new"}
+    assert sorted(f.name for f in tmp_path.iterdir() if f.is_dir()) == sorted(others)
+
+
+@needs_posix
+def test_what_a_killed_process_left_beside_a_file_goes_with_the_next_one(tmp_path):
+    for name in ("out.jsonl", "other.jsonl"):
+        kill(tmp_path, 0, name)
+    assert len(list(tmp_path.iterdir())) == 2
+    with write_aside(tmp_path / "out.jsonl") as mine:
+        with write_aside(tmp_path / "out.jsonl") as aside:
+            aside.write_text("first")
+        assert len(list(tmp_path.iterdir())) == 3  # ours is there, and what is of the other target
+        mine.write_text("second")
+    (left,) = set(tmp_path.iterdir()) - {tmp_path / "out.jsonl"}
+    assert left.read_text() == "killed"
+    assert (tmp_path / "out.jsonl").read_text() == "second"
+
+
+@needs_posix
+def test_what_was_swept_away_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    lock, swept = files._lock, []
+
+    def late(path):
+        if not swept and path.name.startswith(".writing-"):
+            swept.append(path)
+            path.rmdir() if path.is_dir() else path.unlink()
+        return lock(path)
+
+    monkeypatch.setattr(files, "_lock", late)
+    save(tmp_path, "new")
+    assert swept and len(contents(tmp_path)) == 3
+    swept.clear()
+    with write_aside(tmp_path / "file") as aside:
+        aside.write_text("x")
+    assert swept and (tmp_path / "file").read_text() == "x"
+
+
+@needs_posix
+def test_files_of_two_saves_at_once_are_not_mixed(tmp_path, monkeypatch):
+    save(tmp_path, "old")
+    replace, lock = os.replace, files._lock
+    order, waits = [], threading.Event()
+    other = threading.Thread(target=save, args=(tmp_path, "other", "tokenizer.model"))
+
+    def watched(source, goal):
+        order.append(threading.current_thread())
+        replace(source, goal)
+        if not other.ident:
+            other.start()
+            assert waits.wait(60)
+
+    def noticed(path):
+        if threading.current_thread() is other and path == tmp_path:
+            waits.set()
+        return lock(path)
+
+    monkeypatch.setattr(files.os, "replace", watched)
+    monkeypatch.setattr(files, "_lock", noticed)
+    save(tmp_path, "mine")
+    other.join()
+    assert order == [threading.current_thread()] * 6 + [other] * 7
+    assert set(contents(tmp_path).values()) == {"other"}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full disk to write to")

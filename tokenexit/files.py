@@ -6,10 +6,15 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # Windows, where what a killed process left stays
+    flock = None
 
 _CONFIG = "config.json"
 # Weights as `PreTrainedModel.save_pretrained` names them, whole, in shards, or their index, with
@@ -17,6 +22,8 @@ _CONFIG = "config.json"
 _WEIGHTS = re.compile(
     r"model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index(?:\.(\w+))?\.json"
 )
+# What `write_folder_aside` makes within a folder.
+_ASIDE = re.compile(r"\.writing-[0-9a-f]{16}")
 _OPEN_FILES = re.compile(r"/proc/\d+(/task/\d+)?/fd")
 
 
@@ -41,7 +48,8 @@ def write_aside(target: str | os.PathLike) -> Iterator[Path]:
     """A path beside `target` to write to, renamed to it at the end, removed on any exception.
 
     A file that was there hands on its mode and, where that is allowed, its owner. A device, a
-    pipe or an open file's name, as `/dev/stdout`, is written to itself, as by a shell's `>`.
+    pipe or an open file's name, as `/dev/stdout`, is written to itself, as by a shell's `>`. What
+    processes that were killed left aside of the target is removed, too.
 
     Raises:
         OSError: `target` is a folder or may not be written.
@@ -55,18 +63,25 @@ def write_aside(target: str | os.PathLike) -> Iterator[Path]:
         raise IsADirectoryError(f"{target} is a folder; expected a file to write")
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"{target} is read-only; expected a file that may be written")
-    with _folder(target.parent):
-        aside = target.with_name(f".writing-{secrets.token_hex(8)}{target.suffix}")
+    key = f".writing-{zlib.crc32(os.fsencode(target.name)):08x}-"
+    # `open` heeds the umask; what is to replace a private file is private all along.
+    mode = 0o600 if target.exists() else 0o666
+
+    def make() -> Path:
+        aside = target.with_name(f"{key}{secrets.token_hex(8)}{target.suffix}")
+        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        return aside
+
+    with _folder(target.parent), _owned(make) as aside:
         try:
-            # `open` heeds the umask; what is to replace a private file is private all along.
-            mode = 0o600 if target.exists() else 0o666
-            os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
             yield aside
             if target.exists():
                 _hand_on_mode(target, aside)
             os.replace(aside, target)
         finally:
             aside.unlink(missing_ok=True)
+        known = re.compile(f"{re.escape(key)}[0-9a-f]{{16}}{re.escape(target.suffix)}")
+        _sweep(target.parent, lambda path: known.fullmatch(path.name) and path.is_file())
 
 
 @contextmanager
@@ -76,7 +91,8 @@ def write_folder_aside(target: str | os.PathLike) -> Iterator[Path]:
     Files and folders of the same names are replaced, and so are weights in another number of
     shards; all else in `target` stays. `config.json` goes before what belongs to it and comes
     after it: whoever is killed in between leaves a folder that does not load, never new weights
-    beside an old policy. After an exception all is as it was.
+    beside an old policy. Of two who write at once, the files of one come after those of the other.
+    After an exception all is as it was. What processes that were killed left aside is removed.
 
     Raises:
         OSError: `target` is a file or may not be written.
@@ -84,29 +100,28 @@ def write_folder_aside(target: str | os.PathLike) -> Iterator[Path]:
     target = Path(target)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; expected a folder to write")
-    with _folder(target):
+
+    def make() -> Path:
         # Inside it: it may be a mount point or a link, and renaming works in one file system.
-        aside = Path(tempfile.mkdtemp(dir=target, prefix=".writing-"))
-        moves = []
+        aside = target / f".writing-{secrets.token_hex(8)}"
+        aside.mkdir(0o700)
+        return aside
+
+    with _folder(target), _owned(make) as aside:
         try:
             new, old = aside / "new", aside / "old"
             new.mkdir()
             old.mkdir()
             yield new
             _give_modes(new, target)
-            if os.listdir(new) == [_CONFIG]:  # a single rename needs no way back
-                os.replace(new / _CONFIG, target / _CONFIG)
-            else:
-                moves = _moves(new, target, old)
-                for source, goal in moves:
-                    os.replace(source, goal)
-        except BaseException:
-            for source, goal in reversed(moves):
-                if not os.path.lexists(source):
-                    os.replace(goal, source)
+            with _closed(_lock(target)):
+                if os.listdir(new) == [_CONFIG]:  # a single rename needs no way back
+                    os.replace(new / _CONFIG, target / _CONFIG)
+                else:
+                    _rename(_moves(new, target, old))
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        _sweep(target, _is_left_folder)
 
 
 @contextmanager
@@ -157,6 +172,78 @@ def _moves(new: Path, target: Path, old: Path) -> list[tuple[Path, Path]]:
     gone = [n for n in os.listdir(target) if n in names or _variant(n) in variants]
     gone.sort(key=lambda name: name != _CONFIG)
     return [(target / n, old / n) for n in gone] + [(new / n, target / n) for n in names]
+
+
+def _rename(moves: list[tuple[Path, Path]]):
+    """All of them or, after an exception, none."""
+    try:
+        for source, goal in moves:
+            os.replace(source, goal)
+    except BaseException:
+        for source, goal in reversed(moves):
+            if not os.path.lexists(source):
+                os.replace(goal, source)
+        raise
+
+
+def _lock(path: Path) -> int | None:
+    """A handle by which a file or folder is locked; None where nothing can be.
+
+    Who wants it, too, waits until the handle is closed, which the system does for a process that is
+    killed. Some file systems give the handle without a lock.
+    """
+    if flock is None:
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    with suppress(OSError):
+        flock(handle, LOCK_EX)
+    return handle
+
+
+@contextmanager
+def _closed(handle: int | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextmanager
+def _owned(make: Callable[[], Path]) -> Iterator[Path]:
+    """What is made, locked until the end, see `_sweep`."""
+    while True:
+        path = make()
+        try:
+            handle = _lock(path)
+        except FileNotFoundError:  # swept away before it was locked
+            continue
+        with _closed(handle):
+            if path.exists():
+                yield path
+                return
+
+
+def _sweep(folder: Path, is_aside: Callable[[Path], object]):
+    """Remove what processes that are no more left aside; those that are hold it locked."""
+    if flock is None:
+        return
+    names = []
+    with suppress(PermissionError):  # a folder that may be written to, and not be looked at
+        names = sorted(os.listdir(folder))
+    for path in map(folder.joinpath, names):
+        with suppress(OSError):
+            if is_aside(path):
+                with _closed(handle := os.open(path, os.O_RDONLY)):
+                    flock(handle, LOCK_EX | LOCK_NB)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_left_folder(path: Path) -> bool:
+    """Whether it was made by `write_folder_aside`, and has nothing that another put there."""
+    if not _ASIDE.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    return {*os.listdir(path)} <= {"new", "old", "mode"}
 
 
 def _variant(name: str) -> str | None:
