@@ -1,6 +1,7 @@
 """adapt: the tagger stays what it was, its heads learn from it, its folder is not touched."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,17 @@ def test_states_that_do_not_fit_are_left_out(tiny_tokenizer, monkeypatch):
     one = Tagger(tokenexit.convert(theirs(tokenizer, layers=1), tokenizer), tokenizer)
     with pytest.raises(ValueError, match="got a model of one layer"):
         distill_heads(one, windows)
+
+
+def test_adapts_in_a_mode_without_gradients(tiny_tokenizer):
+    tokenizer, found = tiny_tokenizer(), []
+    hf = theirs(tokenizer)
+    for mode in (nullcontext, torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append(adapt(hf, sentences(80), tokenizer, **BOUND).tagger.model)
+    for model in found[1:]:
+        for value, expected in zip(model.parameters(), found[0].parameters(), strict=True):
+            assert torch.equal(value, expected) and not value.is_inference()
 
 
 @pytest.fixture(scope="module")

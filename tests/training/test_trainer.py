@@ -1,6 +1,7 @@
 """Both stages run, learn, repeat themselves, and go on after a kill."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -336,6 +337,25 @@ def test_stage_1_is_at_full_depth_whatever_the_policy(tiny_tokenizer, tmp_path):
     model.policy = ExitPolicy(threshold=1.0, window=0)
     _, out = trainer.compute_loss(model, batch, return_outputs=True)
     assert set(out.exit_layers[batch["attention_mask"] != 0].tolist()) == {4}
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_trains_in_a_mode_without_gradients(tiny_tokenizer, tmp_path, mode):
+    tokenizer = tiny_tokenizer()
+    sampling = SelfSampling(exits="cached", flooding=True)  # what it remembers is made within
+    trained = []
+    for number, around in enumerate((nullcontext, mode)):
+        model = model_for(tokenizer)
+        with around():
+            trainer = trainer_for(tokenizer, tmp_path / f"{number}", sampling, model, count=8)
+            trainer.train()
+        trained.append(state(trainer))
+    assert equal(*trained) and not equal(trained[0], model_for(tokenizer).state_dict())
+    assert not any(value.is_inference() for value in trainer.model.parameters())
+    with torch.inference_mode():
+        model = model_for(tokenizer)
+    with pytest.raises(ValueError, match="got a model made in torch.inference_mode; expected one"):
+        trainer_for(tokenizer, tmp_path / "made", model=model, count=8).train()
 
 
 def test_weights_that_are_not_finite_are_told(tiny_tokenizer, tmp_path):

@@ -73,6 +73,7 @@ class Adapted:
         }
 
 
+@torch.inference_mode(False)  # what it makes is to be trained
 def adapt(
     model: str | os.PathLike | PreTrainedModel,
     texts: Sequence[str] | Sequence[Sequence[str]],

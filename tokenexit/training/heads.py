@@ -17,6 +17,8 @@ _STEPS, _MOST_EPOCHS = 1500, 40
 
 
 @torch.inference_mode(False)
+@torch.inference_mode(False)
+@torch.enable_grad()
 def distill_heads(
     tagger: Tagger,
     windows: Sequence[Window],

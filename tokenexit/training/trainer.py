@@ -183,12 +183,20 @@ class ExitTrainer(Trainer):
                 inputs.pop("loss_floor", None)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def train(self, *args, **kwargs):
-        """As in `Trainer`.
+        """As in `Trainer`; within `torch.inference_mode` or `no_grad`, too.
 
         Raises:
-            ValueError: the weights it ends with are not finite.
+            ValueError: weights made in `torch.inference_mode`, which have no gradients; the weights
+                it ends with are not finite.
         """
+        if any(weight.is_inference() for weight in self.model.parameters()):
+            raise ValueError(
+                "got a model made in torch.inference_mode; expected one made or loaded outside, "
+                "as its weights have no gradients"
+            )
         result = super().train(*args, **kwargs)
         for name, weight in self.model.named_parameters():
             if not weight.isfinite().all():
