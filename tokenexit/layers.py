@@ -570,3 +570,10 @@ LAYERS = [
         lambda both: both[0].dtype != torch.bfloat16 or all(map(_even, both[1])),
     ),
 ]
+# And of heads, as the code for GPUs does.
+HEADS = [
+    (
+        "no dropout before a classifier",
+        lambda heads: not any([head.training and getattr(head, "dropout", 0) for head in heads]),
+    ),
+]

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokenexit import ExitPolicy, loops
 from tokenexit.conditions import TENSORS, unmet
+from tokenexit.layers import ExitHead
 from tokenexit.loops import CONDITIONS, LOOPS, Call, gpu
 from tokenexit.loops.eager import ExitEncoder
 from tokenexit.models.pipeline import tag
@@ -163,6 +164,14 @@ def test_when_it_applies(monkeypatch):
     layers[1].activation = torch.nn.functional.gelu
     layers[1].dropout.train().p = 0.1
     assert failed() == "no dropout to be done"
+    layers[1].dropout.eval()
+    layers[1].train().attention_dropout = 0.1
+    assert failed() == "no dropout to be done"
+    layers[1].eval()
+    dropping = [*heads[:3], ExitHead(32, 5, dropout=0.1)]
+    assert failed(heads=dropping) == "no dropout before a classifier"
+    dropping[3].eval()
+    assert failed(heads=dropping) is None
 
 
 FIELDS = ("word_ids", "token_type_ids", "position_ids", "exit_layers")

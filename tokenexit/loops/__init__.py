@@ -17,7 +17,15 @@ from types import MappingProxyType
 import torch
 
 from tokenexit.conditions import CALLS, TENSORS, Condition, Held, Reads, unmet
-from tokenexit.layers import LAYERS, STATES, DisentangledLayer, ExitLayer, NormFirstLayer, reads
+from tokenexit.layers import (
+    HEADS,
+    LAYERS,
+    STATES,
+    DisentangledLayer,
+    ExitLayer,
+    NormFirstLayer,
+    reads,
+)
 from tokenexit.loops import cpu, eager, gpu
 from tokenexit.loops.eager import ExitEncoder, Outcome
 from tokenexit.ops.pack_tokens import pack
@@ -170,7 +178,7 @@ CONDITIONS: Mapping[str, list[Condition]] = MappingProxyType(
             *_of(lambda call: call.outer, CALLS),
             *_of(lambda call: call.reads, TENSORS),
             *_of(lambda call: call.layers, gpu.LAYERS),
-            *_of(lambda call: call.heads, gpu.HEADS),
+            *_of(lambda call: call.heads, [*HEADS, *gpu.HEADS]),
             (gpu.INSTALLED, lambda call: gpu.lacks(call.like.device.type) is None),
         ],
         "cpu": [
@@ -179,7 +187,7 @@ CONDITIONS: Mapping[str, list[Condition]] = MappingProxyType(
             *_of(lambda call: call.reads, CALLS),
             *_TRACED,
             *_of(lambda call: (call.like, call.layers), LAYERS),
-            *_of(lambda call: call.heads, cpu.HEADS),
+            *_of(lambda call: call.heads, HEADS),
         ],
         "eager": [],
         "reference": [

@@ -18,14 +18,6 @@ from tokenexit.schedule import Schedule
 
 _DEVICES = compiled_devices("exit_loop")
 
-# What the loop needs of heads, see `tokenexit.loops`.
-HEADS = [
-    (
-        "no dropout before a classifier",
-        lambda heads: not any([head.training and getattr(head, "dropout", 0) for head in heads]),
-    ),
-]
-
 
 def run(call, h, packed, schedule, bias, exits) -> Outcome:
     """See `tokenexit.loops.Loop`."""

@@ -77,10 +77,7 @@ LAYERS = [
         lambda layers: all(type(part) is not Int8Linear for part in layers[0].parts()),
     ),
     ("GELU, exact or by tanh", lambda layers: all([x.activation in GELUS for x in layers])),
-    (
-        "no dropout to be done",
-        lambda layers: not any([layer.training or layer.drops() for layer in layers]),
-    ),
+    ("no dropout to be done", lambda layers: not any([layer.drops() for layer in layers])),
 ]
 HEADS = [(f"at most {MOST_LABELS} labels", lambda heads: len(heads[0].weight) <= MOST_LABELS)]
 INSTALLED = "triton and the CUDA op compact_active"
