@@ -17,6 +17,7 @@ import pytest
 import torch
 import typer
 from random_models import random_classifier
+from test_dial import DIAL
 from test_trainer import data
 from transformers import AutoConfig
 
@@ -426,6 +427,16 @@ def test_predict_goes_on_with_the_same_only(trained, capsys, tmp_path, monkeypat
     assert call(capsys, *predict)[0] == 1 and not (tmp_path / "out.partial").exists()
 
 
+def test_a_sentence_is_numbered_from_the_first_run(trained, capsys, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps([word]) + "\n" for word in ("john", "paris", "a\tb")))
+    predict = ("predict", trained, source, "-o", tmp_path / "out", "--output-format", "conll")
+    for run in range(2):
+        code, _, err = call(capsys, *predict, "--resume")
+        assert code == 1 and "sentence 3 has 'a\\tb'" in err
+        assert ("going on after 2 sentences" in err) == (run == 1)
+
+
 def test_predict_shows_how_far_it_is(trained, capsys, tmp_path, monkeypatch):
     source = tmp_path / "in.txt"
     source.write_text("john\n" * 30)
@@ -450,7 +461,11 @@ def test_a_signal_cleans_up_as_an_interrupt_does(
 
     def stopped(self, *args):
         assert [f.name.startswith(".writing-") for f in tmp_path.iterdir()] == [True]
-        os.kill(os.getpid(), number)
+        try:
+            os.kill(os.getpid(), number)
+        finally:  # a second one stops no cleaning up
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is signal.SIG_IGN
         yield from ()
 
     monkeypatch.setattr(Tagger, "stream", stopped)
@@ -460,6 +475,15 @@ def test_a_signal_cleans_up_as_an_interrupt_does(
     assert code == 128 + number
     assert not list(tmp_path.iterdir())
     assert signal.signal(number, before) is signal.SIG_DFL
+
+
+def test_names_that_are_no_unicode_are_printed(monkeypatch):
+    """As Python has them of file names in other encodings."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    cli._prepare_streams()
+    print("Zo\xeb \udcff", flush=True)
+    assert stream.buffer.getvalue() == b"Zo\xc3\xab \\udcff\n"
 
 
 def test_closed_streams(trained, folder, capsys, monkeypatch):
@@ -523,6 +547,7 @@ def test_predict_checks_its_options_first(folder, capsys, monkeypatch, arguments
 def test_names_of_data(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     assert len(options.read_data("~/dev.conll", None, None)) == 32
+    assert [options._number(x) for x in ("3", "-1", "ner_tags", None)] == [3, -1, "ner_tags", None]
 
     def check(name):
         raise ValueError(f"asked for {name}")
@@ -592,6 +617,7 @@ def test_training_on_starts_at_full_depth_and_adds_labels(trained, folder, capsy
     shutil.copytree(trained, tmp_path / "tagger")
     config = json.loads((tmp_path / "tagger" / "config.json").read_text())
     config["exit_policy"]["threshold"] = 0.7
+    config |= {"dial": DIAL.to_dict(), "temperatures": [2.0] * 4}
     (tmp_path / "tagger" / "config.json").write_text(json.dumps(config))
     (tmp_path / "cars.conll").write_text("red B-CAR\njohn B-PER\n\n")
     arguments = ("train", "-m", tmp_path / "tagger", "-d", tmp_path / "cars.conll", "--epochs", 1)
@@ -599,6 +625,7 @@ def test_training_on_starts_at_full_depth_and_adds_labels(trained, folder, capsy
     assert code == 0 and "full depth until the next `calibrate`" in err
     on = Tagger.from_pretrained(tmp_path / "on").model
     assert on.policy == ExitPolicy.never()
+    assert on.dial is None and on.config.temperatures is None
     assert on.config.label2id == {**config["label2id"], "B-CAR": 5}
     code, out, err = call(
         capsys, *arguments, "-o", tmp_path / "new", "--set", "use_cpu=True", "--new-classifier"

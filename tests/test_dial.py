@@ -82,7 +82,7 @@ def parts(count, seed=0):
 def test_what_is_measured_is_so(tagger, found):
     dial, (_, apart) = found.dial, parts(200)
     assert dial.sentences == len(apart) == 140
-    assert (dial.max_disagreement, dial.confidence) == (BOUND, 0.9)
+    assert (dial.max_disagreement, dial.confidence, dial.dtype) == (BOUND, 0.9, "float64")
     whole = [tagged.labels for tagged in tagger.tag(apart, ExitPolicy.never())]
     losses = []
     for speed in dial.speeds:
@@ -179,6 +179,18 @@ def test_the_path_may_be_found_with_other_sentences(tagger, found):
     ).dial  # fmt: skip
     assert [s.policy for s in again.speeds] == [s.policy for s in dial.speeds]
     assert [s.disagreement for s in again.speeds] == [s.disagreement for s in dial.speeds]
+    least = needed(BOUND, 0.9)
+    few = make_dial(tagger, apart[:least], BOUND, 0.9, policies=GRID, known=first).dial
+    assert few.sentences == least
+
+
+def test_another_seed_tests_other_sentences(tagger, found):
+    dial = make_dial(tagger, sentences(200), BOUND, 0.9, policies=GRID, seed=3).dial
+    _, apart = parts(200, seed=3)
+    pairs = [tagger.tag(apart, p) for p in (dial.speeds[-1].policy, ExitPolicy.never())]
+    losses = [np.not_equal(a.labels, b.labels).mean() for a, b in zip(*pairs, strict=True)]
+    assert dial.speeds[-1].disagreement == pytest.approx(np.mean(losses))
+    assert apart != parts(200)[1]
 
 
 def test_steps_that_a_faster_one_beats_by_chance_stay():
@@ -257,6 +269,11 @@ def test_too_little_is_refused_with_how_much_would_do(tagger, found):
     near = {"max_disagreement": 1.05 * bold.disagreement, "policies": [bold.policy]}
     few = make_dial(tagger, data["words"], **near)
     assert few.dial.promised == 0 and few.needed > 200
+    _, apart = parts(200)
+    pairs = [tagger.tag(apart, policy) for policy in (bold.policy, ExitPolicy.never())]
+    losses = [np.not_equal(a.labels, b.labels).mean() for a, b in zip(*pairs, strict=True)]
+    fewest = needed(near["max_disagreement"], 0.9, losses)  # beside those for the path
+    assert few.needed - for_path(few.needed) == fewest
     with pytest.raises(ValueError, match=f"200 sentences are too few.*about {few.needed} would do"):
         calibrate(tagger, data, **near)
     for wrong in ({"max_disagreement": 0.0}, {"max_disagreement": 2}, {"confidence": 1.0}):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import requires
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from random_models import random_classifier
 from test_dial import sentences
 
 import tokenexit
-from tokenexit import Tagger
+from tokenexit import Tagger, cli
 
 WITHOUT = """
 import json, sys
@@ -57,3 +59,8 @@ def test_tagging_and_adapting_want_no_extras(tiny_tokenizer, tmp_path):
     assert json.loads(row)["labels"] == ["B-LOC"] and ends == ["predict 0", "evaluate 1"]
     error = done.stderr.splitlines()[-1]
     assert error.startswith("error: ") and "pip install 'tokenexit[train]'" in error
+
+
+def test_each_package_of_an_extra_is_named_by_it():
+    of = re.compile(r"(\w+).*extra == ['\"](train|plot)['\"]")
+    assert cli._EXTRAS == dict(x.groups() for x in map(of.match, requires("tokenexit")) if x)

@@ -7,6 +7,7 @@ from torch import nn
 
 import tokenexit
 from tokenexit import ExitPolicy
+from tokenexit.layers import ExitNeck
 from tokenexit.loops import BACKENDS, CONDITIONS, LOOPS
 from tokenexit.ops import extension_available, extension_error
 
@@ -60,6 +61,10 @@ def dropping(model):
     model.encoder.layers[0].dropout.train().p = 0.1
 
 
+def necked(model):
+    model.encoder.neck = ExitNeck(32)
+
+
 CHANGES = [
     (other_policy, "copy 'post_norm'"),
     (lambda model: {"output_layer_logits": True}, "no logits of each layer"),
@@ -68,6 +73,7 @@ CHANGES = [
     (replaced, "modules of the classes they were made of"),
     (turned, "contiguous weights"),
     (dropping, "no dropout to be done"),
+    (necked, "classifiers on the states themselves"),
 ]
 
 

@@ -152,9 +152,19 @@ def other_eps_of_a_layer(model):
     layer.attention_norm.eps = layer.output_norm.eps = 0.1
 
 
+def other_heads(model):
+    model.encoder.layers[2].num_heads = 2
+
+
 @pytest.mark.parametrize(
     "change, applies",
-    [(wrap_query, 0), (hook_a_head, 0), (other_eps, 0), (other_eps_of_a_layer, 1)],
+    [
+        (wrap_query, 0),
+        (hook_a_head, 0),
+        (other_eps, 0),
+        (other_eps_of_a_layer, 1),
+        (other_heads, 0),
+    ],
 )
 @torch.no_grad()
 def test_changed_parts_count(change, applies, calls):
@@ -168,6 +178,15 @@ def test_changed_parts_count(change, applies, calls):
     assert torch.equal(changed, expected)
     # What the last layer's logits hang on is seen in them.
     assert (change is hook_a_head) == torch.equal(before, changed)
+
+
+@torch.no_grad()
+def test_odd_widths_go_by_pytorch_in_bf16_only(calls):
+    model = random_tagger(dtype=torch.float32, intermediate_size=33)
+    assert model.loop == "cpu"
+    model.bfloat16()
+    assert model(**random_batch(LENGTHS)).logits.isfinite().all() and not calls
+    assert "needs even widths of heads and of inner layers in bf16" in model.loop
 
 
 @pytest.mark.parametrize("change", [{"copy": "pre_norm"}, {"neighbors": "recompute"}])

@@ -10,6 +10,7 @@ from random_models import ALL_FAMILIES, random_batch, random_classifier, random_
 
 import tokenexit
 from tokenexit import ExitPolicy, TokenExitForTokenClassification
+from tokenexit.packing import STARTS_WORD
 
 POLICY = ExitPolicy(threshold=[0.1, 0.3, 0.3, 0.0], window=0, copy="pre_norm")
 
@@ -34,7 +35,9 @@ def without_dropout(tagger):
 def test_loss_in_evaluation_is_hugging_faces():
     theirs = random_classifier()
     batch = with_labels()
-    ours = tokenexit.convert(theirs)(**batch).loss
+    tagger, count = tokenexit.convert(theirs), int((batch["labels"] != -100).sum())
+    ours = tagger(**batch).loss
+    torch.testing.assert_close(tagger(**batch, num_items_in_batch=2 * count).loss, ours / 2)
     batch.pop("word_ids")
     torch.testing.assert_close(ours, theirs(**batch).loss, atol=1e-4, rtol=0)
 
@@ -71,6 +74,9 @@ def test_a_token_counts_up_to_its_exit_and_flooding_keeps_its_distance():
     torch.testing.assert_close(flooded.loss, flooded_total / 10 / counted)
     halved = tagger(**batch, policy=POLICY, num_items_in_batch=2 * counted).loss
     torch.testing.assert_close(halved, output.loss / 2)
+    for wrong in (1, 3):  # the first would fit by broadcasting
+        with pytest.raises(ValueError, match="loss_floor has shape .*expected .* 4"):
+            tagger(**batch, policy=POLICY, loss_floor=floor[..., :wrong])
 
 
 def test_layer_logits_are_nan_where_nothing_was_computed():
@@ -258,6 +264,7 @@ def test_stands_where_a_hugging_face_model_stood(tmp_path):
 
     tagger.resize_token_embeddings(70)
     assert tagger(torch.tensor([[65, 69]])).logits.isfinite().all()
+    assert len(tagger.token_kinds) == 70 and set(tagger.token_kinds[60:].tolist()) == {STARTS_WORD}
     tagger.save_pretrained(tmp_path / "grown")
     again = TokenExitForTokenClassification.from_pretrained(tmp_path / "grown")
     assert len(again.token_kinds) == 70
@@ -270,6 +277,16 @@ def test_heads_may_be_replaced():
     assert not any(name.startswith("exit_heads") for name in tagger.state_dict())
     with pytest.raises(ValueError, match="got exit heads of shapes"):
         tagger.exit_heads = [torch.nn.Linear(32, 5)] * 3
+
+
+def test_a_save_that_is_pushed_has_its_folders_name(tmp_path, monkeypatch):
+    """Not that of the folder aside that it is written to."""
+    asked, tagger = [], random_tagger()
+    record = lambda self, folder, **more: asked.append(more["repo_id"])  # noqa: E731
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", record)
+    tagger.save_pretrained(tmp_path / "mine", push_to_hub=True)
+    tagger.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/other")
+    assert asked == ["mine", "me/other"]
 
 
 def test_saving_fails_whole(tmp_path, monkeypatch):
