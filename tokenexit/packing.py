@@ -12,6 +12,11 @@ import torch.nn.functional as F
 STARTS_WORD, CONTINUES_WORD, SPECIAL = 0, 1, 2
 
 
+def same_length(tensor: torch.Tensor, length: int) -> bool:
+    """Whether a tensor has so many rows; where a program is exported, that is not known."""
+    return not torch.compiler.is_exporting() and tensor.shape[0] == length
+
+
 @dataclass(frozen=True)
 class Packed:
     """The layout of a packed batch: T real tokens of B sentences and their W words.
@@ -68,9 +73,7 @@ class Packed:
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """`[T, ...] -> [B, N, ...]`, zero at padding; a view of values if there is none."""
-        # torch.export knows no number of tokens.
-        exporting = torch.compiler.is_exporting()
-        if not exporting and len(self.slots) == self.shape[0] * self.shape[1]:
+        if same_length(self.slots, self.shape[0] * self.shape[1]):
             return values.unflatten(0, self.shape)
         padded = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
         return padded.index_copy(0, self.slots, values).unflatten(0, self.shape)
@@ -93,18 +96,18 @@ class Active:
     @classmethod
     def all(cls, packed: Packed) -> Active:
         """Before the first layer."""
-        tokens = torch.arange(len(packed.slots), device=packed.slots.device)
+        tokens = torch.arange(packed.slots.shape[0], device=packed.slots.device)
         return cls(packed, tokens, packed.cu_tokens)
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """`values[tokens]` of `[T, ...]`, without a copy where that is all rows."""
-        return values if self.tokens.shape[0] == values.shape[0] else values[self.tokens]
+        return values if same_length(self.tokens, values.shape[0]) else values[self.tokens]
 
     @cached_property
     def keys(self) -> tuple[torch.Tensor | None, torch.Tensor]:
         """All tokens of the sentences that are not finished: indices (None: all), offsets."""
         in_use = self.cu_tokens.diff() > 0
-        if in_use.all():
+        if not torch.compiler.is_exporting() and in_use.all():
             return None, self.packed.cu_tokens
         index = in_use[self.packed.sentence_of_token].nonzero().squeeze(1)
         return index, F.pad((self.packed.cu_tokens.diff() * in_use).cumsum(0), (1, 0))

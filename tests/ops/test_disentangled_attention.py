@@ -117,6 +117,13 @@ def test_dropout_is_the_reference_s_and_follows_the_seed():
     )
 
 
+def test_opcheck():
+    """Of what programs call."""
+    for terms in ((True, True), (False, True), (False, False)):
+        values = inputs([(2, 4), (0, 2), (1, 3)], terms=terms)
+        torch.library.opcheck(torch.ops.tokenexit.disentangled_attention.default, tuple(values))
+
+
 @pytest.mark.parametrize(
     "at, value, message",
     [

@@ -147,6 +147,10 @@ def _of(part: Callable[[Call], object], conditions: Iterable[Condition]) -> list
 
 
 _NO_STATES: Condition = ("no states of each layer", lambda call: not call.wants_states)
+_NO_DROPOUT: Condition = (
+    "no dropout in layers",
+    lambda call: not any(isinstance(x, ExitLayer) and x.drops() for x in call.layers),
+)
 _FAST: list[Condition] = [
     ("no logits of each layer", lambda call: not call.wants_trace),
     _NO_STATES,
@@ -190,13 +194,15 @@ CONDITIONS: Mapping[str, list[Condition]] = MappingProxyType(
             *_of(lambda call: call.heads, HEADS),
         ],
         "eager": [],
-        "reference": [
-            _NO_STATES,
-            (
-                "no dropout in layers",
-                lambda call: not any(isinstance(x, ExitLayer) and x.drops() for x in call.layers),
-            ),
-        ],
+        "reference": [_NO_STATES, _NO_DROPOUT],
+    }
+)
+# What torch.export lacks of a call to make a program of it: only the compiled ops have sizes that
+# hang on values.
+_UNEXPORTED: Mapping[str, Callable[[Call], str | None]] = MappingProxyType(
+    {
+        "eager": lambda call: unmet((*_of(lambda call: call.like, STATES), _NO_DROPOUT), call),
+        "reference": lambda call: "another backend",
     }
 )
 
@@ -219,15 +225,14 @@ def choose(backend: str, call: Call) -> Loop:
     """The loop that runs a call; see `pick`.
 
     Raises:
-        ValueError: the one asked for can't; torch.export of one that goes by values.
+        ValueError: the one asked for can't; torch.export of what it makes no program of.
     """
     name, failed = pick(backend, call)
     if name is None:
         raise cannot(backend, failed)
-    if torch.compiler.is_exporting() and name in ("eager", "reference"):
+    if torch.compiler.is_exporting() and (lacks := _UNEXPORTED.get(name, lambda call: None)(call)):
         raise ValueError(
-            f"torch.export met the loop {name!r}, which goes by values; expected a call that the "
-            f"loop 'cpu' can run, with {failed or 'that backend'}"
+            f"torch.export met the loop {name!r}, of which there is no program; expected {lacks}"
         )
     if failed == gpu.INSTALLED:
         what = gpu.lacks(call.like.device.type)

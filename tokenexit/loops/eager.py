@@ -14,7 +14,7 @@ from tokenexit import reference
 from tokenexit.conditions import passable
 from tokenexit.ops.compact_active import compact_active
 from tokenexit.ops.exit_decision import exit_decision
-from tokenexit.packing import Active, Packed
+from tokenexit.packing import Active, Packed, same_length
 from tokenexit.schedule import Schedule
 
 # A layer's outcome: the tokens computed in it, ascending [A], and their logits [A, C].
@@ -107,10 +107,13 @@ class ExitEncoder(nn.Module):
             tokens, cu_tokens = compact_active(
                 active.tokens, active.cu_tokens, packed.word_of_token, left
             )
-            count = int(cu_tokens[-1])
-            if not count:
+            count = cu_tokens[-1].item()
+            if torch.compiler.is_exporting():  # a program has all layers
+                torch._check(0 <= count)
+                torch._check(count <= tokens.shape[0])
+            elif not count:
                 break
-            active = Active(packed, tokens[:count], cu_tokens)
+            active = Active(packed, tokens.narrow(0, 0, count), cu_tokens)
         return trace
 
     def logits(self, head: nn.Module, h: torch.Tensor) -> torch.Tensor:
@@ -151,11 +154,11 @@ def run(call, h, packed, schedule, bias, exits) -> Outcome:
     """See `tokenexit.loops.Loop`."""
     if not call.wants_states:
         trace = call.encoder(h, packed, schedule, bias, exits)
-        return Outcome(*last_of(trace, len(h)), trace)
+        return Outcome(*last_of(trace, h.shape[0]), trace)
     states = [h]
     trace = call.encoder(h, packed, schedule, bias, exits, states)
     states += states[-1:] * (1 + len(call.encoder.layers) - len(states))  # all have left
-    return Outcome(*last_of(trace, len(h)), trace, states)
+    return Outcome(*last_of(trace, h.shape[0]), trace, states)
 
 
 def run_reference(call, h, packed, schedule, bias, exits) -> Outcome:
@@ -210,7 +213,7 @@ def _store(values: torch.Tensor, active: Active, rows: torch.Tensor, keep: bool)
     Args:
         keep: leave `values` as they are.
     """
-    if rows.shape[0] == values.shape[0]:
+    if same_length(rows, values.shape[0]):
         return rows
     if keep:
         return values.index_copy(0, active.tokens, rows)

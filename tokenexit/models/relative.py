@@ -32,8 +32,10 @@ class RelativeStates(nn.Module):
     def forward(self, longest: int) -> Relative:
         """For sentences of up to that many tokens: states of the buckets that they have."""
         bucket = self.bucket_of(torch.arange(longest - 1, -longest, -1, device="cpu"))
-        least, largest = int(bucket.min()), int(bucket.max())
-        states = self.embedding.weight[least : largest + 1]
+        least, last = 0, 2 * self.span - 1
+        if not torch.compiler.is_exporting():  # a program takes all
+            least, last = int(bucket.min()), int(bucket.max())
+        states = self.embedding.weight[least : last + 1]
         if self.norm is not None:
             states = self.norm(states)
         return Relative(states, (bucket - least).to(states.device))

@@ -70,7 +70,9 @@ def disentangled_attention(
     terms = buckets, positions, position_keys, position_queries
     if backend == "reference" or dropout_p:
         return reference.disentangled_attention(q, k, v, cu_q, cu_k, scale, *terms, dropout_p, seed)
-    return _by_sentence(q, k, v, cu_q, cu_k, scale, *terms)
+    # A program of torch.export holds a call of the op: how long sentences are, it does not know.
+    run = _op if torch.compiler.is_exporting() else _by_sentence
+    return run(q, k, v, cu_q, cu_k, scale, *terms)
 
 
 def _by_sentence(q, k, v, cu_q, cu_k, scale, buckets, positions, position_keys, position_queries):
@@ -97,3 +99,17 @@ def _by_sentence(q, k, v, cu_q, cu_k, scale, buckets, positions, position_keys, 
         out = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts) if parts else q.clone()
+
+
+_op = torch.library.custom_op(
+    "tokenexit::disentangled_attention",
+    _by_sentence,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, float scale, Tensor buckets, "
+    "Tensor positions, Tensor? position_keys, Tensor? position_queries) -> Tensor",
+)
+
+
+@_op.register_fake
+def _(q, *others):
+    return q.new_empty(q.shape)
