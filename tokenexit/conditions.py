@@ -39,7 +39,7 @@ class Reads:
         weights, scales, classifiers: what it takes of the layers, of those of int8, of the heads;
             None for what is not there.
         device: where all these have to be.
-        layout: a function that gives their shapes and their dtypes, as they have to be.
+        shapes, dtypes: functions that give theirs, as they have to be.
     """
 
     modules: list[nn.Module]
@@ -48,7 +48,8 @@ class Reads:
     scales: list[torch.Tensor | None] = field(default_factory=list)
     classifiers: list[torch.Tensor | None] = field(default_factory=list)
     device: torch.device | None = None
-    layout: Callable[[], tuple[list[Sequence[int]], list[torch.dtype]]] | None = None
+    shapes: Callable[[], list[Sequence[int]]] | None = None
+    dtypes: Callable[[], list[torch.dtype]] | None = None
 
     def __post_init__(self):
         self.tensors = self.weights + self.scales + self.classifiers
@@ -161,8 +162,8 @@ CALLS = (
 TENSORS = (
     ("weights where the states are", lambda r: all([x.device == r.device for x in r.tensors])),
     ("contiguous weights", _contiguous),
-    ("weights of shapes that fit", lambda r: [x.shape for x in r.tensors] == r.layout()[0]),
-    ("weights of the states' dtype", lambda r: [x.dtype for x in r.tensors] == r.layout()[1]),
+    ("weights of shapes that fit", lambda r: [x.shape for x in r.tensors] == r.shapes()),
+    ("weights of the states' dtype", lambda r: [x.dtype for x in r.tensors] == r.dtypes()),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -508,13 +509,16 @@ def reads(
         scales = [store.get(name, none) for store in stores for name in ("scale", "offset")]
     classifiers = [h._parameters.get(name) for h in heads for name in ("weight", "bias")]
 
-    def layout():
+    def shapes():
         of_up = slice(_WEIGHTS.index("up.bias"), None, len(_WEIGHTS))
         inner = tuple([bias.numel() for bias in weights[of_up]])
         labels = tuple([bias.numel() for bias in classifiers[1::2]])
-        return _layout(like.shape[-1], like.dtype, inner, labels, int8)
+        return _shapes(like.shape[-1], inner, labels, int8)
 
-    return Reads(modules, kinds, weights, scales, classifiers, like.device, layout)
+    def dtypes():
+        return _dtypes(like.dtype, len(layers), len(scales) + len(classifiers), int8)
+
+    return Reads(modules, kinds, weights, scales, classifiers, like.device, shapes, dtypes)
 
 
 def costs_of(found: Reads, layer: ExitLayer) -> list[float]:
@@ -528,23 +532,30 @@ def _head_kind(head):
 
 
 @lru_cache
-def _layout(d, dtype, inner, labels, int8):
-    """Shapes and dtypes of `Reads.tensors`, for layers of inner widths and heads of labels."""
-    shapes, dtypes, scales = [], [], []
+def _shapes(d, inner, labels, int8):
+    """Of `Reads.tensors`, for layers of inner widths and heads of labels."""
+    shapes, scales = [], []
     for f in inner:
         rows = {"query": d, "key_value": 2 * d, "attention_output": d, "up": f, "down": d}
         for name, kind in _PARTS.items():
             if kind is nn.Linear:
                 shapes += [(rows[name], f if name == "down" else d), (rows[name],)]
-                dtypes += [torch.int8 if int8 else dtype, dtype]
                 scales += [(rows[name],), (rows[name] + 1,)]
             elif kind is nn.LayerNorm:
                 shapes += [(d,)] * 2
-                dtypes += [dtype] * 2
                 scales += [(0, d)] * 2
     shapes += scales if int8 else []
     shapes += [shape for c in labels for shape in ((c, d), (c,))]
-    return shapes, dtypes + [dtype] * (len(shapes) - len(dtypes))
+    return shapes
+
+
+@lru_cache
+def _dtypes(dtype, layers, others, int8):
+    """Of `Reads.tensors`: of the weights of so many layers, and of so many more."""
+    rounded = torch.int8 if int8 else dtype
+    pairs = [(rounded if kind is nn.Linear else dtype, dtype) for kind in _PARTS.values()
+             if kind is not nn.Dropout]  # fmt: skip
+    return [*chain.from_iterable(pairs)] * layers + [dtype] * others
 
 
 # What else the code that is compiled for CPUs needs, of states, and of these and layers.

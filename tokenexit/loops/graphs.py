@@ -98,7 +98,7 @@ class Graphs:
 
     A graph belongs to B and N, each rounded up, to which rows there are, and to options of the
     policy: of others, a new one is recorded, and the oldest of 64 forgotten. All belong to the
-    addresses of all weights: where one has changed, they are recorded anew. Where
+    addresses of all weights and to constants: where one has changed, they are recorded anew. Where
     recording fails, or within another graph or torch.compile, all is run directly. Buffers are
     shared by calls, so those on another stream wait for those before. Copies and pickles start
     without graphs.
@@ -143,6 +143,7 @@ class Graphs:
         schedule: Schedule,
         weights: Callable[[], Sequence[torch.Tensor]],
         ahead: tuple[Recorded, tuple] | None = None,
+        constants: Sequence[object] = (),
     ) -> tuple[torch.Tensor, ...]:
         """`run(rows, schedule)`.
 
@@ -153,11 +154,12 @@ class Graphs:
             schedule: of B sentences; a recorded run has room for one more.
             weights: gives all parameters and buffers that run reads.
             ahead: what `ahead` gave for these.
+            constants: numbers and functions that run reads of modules.
         """
         if _is_traced():
             return run(rows, schedule)
         key, weights = _key(rows, schedule), weights()
-        addresses = [*map(torch.Tensor.data_ptr, weights)]
+        addresses = [*map(torch.Tensor.data_ptr, weights), *constants]
         with self._lock, torch.cuda.device(rows["attention_mask"].device):
             if addresses != self._addresses:
                 self._forget()

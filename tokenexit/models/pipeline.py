@@ -123,7 +123,17 @@ def _recorded(model, rows, call, loop, ahead) -> Found:
     if not model.cuda_graphs:
         return Found(*tag_padded(rows.tensors, call.schedule))
     weights = lambda: call.held.tensors  # noqa: E731
-    return Found(*model._graphs(tag_padded, rows.tensors, call.schedule, weights, ahead))
+    given = tag_padded, rows.tensors, call.schedule, weights, ahead
+    return Found(*model._graphs(*given, constants=_constants(model, call)))
+
+
+def _constants(model, call) -> list[object]:
+    """What a recorded loop takes of modules beside their tensors."""
+    constants = [model.embeddings.norm.eps]
+    for layer in call.layers:
+        norms = [layer._modules[name].eps for name in ("attention_norm", "output_norm")]
+        constants += [layer.activation, layer.num_heads, *norms]
+    return constants
 
 
 def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 
 try:
     _LOADED = importlib.import_module("tokenexit._C")  # which registers torch.ops.tokenexit
@@ -157,6 +158,33 @@ def check_bias(bias: torch.Tensor | None, positions: torch.Tensor | None, q: tor
         raise ValueError(f"got positions {got} with a bias; expected [{len(q)}]")
     if bias.dim() != 2 or len(bias) != q.shape[1] or bias.shape[1] % 2 == 0:
         raise ValueError(f"got bias {tuple(bias.shape)}; expected [{q.shape[1]}, 2R+1]")
+
+
+def attention_by_sentence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    scale: float,
+    mask: Callable[[slice, slice], torch.Tensor | None],
+) -> torch.Tensor:
+    """Attention within packed sentences by a call of PyTorch's for each: `[A, H, D]`.
+
+    Args:
+        q, k, v, cu_q, cu_k, scale: see `tokenexit.ops.exit_attention`.
+        mask: of a sentence's rows in q and in k, what is added to its scores, `[H, a, k]`, or None.
+    """
+    parts, first_q, first_k = [], 0, 0
+    for num_q, num_k in zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True):
+        mine, seen = slice(first_q, first_q + num_q), slice(first_k, first_k + num_k)
+        first_q, first_k = mine.stop, seen.stop
+        if num_q:
+            rows = (x.transpose(0, 1)[None] for x in (q[mine], k[seen], v[seen]))
+            added = mask(mine, seen)
+            out = F.scaled_dot_product_attention(*rows, attn_mask=added, scale=scale)
+            parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts) if parts else q.clone()
 
 
 def check_attention(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from tokenexit import reference
-from tokenexit.ops import check_attention
+from tokenexit.ops import attention_by_sentence, check_attention
 
 
 def disentangled_attention(
@@ -76,29 +75,24 @@ def disentangled_attention(
 
 
 def _by_sentence(q, k, v, cu_q, cu_k, scale, buckets, positions, position_keys, position_queries):
-    """A call of PyTorch's attention for each sentence, the terms of positions as its mask."""
+    """The terms of positions as the masks of PyTorch's attention."""
     of_queries = of_keys = None
     if position_keys is not None:
         of_queries = torch.einsum("ahd,phd->hap", q, position_keys) * scale
     if position_queries is not None:
         of_keys = torch.einsum("khd,phd->hpk", k, position_queries) * scale
-    parts, first_q, first_k = [], 0, 0
-    for num_q, num_k in zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True):
-        mine, seen = slice(first_q, first_q + num_q), slice(first_k, first_k + num_k)
-        first_q, first_k = mine.stop, seen.stop
-        if not num_q:
-            continue
-        mask, bucket = None, reference.relative_bias(buckets[None], positions[mine], num_k)
+
+    def mask(mine, seen):
+        num_k, terms = seen.stop - seen.start, []
+        bucket = reference.relative_bias(buckets[None], positions[mine], num_k)
         bucket = bucket.expand(q.shape[1], -1, -1)
         if of_queries is not None:
-            mask = of_queries[:, mine].gather(2, bucket)
+            terms.append(of_queries[:, mine].gather(2, bucket))
         if of_keys is not None:
-            other = of_keys[:, :, seen].gather(1, bucket)
-            mask = other if mask is None else mask + other
-        rows = (x.transpose(0, 1)[None] for x in (q[mine], k[seen], v[seen]))
-        out = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale)
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts) if parts else q.clone()
+            terms.append(of_keys[:, :, seen].gather(1, bucket))
+        return sum(terms[1:], terms[0]) if terms else None
+
+    return attention_by_sentence(q, k, v, cu_q, cu_k, scale, mask)
 
 
 _op = torch.library.custom_op(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from tokenexit import reference
 from tokenexit.kernels import autograd
 from tokenexit.ops import (
+    attention_by_sentence,
     check_attention,
     check_bias,
     compiled_devices,
@@ -82,19 +82,12 @@ def exit_attention(
 
 
 def _by_sentence(q, k, v, cu_q, cu_k, scale, bias, positions):
-    """A call of PyTorch's attention for each sentence."""
-    num_q, num_k = cu_q.diff().tolist(), cu_k.diff().tolist()
-    parts = []
-    start = 0
-    for q_b, k_b, v_b in zip(q.split(num_q), k.split(num_k), v.split(num_k), strict=True):
-        if len(q_b):
-            where = None if positions is None else positions[start : start + len(q_b)]
-            mask = None if bias is None else reference.relative_bias(bias, where, len(k_b))
-            rows = (x.transpose(0, 1)[None] for x in (q_b, k_b, v_b))
-            out = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale)
-            parts.append(out[0].transpose(0, 1))
-        start += len(q_b)
-    return torch.cat(parts) if parts else torch.empty_like(q)
+    def mask(mine, seen):
+        if bias is None:
+            return None
+        return reference.relative_bias(bias, positions[mine], seen.stop - seen.start)
+
+    return attention_by_sentence(q, k, v, cu_q, cu_k, scale, mask)
 
 
 if _DEVICES:
