@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py [STAGE ...] [--out FOLDER] [--budget SECONDS]
 
-Stages, in this order; all but the last three where none is named:
+Stages, in this order; all but the last six where none is named:
 
     env       versions, the GPU, its rate of products
     build     the package with its CUDA op, aside; tokenexit/_C.abi3.so as it is if that serves here
@@ -12,15 +12,22 @@ Stages, in this order; all but the last three where none is named:
     products  those of a layer alone, beside cuBLAS and others
     tests     all tests that run on a GPU
     peers     packed with varlen or flexible attention, Hugging Face in a CUDA graph, torch.compile
-    sizes     ragged sentences, few, long ones, bf16
+    large     256 x 128
+    one       one sentence of 32 tokens, beside Hugging Face's graph
+    ragged    sentences of many lengths
+    sizes     few sentences, long ones, bf16
+    train     a training step under exits, beside one at full depth
+    trials    what no GPU has measured and is off (kernels/trials.py), beside what is on
     teach     trains a tagger into build/gpu-tagger; wants build/gpu-evidence, which
               `python -m experiments pack PLAN FOLDER` makes
     evidence  what that tagger's exits are worth
-    sanitize  the CUDA op, a product and an exit step under compute-sanitizer
+    sanitize  the CUDA op, a product and an exit step under compute-sanitizer, all at once
+    warm      compiles what speed, large, one, ragged, train, trials and peers launch; times nothing
 
+Stages joined by + run at once (`build tests+warm+sanitize speed`): what is timed runs alone.
 A stage gets what its own limit and the budget leave; one that fails or is cut off keeps no other
 from running. Torch, triton, transformers and pytest are all it wants. The folder gets summary.txt,
-under 10,000 characters and also the end of the output, gpu_check.jsonl with a row for each number,
+under 12,000 characters and also the end of the output, gpu_check.jsonl with a row for each number,
 and a log of each stage. The exit status is 1 if anything failed. `--device cpu --tiny` tries the
 program.
 """
@@ -39,10 +46,11 @@ import time
 import xml.etree.ElementTree as xml
 import zipfile
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST = 9800  # characters of the summary
+MOST = 11800  # characters of the summary
 # Of each stage: seconds at most, and characters of the summary.
 LIMITS = {
     "env": (90, 500),
@@ -52,11 +60,18 @@ LIMITS = {
     "products": (75, 1500),
     "tests": (170, 1000),
     "peers": (150, 1100),
-    "sizes": (90, 600),
+    "large": (40, 600),
+    "one": (30, 400),
+    "ragged": (30, 400),
+    "sizes": (60, 600),
+    "train": (40, 300),
+    "trials": (90, 2500),
     "teach": (80, 1500),
     "evidence": (60, 6000),
     "sanitize": (150, 300),
+    "warm": (150, 600),
 }
+WARMED = ("speed", "large", "one", "ragged", "train", "trials", "peers")
 LEAST = 8  # seconds, for which no stage begins
 SANITIZED = [
     ("memcheck", "tests/ops/test_compact_active.py", "cuda and (no_sentences or matches_a_loop)"),
@@ -145,6 +160,8 @@ class Check:
             self.failed.append(name)
             return
         (self.logs / f"{name}.log").unlink(missing_ok=True)
+        self.told[name] = f"== {name}: begun, not ended\n"  # if all is ended from without
+        (self.out / "summary.txt").write_text(self.summary())
         print(f"== {name}, at most {limit:.0f} s", flush=True)
         status = getattr(self, f"run_{name}")(limit)
         how = {0: "ok", None: "CUT OFF"}.get(status, f"FAILED with status {status}")
@@ -155,8 +172,14 @@ class Check:
         print(self.told[name], flush=True)
         (self.out / "summary.txt").write_text(self.summary())
 
+    def stages(self, joined: str):
+        """Stages joined by +, at once."""
+        names = joined.split("+")
+        with ThreadPoolExecutor(len(names)) as at_once:
+            [*at_once.map(self.stage, names)]
+
     def summary(self) -> str:
-        return "".join(self.told.values())[:MOST]
+        return "".join([*self.told.values()])[:MOST]
 
     def log(self, name: str) -> str:
         path = self.logs / f"{name}.log"
@@ -178,8 +201,6 @@ class Check:
         if name == "build":
             bad = [line[:160] for line in lines if re.search(r"rror|cannot find", line)][:5]
             return "\n".join([*bad, *lines[-1:]])
-        if name == "sanitize":
-            return "\n".join(x for x in lines if re.search(r"SUMMARY|passed|failed", x))
         return "\n".join(line[:200] for line in lines)
 
     def probes(self, name: str, limit: float, *what: str) -> int | None:
@@ -221,11 +242,25 @@ class Check:
     def run_products(self, limit):
         return self.probes("products", limit, "products")
 
-    def run_sizes(self, limit):
-        return self.probes("sizes", limit, "sizes")
+    def __getattr__(self, name):
+        """Of a stage that is one part of the probes, by the same name."""
+        stage = name.removeprefix("run_")
+        if stage not in (*WARMED, "sizes"):
+            raise AttributeError(name)
+        return lambda limit: self.probes(stage, limit, stage)
 
-    def run_peers(self, limit):
-        return self.probes("peers", limit, "peers")
+    def run_warm(self, limit):
+        """As two processes, so that the longest compilations are not behind one another."""
+        return self.at_once(
+            lambda part: self.probes("warm", limit, *part, "--warm"), (WARMED[:-2], WARMED[-2:])
+        )
+
+    @staticmethod
+    def at_once(run, given):
+        """run of each, at the same time; the first status that is not 0."""
+        with ThreadPoolExecutor(len(given)) as pool:
+            statuses = [*pool.map(run, given)]
+        return next((status for status in statuses if status != 0), 0)
 
     def experiments(self, what: str, stage: str, limit: float):
         """A command for a GPU of the experiments, with what it carries of other packages."""
@@ -258,14 +293,23 @@ class Check:
         return 0 if status == 5 and self.options.device == "cpu" else status  # none was chosen
 
     def run_sanitize(self, limit):
-        end = time.monotonic() + limit
-        for tool, file, chosen in SANITIZED:
+        def one(what):
+            tool, file, chosen = what
             command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", 3, sys.executable]
             command += ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", chosen]
-            status = self.run("sanitize", command, max(0, end - time.monotonic()))
-            if status != 0:  # None: its time is over
-                return status
-        return 0
+            status = self.run("sanitize", command, limit)
+            how = {0: "clean", None: "CUT OFF"}.get(status, f"FAILED with status {status}")
+            self.note("sanitize", f"{tool} {file} -k '{chosen}': {how}")
+            return status
+
+        return self.at_once(one, SANITIZED)
+
+    def note(self, stage: str, text: str):
+        """A line for the summary."""
+        notes = self.out / "notes" / f"{stage}.txt"
+        notes.parent.mkdir(exist_ok=True)
+        with notes.open("a") as file:
+            file.write(f"{text}\n")
 
 
 def failures(junit: Path) -> str:
@@ -296,13 +340,13 @@ def main(arguments=None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model")
     options = parser.parse_args(arguments)
-    if unknown := set(options.stages) - LIMITS.keys():
+    if unknown := {x for joined in options.stages for x in joined.split("+")} - LIMITS.keys():
         parser.error(f"got stages {sorted(unknown)}; expected some of {list(LIMITS)}")
     options.out = options.out.resolve()
     with tempfile.TemporaryDirectory() as work:
         check = Check(options, Path(work))
-        for name in options.stages or list(LIMITS)[:-3]:
-            check.stage(name)
+        for joined in options.stages or list(LIMITS)[:-6]:
+            check.stages(joined)
         print(f"==== summary after {options.budget - check.left():.0f} s\n{check.summary()}")
     return int(bool(check.failed))
 

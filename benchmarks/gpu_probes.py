@@ -9,6 +9,7 @@ programs in gpu_check.jsonl. What fails is told, and the rest goes on. What is w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import faulthandler
 import functools
@@ -33,6 +34,15 @@ from tokenexit.ops.pack_tokens import pack
 STARTED = time.perf_counter()
 TINY = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128)
 GRAPHS = ["tokenexit graph", "layers, graph"]
+# Graphs of the layers with what `tokenexit.kernels.trials` leaves off.
+NARROW = dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=128)
+TRIED = {
+    "layers, dependent": dict(DEPENDENT=True),
+    "layers, few 512": dict(FEW_ROWS=512),
+    "layers, few 1024": dict(FEW_ROWS=1024),
+    "layers, few 512 narrow": dict(FEW_ROWS=512, FEW_TILES=NARROW),
+    "layers, dependent few": dict(DEPENDENT=True, FEW_ROWS=512),
+}
 IN_A_GRAPH = 10  # products, so that what starts it is not what is timed
 # After these nothing runs in the process any more.
 BROKEN = ("an illegal memory access", "device-side assert", "unspecified launch failure",
@@ -44,7 +54,7 @@ BAD = []
 def say(*words, keep=False):
     text = " ".join(str(word) for word in words)
     print(f"[{time.perf_counter() - STARTED:6.1f}] {text}", flush=True)
-    if keep:
+    if keep and not CHOSEN.warm:
         notes = CHOSEN.out / "notes"
         notes.mkdir(parents=True, exist_ok=True)
         with open(notes / f"{CHOSEN.stage}.txt", "a", encoding="utf-8") as file:
@@ -58,12 +68,22 @@ def origin() -> dict:
 
 
 def write(**row):
+    if CHOSEN.warm:
+        return
     harness.write("gpu_check", [{"stage": CHOSEN.stage, **row, **origin()}], CHOSEN.out)
 
 
 def left() -> float:
     """Seconds of --seconds that are left."""
     return CHOSEN.seconds - (time.perf_counter() - STARTED)
+
+
+def time_for(what, seconds=6) -> bool:
+    """Whether so many are left; told if not."""
+    enough = left() >= seconds
+    if not enough:
+        say(f"-- {what}: not run, the stage's time is over", keep=True)
+    return enough
 
 
 def attempt(name, run):
@@ -214,7 +234,7 @@ def table(title, found, base, tokens=0, each=1, brief=False, **facts) -> dict[st
         brief: the lines are for the log only.
     """
     found = {name: run for name, run in found.items() if attempt(name, run) is not None}
-    if not found:
+    if not found or CHOSEN.warm:
         return {}
     rounds = 20 if CHOSEN.device != "cpu" else 2
     measured = gpu.measure(found, CHOSEN.device, rounds)
@@ -240,7 +260,8 @@ class Bench:
 
     def __init__(self):
         self.dtype = torch.float16 if CHOSEN.device != "cpu" else torch.bfloat16
-        self.cpu = gpu.base(**(TINY | {"vocab_size": 200} if CHOSEN.tiny else {}))
+        self.shape = TINY | {"vocab_size": 200} if CHOSEN.tiny else {}
+        self.cpu = gpu.base(**self.shape)
         self.truth = self.cpu.to(CHOSEN.device, torch.float32)
         self.model = self.cpu.to(CHOSEN.device, self.dtype)
         config = self.cpu.theirs.config
@@ -260,10 +281,10 @@ class Bench:
             made = [texts.uniform(1, m, self.vocab, seed)[0] for seed, m in enumerate(lengths)]
         return texts.batch(made)
 
-    def ragged(self):
+    def ragged(self, mean=36):
         """Lengths of sentences as text has them: most are short, the longest is the limit."""
         g = torch.Generator().manual_seed(0)
-        lengths = 6 + 30 * torch.empty(self.size[0]).exponential_(generator=g)
+        lengths = 6 + (mean - 6) * torch.empty(self.size[0]).exponential_(generator=g)
         return [self.size[1], *lengths.clamp(max=self.size[1]).long().tolist()[1:]]
 
     def exits(self, batch, rate, kind):
@@ -279,6 +300,8 @@ class Bench:
 
     def case(self, sentences, n, rate, kind, systems, lengths=None, theirs=True):
         """Check and time; the systems are names of `of`. Milliseconds by name."""
+        if not time_for(f"{sentences} x {n}{' ragged' * bool(lengths)}, exits {rate} {kind}"):
+            return {}
         cpu = self.batch(sentences, n, lengths)
         layers, tokens = self.exits(cpu, rate, kind), int(cpu.real.sum())
         share = 1.0 if layers is None else float(layers[cpu.real].double().mean()) / self.layers
@@ -307,6 +330,9 @@ class Bench:
     def of(self, name, batch, layers):
         """What gives the logits; of our own ways, once it is sure that they are taken."""
         model = self.model
+        if name in TRIED:
+            with tried(**TRIED[name]):
+                return self.of("layers, graph", batch, layers)
         if name == "Hugging Face, graph":
             return theirs_graph(model, batch)
         if name == "layers, graph":
@@ -330,6 +356,19 @@ class Bench:
             if gpu_loop.FALLBACKS:
                 raise RuntimeError(f"a slower path served: {dict(gpu_loop.FALLBACKS)}")
         return run
+
+
+@contextlib.contextmanager
+def tried(**values):
+    """What is launched meanwhile, or recorded, goes by these of `tokenexit.kernels.trials`."""
+    from tokenexit.kernels import trials
+
+    before = {name: getattr(trials, name) for name in values}
+    vars(trials).update(values)
+    try:
+        yield
+    finally:
+        vars(trials).update(before)
 
 
 def on_device(batch):
@@ -405,30 +444,190 @@ def speed():
         full = full or ms
         if full and ms:
             say(f"  layers: {full / ms:.2f} times as fast as full depth", keep=True)
-        if left() < 15:
-            return
+
+
+PLAN = ((0.0, "even"), (0.75, "goal"))
+
+
+def large():
+    """A large batch, without exits and with a quarter of the token-layers."""
+    for rate, kind in (*PLAN, (0.75, "goal whole")):
+        bench().case(*(6, 16) if CHOSEN.tiny else (256, 128), rate, kind, GRAPHS)
+
+
+def one():
+    """One sentence, beside Hugging Face's graph."""
+    size = (1, 8) if CHOSEN.tiny else (1, 32)
+    for rate, kind in PLAN:
+        peer = ["Hugging Face, graph"] * (not rate)
+        bench().case(*size, rate, kind, [*GRAPHS, "tokenexit, no graph", *peer])
+
+
+def ragged():
+    """Sentences of many lengths; those that are packed have rivals among `peers`."""
+    for rate, kind in PLAN:
+        bench().case(*bench().size, rate, kind, GRAPHS, lengths=bench().ragged())
 
 
 def sizes():
-    """Ragged sentences, large and small batches, one sentence, bf16, long sentences."""
-    plan = ((0.0, "even"), (0.75, "goal"))
-    large, long = ((256, 128), (32, 512)) if not CHOSEN.tiny else ((6, 16), (2, 24))
-    few = [(1, 32), (8, 64), (1, 128)] if not CHOSEN.tiny else [(1, 8)]
-    for rate, kind in (*plan, (0.75, "goal whole")):
-        bench().case(*large, rate, kind, GRAPHS)
-    for size in few:
-        for rate, kind in plan:
-            peer = ["Hugging Face, graph"] * (not rate)
-            bench().case(*size, rate, kind, [*GRAPHS, "tokenexit, no graph", *peer])
-        if left() < 12:
-            return
-    for rate, kind in plan:
-        bench().case(*bench().size, rate, kind, GRAPHS, lengths=bench().ragged())
-    other = bench().of_dtype(torch.bfloat16)
-    for b, size in ((other, bench().size), (bench(), long)):
-        for rate, kind in plan:
-            if left() > 10:
-                b.case(*size, rate, kind, GRAPHS)
+    """Few sentences, bf16, long sentences."""
+    for size in [(8, 64), (1, 128)] if not CHOSEN.tiny else [(1, 8)]:
+        for rate, kind in PLAN:
+            bench().case(*size, rate, kind, [*GRAPHS, "tokenexit, no graph"])
+    long = (2, 24) if CHOSEN.tiny else (32, 512)
+    for b, size in ((bench().of_dtype(torch.bfloat16), bench().size), (bench(), long)):
+        for rate, kind in PLAN:
+            b.case(*size, rate, kind, GRAPHS)
+
+
+def train():
+    """A training step under exits as self-sampling may draw them, beside one at full depth."""
+    size = (4, 16) if CHOSEN.tiny else (32, 128)
+    with torch.inference_mode(False), torch.enable_grad():
+        for share in (0.5, 0.25):
+            if time_for(f"training step, {share} of token-layers"):
+                training_step(gpu.base(**bench().shape).ours.to(CHOSEN.device), *size, share)
+
+
+def training_step(model, sentences: int, length: int, share: float, warm: bool = False):
+    """Time a step of BERT-base at full depth and under exits as self-sampling draws them.
+
+    Args:
+        model: ours, in fp32.
+        share: of token-layers that are computed.
+    """
+    device = model.device.type
+    model = copy.deepcopy(model).train()
+    batch = texts.batch(texts.uniform(sentences, length, model.config.vocab_size))
+    exits = texts.imposed_exits(batch, len(model.encoder.layers), share)
+    batch, exits = on_device(batch), exits.to(model.device)
+    labels = (batch.word_ids % model.num_labels).masked_fill(batch.word_ids < 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device != "cpu")
+    call = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "word_ids": batch.word_ids,
+        "labels": labels,
+        "policy": ExitPolicy.never(),
+    }
+
+    def step(layers):
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(**call, exit_layers=layers).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    found = {"full depth": lambda: step(None), "self-sampling": lambda: step(exits)}
+    if warm:
+        return [run() for run in found.values()]
+    title = f"-- training step, {sentences} x {length}, bf16, {share:.3f} of token-layers"
+    facts = dict(sentences=sentences, longest=length, active_fraction=round(share, 4))
+    return table(title, found, "full depth", sentences * length, **facts)
+
+
+def trials():
+    """What no GPU has measured and is off: `tokenexit.kernels.trials`, absorbed attention, FP8."""
+    text, n = bench().ragged(21), bench().size[1]  # 64 sentences of text, some 1,350 tokens
+    for size, rate, kind, lengths in (
+        *((bench().size, rate, kind, None) for rate, kind in (*PLAN, (0.75, "goal whole"))),
+        *((bench().size, rate, kind, text) for rate, kind in PLAN),
+        ((1, n // 4), 0.0, "even", None),
+    ):
+        names = ["layers, graph", *TRIED]
+        ms = bench().case(*size, rate, kind, names, lengths, theirs=False)
+        if "layers, graph" in ms and len(ms) > 1:
+            best = min(TRIED, key=lambda name: ms.get(name, float("inf")))
+            gain = ms["layers, graph"] / ms[best]
+            say(f"  best: {best}, {gain:.2f} times as fast as what is on", keep=True)
+    for active in (2, 8, 24):
+        if time_for(f"absorbed attention, {active} active"):
+            attempt(f"absorbed attention, {active}", lambda a=active: absorbed(a, *bench().size))
+    for rows in (8192, 32768):
+        if CHOSEN.device != "cpu" and time_for(f"FP8, {rows} rows"):
+            attempt(f"FP8, {rows} rows", lambda rows=rows: eight_bits(rows))
+
+
+def absorbed(active, sentences, n):
+    """A layer's attention where so many tokens of each sentence are active.
+
+    Keys and values of all tokens, projected, beside queries carried into the hidden space and back.
+    """
+    from tokenexit.ops.absorbed_attention import absorbed_attention
+    from tokenexit.ops.exit_attention import exit_attention
+
+    layer, (dtype, width) = bench().model.ours.encoder.layers[0], (bench().dtype, bench().width)
+    heads, d = layer.num_heads, width // layer.num_heads
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(sentences * n, width, generator=g).to(CHOSEN.device, dtype)
+    q = torch.randn(sentences * active, heads, d, generator=g).to(CHOSEN.device, dtype)
+    cu_q, cu_k = (torch.arange(sentences + 1, device=h.device) * size for size in (active, n))
+    weight, bias = layer.key_value.weight, layer.key_value.bias
+    key, value = weight.view(2, heads, d, width)
+
+    def projected(q=q, h=h, weight=weight, bias=bias):
+        k, v = F.linear(h, weight, bias).view(-1, 2, heads, d).unbind(1)
+        return exit_attention(q, k, v, cu_q, cu_k, d**-0.5, max_length=n)
+
+    def carried():
+        there = torch.bmm(q.transpose(0, 1), key).transpose(0, 1)
+        seen = absorbed_attention(there, h, cu_q, cu_k, d**-0.5, max_length=n)
+        back = torch.bmm(seen.transpose(0, 1), value.transpose(1, 2)).transpose(0, 1)
+        return back + bias.view(2, heads, d)[1]
+
+    truth = projected(*(x.float() for x in (q, h, weight, bias)))
+    found = {"projected": projected, "absorbed": carried}
+    title = f"-- attention of {active} of {n} tokens of {sentences} sentences"
+    facts = dict(role="attention", active=active, sentences=sentences, longest=n)
+    ms = in_graphs(title[3:], found, truth, projected(), "projected", **facts)
+    told = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in ms.items())
+    say(f"{title}, us with their keys and values: {told}", keep=True)
+
+
+def eight_bits(rows):
+    """The products of the feed-forward part in e4m3, a scale for each row and column, by cuBLAS."""
+    for role, (n, k) in {"up": (3072, 768), "down": (768, 3072)}.items():
+        g = torch.Generator().manual_seed(0)
+        x, w = (torch.randn(size, k, generator=g).cuda().bfloat16() for size in (rows, n))
+        parts = []
+        for one in (x, w * k**-0.5):
+            scale = one.abs().amax(1, keepdim=True).float() / 448
+            parts.append(((one / scale).to(torch.float8_e4m3fn), scale))
+        (x8, of_x), (w8, of_w) = parts
+        w = w * k**-0.5
+        found = {
+            "bf16": lambda x=x, w=w: F.linear(x, w),
+            "e4m3": lambda a=x8, b=w8, s=of_x, t=of_w: torch._scaled_mm(
+                a, b.T, scale_a=s, scale_b=t.T.contiguous(), out_dtype=torch.bfloat16
+            ),
+        }
+        ms = {}
+        for name, run in found.items():  # e4m3 has 3 bits: it is told how far off, and not judged
+            apart = (run().float() - found["bf16"]().float()).square().mean().sqrt().item()
+            ms |= in_graphs(f"{role}, {name}", {name: run}, role=role, rows=rows, rms_apart=apart)
+        told = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in ms.items())
+        say(f"-- {role}, {rows} rows, us: {told}; rms apart {apart:.3f}", keep=True)
+
+
+def in_graphs(what, found, truth=None, same=None, base="", **facts):
+    """Times of some in a CUDA graph each, by name; whose first rows are wrong is left out."""
+    made = {}
+    for name, run in found.items():
+        got = attempt(f"{what}, {name}", run)
+        wanted = truth is not None and got is not None
+        first = slice(0, len(truth) if wanted else None)
+        if got is None or (
+            wanted and not judge(f"{what}, {name}", got[first], truth, same, slice(None))
+        ):
+            continue
+
+        def several(run=run):
+            return [run() for _ in range(IN_A_GRAPH)][-1]
+
+        replay = attempt(f"a graph of {what}, {name}", lambda several=several: capture(several))
+        made |= {} if replay is None else {name: replay}
+    return table(f"-- {what}", made, base, each=IN_A_GRAPH, brief=True, **facts)
 
 
 def peers():
@@ -464,7 +663,7 @@ def peers():
         facts = dict(sentences=bench().size[0], longest=bench().size[1], profile="peers")
         facts |= dict(ragged=bool(lengths), dtype=str(bench().dtype)[6:])
         table(f"-- peers, {what}", found, gpu.HF, tokens, **facts)
-        if left() < 30:
+        if not time_for("more peers", 20):
             return
 
 
@@ -491,9 +690,8 @@ def products():
         )
         weight *= k**-0.5
         for rows in (capacity, capacity // 4, capacity // 10):
-            if left() < 10:
-                return
-            product_case(role, x, weight, rows)
+            if time_for(f"{role}, {rows} rows"):
+                product_case(role, x, weight, rows)
 
 
 def product_case(role, x, weight, rows):
@@ -510,20 +708,9 @@ def product_case(role, x, weight, rows):
 
         makers["tokenexit"] = lambda: linear(x, weight, count=count)
     truth, same = F.linear(x[:rows].float(), weight.float()), F.linear(x[:rows], weight)
-    found = {}
-    for name, run in makers.items():
-        got = attempt(f"{role}, {name}", run)
-        if got is None or not judge(f"{role}, {name}", got[:rows], truth, same, slice(None)):
-            continue
-
-        def several(run=run):
-            return [run() for _ in range(IN_A_GRAPH)][-1]
-
-        made = attempt(f"a graph of {role}, {name}", lambda several=several: capture(several))
-        found |= {} if made is None else {name: made}
     facts = dict(role=role, rows=rows, capacity=capacity, columns=n, depth=k, dtype="bfloat16")
     title = f"-- {role} {k}>{n}, {rows} of {capacity} rows"
-    ms = table(title, found, "cuBLAS exact", each=IN_A_GRAPH, brief=True, **facts)
+    ms = in_graphs(role, makers, truth, same, "cuBLAS exact", **facts)
     told = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in ms.items())
     rate = 2 * rows * n * k / 1e9 / min(ms.values(), default=1)
     # The summary is short: what lies between is in the rows.
@@ -541,7 +728,9 @@ def launches():
     batch = on_device(cpu)
     if CHOSEN.device == "cpu":
         return
-    for rate, kind in ((0.0, "even"), (0.75, "goal"), (0.75, "goal whole")):
+    for rate, kind in (*PLAN, (0.75, "goal whole")):
+        if not time_for(f"launches, exits {rate} {kind}", 4):
+            return
         layers = bench().exits(cpu, rate, kind)
         layers = None if layers is None else layers.to(CHOSEN.device)
         replay = gpu.layers_alone(bench().model.ours, batch, layers)
@@ -588,7 +777,12 @@ def by_layer(events, title, num_layers):
             write(profile=title, kernel=name, layer=number, us=round(us, 3))
 
 
-PARTS = {part.__name__: part for part in (smoke, speed, launches, products, sizes, peers)}
+PARTS = {
+    part.__name__: part
+    for part in (
+        smoke, speed, launches, products, large, one, ragged, sizes, train, trials, peers
+    )
+}  # fmt: skip
 
 
 def main(arguments=None) -> int:
@@ -601,6 +795,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--stage", default="probes", help="in whose name it is told")
     parser.add_argument("--device", default="cuda", help="cpu: only to try the program (--tiny)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model")
+    parser.add_argument("--warm", action="store_true", help="compile and judge, time nothing")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing that ends later")
     CHOSEN = parser.parse_args(arguments)
     BAD.clear()

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from tokenexit.kernels import autograd
+from tokenexit.kernels.trials import begin, begins
 from torch.library import triton_op, wrap_triton
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -113,8 +114,9 @@ def _exit_attention_fwd_kernel(
     SCALE: tl.constexpr, seed, H, REACH,
     stride_qa, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     DROP_BELOW: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    begin(DEPENDENT)
     start = tl.program_id(0) * BLOCK_Q
     head, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
     first_q, num_q = _span(cu_q_ptr, b)
@@ -383,7 +385,7 @@ def exit_attention(
     )
     if out.numel() and grid[2]:
         wrap_triton(_exit_attention_fwd_kernel)[grid](
-            q, k, v, out, lse, *shared, **named | dict(num_stages=3),
+            q, k, v, out, lse, *shared, **named | dict(num_stages=3) | begins(q),
             BLOCK_Q=block, BLOCK_K=half if dropout_p or bias is not None else block,
         )  # fmt: skip
     return out, lse

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from tokenexit.kernels.linear import load_row, load_stats, mean_rstd, stats_block
+from tokenexit.kernels.trials import begin, begins
 from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
@@ -117,8 +118,9 @@ def _exit_step_kernel(
     D, stride_xr, stride_ht, num_stats, layer, EPS: tl.constexpr,
     C: tl.constexpr, MAX_PROB: tl.constexpr, ANSWER: tl.constexpr, DECIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    begin(DEPENDENT)
     b = tl.program_id(0)
     first = tl.load(cu_active_ptr + b)
     last = tl.load(cu_active_ptr + b + 1)
@@ -254,5 +256,5 @@ def exit_step_(
             d, x.stride(0), h.stride(0), num_stats, layer, eps, labels, max_prob, answer, decide,
             stats_block(norm_stats, d), triton.next_power_of_2(num_stats),
             _ROWS, _BYTES // x.element_size(), max(16, triton.next_power_of_2(labels)), _WORDS,
-            num_stages=2,
+            num_stages=2, **begins(x),
         )  # fmt: skip

@@ -262,7 +262,7 @@ def asked(plan, out, stage, texts, device, tiny, seconds):
     """Runs, texts and sizes for a GPU, or for trying it."""
     out.mkdir(parents=True, exist_ok=True)
     gpu_probes.CHOSEN = argparse.Namespace(
-        out=out, stage=stage, device=device, tiny=tiny, seconds=seconds
+        warm=False, out=out, stage=stage, device=device, tiny=tiny, seconds=seconds
     )
     torch.set_float32_matmul_precision("highest")
     runs, more = runs_of(plan), {}

@@ -201,44 +201,6 @@ def alike(truth, model, batch, exits, logits: dict[str, torch.Tensor]):
             gpu_probes.say(told, keep=True)
 
 
-def training_step(model, sentences: int, length: int, share: float, warm: bool = False):
-    """Time a step of BERT-base at full depth and under exits as self-sampling draws them.
-
-    Args:
-        model: ours, in fp32.
-        share: of token-layers that are computed.
-    """
-    device = model.device.type
-    model = copy.deepcopy(model).train()
-    batch = texts.batch(texts.uniform(sentences, length, model.config.vocab_size))
-    exits = texts.imposed_exits(batch, len(model.encoder.layers), share)
-    batch, exits = gpu_probes.on_device(batch), exits.to(model.device)
-    labels = (batch.word_ids % model.num_labels).masked_fill(batch.word_ids < 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device != "cpu")
-    call = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "word_ids": batch.word_ids,
-        "labels": labels,
-        "policy": ExitPolicy.never(),
-    }
-
-    def step(layers):
-        with torch.autocast(device, torch.bfloat16):
-            loss = model(**call, exit_layers=layers).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    found = {"full depth": lambda: step(None), "self-sampling": lambda: step(exits)}
-    if warm:
-        return [run() for run in found.values()]
-    title = f"-- training step, {sentences} x {length}, bf16, {share:.3f} of token-layers"
-    facts = dict(sentences=sentences, longest=length, active_fraction=round(share, 4))
-    return gpu_probes.table(title, found, "full depth", sentences * length, **facts)
-
-
 def sampled_share(tagger: Tagger, data: Dataset) -> float:
     """Of token-layers, under policies as self-sampling draws them, in inference."""
     windows = tagger.windows(data["words"])
@@ -360,7 +322,7 @@ def measure(
     if "training step" in parts and gpu_probes.left() > LEAST:
         share = sampled_share(half, train.take(min(512, len(train))))
         share = max(share, 1 / len(exact.ours.exit_heads))
-        run = partial(training_step, large().ours, *step, share, warm)
+        run = partial(gpu_probes.training_step, large().ours, *step, share, warm)
         gpu_probes.attempt("training step", run)
     if "BERT-base" in parts:
         for size in sizes[1:]:

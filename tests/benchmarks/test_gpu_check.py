@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -42,9 +43,41 @@ def test_a_stage_that_fails_or_hangs_keeps_none_from_running(check, monkeypatch)
 
 @pytest.mark.parametrize("ended", [None, 3])
 def test_what_was_not_sanitized_is_not_clean(check, monkeypatch, ended):
-    statuses = iter([0, ended])
-    monkeypatch.setattr(check, "run", lambda *_: next(statuses))
+    statuses = [0, ended, 0, 0]
+    monkeypatch.setattr(check, "run", lambda *_: statuses.pop())
     assert check.run_sanitize(100) == ended
+    told = check.tell("sanitize")
+    assert told.count(": clean") == 3
+    assert told.count(": CUT OFF" if ended is None else ": FAILED with status 3") == 1
+
+
+def test_joined_stages_run_at_once_and_an_end_from_without_is_told(check, monkeypatch):
+    both, seen = threading.Barrier(2, timeout=60), []
+
+    def waits(_):
+        both.wait()
+        seen.append((check.out / "summary.txt").read_text())
+        both.wait()
+        return 0
+
+    for name in ("one", "ragged"):
+        monkeypatch.setattr(check, f"run_{name}", waits, raising=False)
+    check.stages("one+ragged")
+    assert not check.failed
+    assert all(told.count("begun, not ended") == 2 for told in seen)
+    assert check.summary().count(": ok") == 2 and "begun" not in check.summary()
+
+
+def test_what_is_warmed_is_what_is_timed(check, monkeypatch):
+    asked = []
+    monkeypatch.setattr(check, "run", lambda name, command, limit: asked.append(command) or 0)
+    assert check.run_warm(20) == 0
+    parts = [x for command in asked for x in command if x in gpu_check.WARMED]
+    assert sorted(parts) == sorted(gpu_check.WARMED)
+    assert all("--warm" in command for command in asked)
+    assert set(gpu_check.WARMED) <= gpu_probes.PARTS.keys() & gpu_check.LIMITS.keys()
+    with pytest.raises(AttributeError, match="run_odd"):
+        check.run_odd(20)
 
 
 def is_alive(pid):
@@ -57,8 +90,8 @@ def is_alive(pid):
 def test_the_summary_is_short(check):
     for name, (_, characters) in gpu_check.LIMITS.items():
         check.told[name] = f"== {name}: FAILED with status 139, 150 s\n{'x' * characters}\n"
-    assert len(check.summary()) < 10_000
-    default = list(check.told)[:-3]
+    assert len(check.summary()) < 12_000
+    default = list(check.told)[:-6]
     assert sum(len(check.told[name]) for name in default) < gpu_check.MOST  # nothing is cut
 
 
@@ -102,7 +135,7 @@ def test_stages_without_a_gpu(tmp_path, monkeypatch):
 @pytest.fixture
 def probes(tmp_path, monkeypatch):
     """What the parts write, on a CPU at tiny sizes."""
-    options = dict(out=tmp_path, stage="speed", device="cpu", tiny=True, seconds=1e9)
+    options = dict(out=tmp_path, stage="speed", device="cpu", tiny=True, seconds=1e9, warm=False)
     monkeypatch.setattr(gpu_probes, "CHOSEN", argparse.Namespace(**options))
     monkeypatch.setattr(gpu_probes, "BAD", [])
     return lambda: [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").open()]
@@ -124,6 +157,44 @@ def test_products_are_held_against_fp32_before_they_are_timed(probes, monkeypatc
     late = [row["system"] for row in probes() if row["role"] == "down"]
     assert len(late) == 2 and "grouped_mm" not in late
     assert gpu_probes.BAD == ["down, grouped_mm"]
+
+
+@torch.inference_mode()
+def test_absorbed_attention_is_held_against_fp32_before_it_is_timed(probes, monkeypatch):
+    gpu_probes.bench.cache_clear()
+    gpu_probes.absorbed(2, 3, 8)
+    rows = probes()
+    assert {row["system"] for row in rows} == {"projected", "absorbed"}
+    assert all((row["active"], row["longest"], row["role"]) == (2, 8, "attention") for row in rows)
+    monkeypatch.setattr(gpu_probes.torch, "bmm", lambda x, y: 1 + x @ y)
+    gpu_probes.absorbed(3, 3, 8)
+    assert [row["system"] for row in probes() if row["active"] == 3] == ["projected"]
+    assert gpu_probes.BAD == ["attention of 3 of 8 tokens of 3 sentences, absorbed"]
+    gpu_probes.bench.cache_clear()
+
+
+@torch.inference_mode()
+def test_what_is_only_warmed_or_has_no_time_is_not_timed(probes, monkeypatch, tmp_path):
+    gpu_probes.bench.cache_clear()
+    monkeypatch.setattr(gpu_probes.CHOSEN, "warm", True)
+    assert gpu_probes.bench().case(2, 8, 0.0, "even", ["layers, graph"]) == {}
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.setattr(gpu_probes.CHOSEN, "warm", False)
+    monkeypatch.setattr(gpu_probes.CHOSEN, "seconds", 0)
+    gpu_probes.one()
+    told = (tmp_path / "notes/speed.txt").read_text()
+    assert "-- 1 x 8, exits 0.75 goal: not run" in told and told.count("not run") == 2
+    gpu_probes.bench.cache_clear()
+
+
+def test_what_is_tried_is_tried_for_a_while():
+    trials = pytest.importorskip("tokenexit.kernels.trials")
+    before = dict(vars(trials))
+    for values in gpu_probes.TRIED.values():
+        assert values.keys() <= before.keys()
+        with gpu_probes.tried(**values):
+            assert all(getattr(trials, name) == value for name, value in values.items())
+        assert vars(trials) == before
 
 
 @torch.inference_mode()

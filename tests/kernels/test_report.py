@@ -118,6 +118,34 @@ def test_other_dtypes_fit(tmp_path):
     check(compile_all(tmp_path, CASES))
 
 
+TRIED = """
+import re, sys
+from tokenexit.kernels import report, trials
+code, read = [], report._nvidia
+def kept(compiled):
+    code.append(read(compiled))
+    return code[-1]
+report._nvidia = kept
+trials.DEPENDENT, trials.FEW_ROWS = True, 512
+kernels = ["exit_attention_fwd", "linear_up_large", "query_key_value", "exit_step_9"]
+for kernel in kernels:
+    assert report.main(["--arch", "sm_90", "--kernel", kernel]) == 0
+for _, _, text in code:
+    lines = [line for _, line in report.instructions(text)]
+    waits = [i for i, line in enumerate(lines) if "ACQBULK" in line]
+    reads = [i for i, line in enumerate(lines) if re.search(r"\\b(LDG|LDGSTS|UTMALDG|STG)", line)]
+    assert waits and reads and waits[0] < reads[0], (waits, reads[:1])
+    assert any("PREEXIT" in line for line in lines)
+assert len(code) >= len(kernels), len(code)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_tried_compiles_and_waits_before_it_reads():
+    done = run("-c", TRIED)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_only_what_is_asked_for():
     call = "--arch gfx942 --model minilm --dtype bf16 --kernel bias_gelu --table".split()
