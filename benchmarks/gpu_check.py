@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py [STAGE ...] [--out FOLDER] [--budget SECONDS]
 
-Stages, in this order; all but the last six where none is named:
+Stages, in this order; all but the last five where none is named:
 
     env       versions, the GPU, its rate of products
     build     the package with its CUDA op, aside; tokenexit/_C.abi3.so as it is if that serves here
@@ -12,17 +12,14 @@ Stages, in this order; all but the last six where none is named:
     products  those of a layer alone, beside cuBLAS and others
     tests     all tests that run on a GPU
     peers     packed with varlen or flexible attention, Hugging Face in a CUDA graph, torch.compile
-    large     256 x 128
-    one       one sentence of 32 tokens, beside Hugging Face's graph
-    ragged    sentences of many lengths
+    goals     one sentence of 32 tokens, 256 x 128, sentences of many lengths, a training step
     sizes     few sentences, long ones, bf16
-    train     a training step under exits, beside one at full depth
     trials    what no GPU has measured and is off (kernels/trials.py), beside what is on
     teach     trains a tagger into build/gpu-tagger; wants build/gpu-evidence, which
               `python -m experiments pack PLAN FOLDER` makes
     evidence  what that tagger's exits are worth
     sanitize  the CUDA op, a product and an exit step under compute-sanitizer, all at once
-    warm      compiles what speed, large, one, ragged, train, trials and peers launch; times nothing
+    warm      compiles what speed, goals, trials and peers launch; times nothing
 
 Stages joined by + run at once (`build tests+warm+sanitize speed`): what is timed runs alone.
 A stage gets what its own limit and the budget leave; one that fails or is cut off keeps no other
@@ -60,18 +57,16 @@ LIMITS = {
     "products": (75, 1500),
     "tests": (170, 1000),
     "peers": (150, 1100),
-    "large": (40, 600),
-    "one": (30, 400),
-    "ragged": (30, 400),
+    "goals": (110, 1600),
     "sizes": (60, 600),
-    "train": (40, 300),
     "trials": (90, 2500),
     "teach": (80, 1500),
     "evidence": (60, 6000),
     "sanitize": (150, 300),
     "warm": (150, 600),
 }
-WARMED = ("speed", "large", "one", "ragged", "train", "trials", "peers")
+GOALS = ("one", "large", "ragged", "train")  # parts of one process, which imports once
+WARMED = ("speed", *GOALS, "trials", "peers")
 LEAST = 8  # seconds, for which no stage begins
 SANITIZED = [
     ("memcheck", "tests/ops/test_compact_active.py", "cuda and (no_sentences or matches_a_loop)"),
@@ -242,12 +237,17 @@ class Check:
     def run_products(self, limit):
         return self.probes("products", limit, "products")
 
-    def __getattr__(self, name):
-        """Of a stage that is one part of the probes, by the same name."""
-        stage = name.removeprefix("run_")
-        if stage not in (*WARMED, "sizes"):
-            raise AttributeError(name)
-        return lambda limit: self.probes(stage, limit, stage)
+    def run_goals(self, limit):
+        return self.probes("goals", limit, *GOALS)
+
+    def run_sizes(self, limit):
+        return self.probes("sizes", limit, "sizes")
+
+    def run_trials(self, limit):
+        return self.probes("trials", limit, "trials")
+
+    def run_peers(self, limit):
+        return self.probes("peers", limit, "peers")
 
     def run_warm(self, limit):
         """As two processes, so that the longest compilations are not behind one another."""
@@ -345,7 +345,7 @@ def main(arguments=None) -> int:
     options.out = options.out.resolve()
     with tempfile.TemporaryDirectory() as work:
         check = Check(options, Path(work))
-        for joined in options.stages or list(LIMITS)[:-6]:
+        for joined in options.stages or list(LIMITS)[:-5]:
             check.stages(joined)
         print(f"==== summary after {options.budget - check.left():.0f} s\n{check.summary()}")
     return int(bool(check.failed))

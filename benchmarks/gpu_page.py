@@ -49,8 +49,8 @@ def exits(rows) -> str:
     """A quarter of the token-layers, by what leaves."""
     lines = []
     for size in ((64, 128), (256, 128)):
-        where = dict(sentences=size[0], longest=size[1], dtype="float16")
-        rows_of = [r for r in rows if r["stage"] in ("speed", "sizes", "large")]
+        where = dict(sentences=size[0], longest=size[1], dtype="float16", ragged=False)
+        rows_of = [r for r in rows if r["stage"] in ("speed", "sizes", "goals")]
         full = of(rows_of, exit_rate=0.0, **where)
         for profile, what in PROFILES.items():
             ms = of(rows_of, profile=profile, **where)
@@ -95,7 +95,7 @@ _LIBRARIES = ("cuBLAS exact", "cuBLAS all", "grouped_mm")
 
 def one(rows) -> str:
     where = dict(sentences=1, longest=32, exit_rate=0.0)
-    ms = of(rows, stage="one", **where) or of(rows, stage="sizes", **where)
+    ms = of(rows, stage="goals", **where) or of(rows, stage="sizes", **where)
     lines = [(name, f"{x:.2f}", f"{ms[HF] / x:.1f}") for name, x in ms.items()]
     return table(["1 x 32, fp16", "ms", f"over {HF}"], lines)
 
