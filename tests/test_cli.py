@@ -196,10 +196,10 @@ def test_adapt_then_speeds(folder, texts, capsys, tmp_path):
     assert "Made from `hf`: bert, 4 layers of 32" in about and "with 80% below" in about
     code, out, err = call(
         capsys, "calibrate", tagger, "-d", texts, "--max-disagreement", 0.4, "--original", model,
-        "--json", "--per-layer",
+        "--json", "--per-layer", "--per-type", "PER",
     )  # fmt: skip
     assert code == 0 and json.loads(out)["dial"]["reference"] == "the original", err
-    assert json.loads(out)["dial"]["per_layer"]
+    assert json.loads(out)["dial"]["per_layer"] and json.loads(out)["dial"]["per_type"] == ["PER"]
     code, out, err = call(
         capsys, "calibrate", tagger, "-d", tmp_path / "odd.conll", "--metric", "accuracy",
         "--max-loss", 1, "--original", model,

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import threading
 from pathlib import Path
 
@@ -134,6 +135,68 @@ def test_a_promise_of_each_layer(tagger, found):
     assert dial.promised == fixed_sequence(kinds, BOUND, 0.9) - 1 <= found.dial.promised
     for one, other in zip(dial.speeds[1:], found.dial.speeds[1:], strict=True):
         assert one.bound >= other.bound and one.disagreement == other.disagreement
+
+
+def test_a_promise_of_each_type(tagger, found):
+    """By the labels at full depth; the bound is that of the worst type."""
+    names = tagger.model.config.id2label
+    words = sentences(400)
+    labels = [tagged.labels for tagged in tagger.tag(words, ExitPolicy.never())]
+    counts = {name: sum(name in its for its in labels) for name in names.values()}
+    common = [name for name in sorted(counts) if counts[name] > 200][:2]
+    assert common, counts
+    dial = make_dial(tagger, words, BOUND, 0.9, policies=GRID, per_type=common).dial
+    assert dial.per_type == tuple(x for x in names.values() if x in common)
+    assert f"each type by itself ({', '.join(dial.per_type)}), too; tested" in dial.promise
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0)).tolist()
+    apart = [words[i] for i in order][for_path(400) :]
+    whole = [tagged.labels for tagged in tagger.tag(apart, ExitPolicy.never())]
+    kinds = []
+    for speed in dial.speeds:
+        tagged = tagger.tag(apart, speed.policy)
+        losses = {None: [], **{name: [] for name in common}}
+        for t, w in zip(tagged, whole, strict=True):
+            for name, its in losses.items():
+                rows = [a != b for a, b in zip(t.labels, w, strict=True) if name in (None, b)]
+                its += [np.mean(rows)] if rows else []
+        for name in common:
+            assert speed.by_type[name] == pytest.approx(np.mean(losses[name]))
+        kinds.append(tuple(losses.values()))
+        if speed is not dial.speeds[0]:
+            assert speed.bound == pytest.approx(max(upper_bound(x, 0.9) for x in losses.values()))
+    assert dial.promised == fixed_sequence(kinds, BOUND, 0.9) - 1
+    saved = json.loads(json.dumps(dial.to_dict()))
+    assert Dial.from_dict(saved) == dial and hash(dial) == hash(Dial.from_dict(saved))
+    del saved["per_type"], saved["speeds"][0]["by_type"]  # as older versions saved it
+    assert Dial.from_dict(saved).per_type == ()
+
+
+def test_too_little_text_for_a_type_is_told(tagger):
+    names = tagger.model.config.id2label
+    words, least = sentences(200), needed(BOUND, 0.9)
+    rare, common = names[0], names[1]
+    labels = [[rare if i == 0 and not n % 20 else common for i in range(len(x))]
+              for n, x in enumerate(words)]  # fmt: skip
+    ask = {"policies": GRID, "reference": labels}
+    with pytest.raises(ValueError) as told:
+        make_dial(tagger, words, BOUND, 0.9, per_type=True, **ask)
+    tested, text = 140, str(told.value)
+    has = int(text.partition(f"{rare} (")[2].split(",")[0])
+    assert 0 < has < least and f"at least {least} of the {tested} that are tested" in text
+    wanted = math.ceil(least * tested / has)
+    enough = next(n for n in range(1000) if n - for_path(n) >= wanted)
+    assert f"{rare} ({has}, about {enough} would do)" in text
+    assert f"{names[2]} (0)" in text and common not in text.replace(rare, "")
+    make_dial(tagger, words, BOUND, 0.9, per_type=[common], **ask)
+    for wrong, error, message in (
+        (["PER", common], ValueError, "per_type has 'PER'; expected types"),
+        ("PER", TypeError, "per_type is 'PER'; expected True, False or a list"),
+    ):
+        with pytest.raises(error, match=message):
+            make_dial(tagger, words, BOUND, 0.9, per_type=wrong)
+    data = Dataset.from_dict({"words": words, "labels": labels})
+    with pytest.raises(ValueError, match="per_layer or per_type without max_disagreement"):
+        calibrate(tagger, data, max_loss=0.1, per_type=True)
 
 
 def test_nothing_is_chosen_by_what_is_tested(tagger, found, monkeypatch):
@@ -422,7 +485,7 @@ def test_text_that_leaves_elsewhere_is_told_once(tiny_tokenizer, caplog, seen, w
 
 def test_what_the_docs_say_is_needed():
     """And the bound of half as many as is promised: by the test of test_promise's power."""
-    text = (ROOT / "docs" / "adapt.md").read_text()
+    text = (ROOT / "docs" / "promise.md").read_text()
     for bound, name in ((0.01, "1 %"), (0.005, "0.5 %")):
         assert f"| {name} | {needed(bound, 0.9)} |" in text
 

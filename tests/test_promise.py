@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tokenexit import promise
+from tokenexit.calibrate import by_type
 from tokenexit.promise import fixed_sequence, holds, needed, upper_bound
 
 DRAWS, DELTA = 1000, 0.1
@@ -161,6 +162,83 @@ def test_each_of_several_kinds_has_to_hold():
         found += [fixed_sequence([x], 0.02, 0.9) for x in (every, (every, early))]
     assert found[0] / DRAWS > 0.8 and found[1] / DRAWS <= TOO_OFTEN
     assert fixed_sequence([([0.0] * 500, [0.0] * 500), ([0.0] * 500, [1.0] * 500)], 0.02, 0.9) == 1
+
+
+TYPES = {"B-PER": "PER", "I-PER": "PER", "B-LOC": "LOC"}
+# Of words of LOC, which a third of the sentences have: in the second step beyond the bound of 0.02.
+PATH_OF_TYPES = ((0.001, 0.001), (0.002, 0.0205))
+
+
+def typed_step(rng, of_per, of_loc, count=700):
+    """Labels as they should be, and with known shares of each type's words wrong."""
+    whole, labels = [], []
+    for rare in rng.random(count) < 1 / 3:
+        names = ["O"] * int(rng.integers(3, 9)) + ["B-PER", "I-PER"] * int(rng.integers(0, 3))
+        names += ["B-LOC"] * int(rng.integers(1, 4)) * bool(rare)
+        risks = [{"P": of_per, "L": of_loc}.get(x[2:3], 0.0) for x in names]
+        whole.append(names)
+        labels.append(np.where(rng.random(len(names)) < risks, "O", names).tolist())
+    return labels, whole
+
+
+def types_wrongly_promised(kinds, test=fixed_sequence, draws=120):
+    """How often the second step is promised, where words of LOC change too often."""
+    rng, wrong = np.random.default_rng(11), 0
+    for _ in range(draws):
+        path = [kinds(*typed_step(rng, *risks)) for risks in PATH_OF_TYPES]
+        wrong += test(path, 0.02, 0.9) > 1
+    return wrong / draws
+
+
+def each_type(labels, whole):
+    return tuple(by_type(labels, whole, TYPES).values())
+
+
+def test_each_type_keeps_the_bound_without_a_correction_for_their_number():
+    most = DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / 120)
+    assert types_wrongly_promised(each_type) <= most
+    rng, passed = np.random.default_rng(12), 0  # and it is not that nothing ever passes
+    for _ in range(20):
+        passed += fixed_sequence([each_type(*typed_step(rng, 0.001, 0.001))], 0.02, 0.9)
+    assert passed > 10
+
+
+def pooled(labels, whole):
+    """Of all words that have a type."""
+    return tuple(by_type(labels, whole, dict.fromkeys(TYPES, "any")).values())
+
+
+def of_all_words(labels, whole):
+    """The share of a type's wrong words among all words of the sentence."""
+    rows = list(zip(labels, whole, strict=True))
+    return tuple(
+        np.array([np.mean([a != b and TYPES.get(b) == kind for a, b in zip(*r)]) for r in rows])  # noqa: B905
+        for kind in ("PER", "LOC")
+    )
+
+
+def sentences_without(labels, whole):
+    """A sentence without the type counts as one without a fault."""
+    return tuple(np.pad(x, (0, len(whole) - len(x))) for x in each_type(labels, whole))
+
+
+def any_type(path, bound, confidence):
+    """A step passes if one of its types does."""
+    return max(fixed_sequence(x, bound, confidence) for x in zip(*path, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "test"),
+    [
+        (pooled, fixed_sequence),
+        (of_all_words, fixed_sequence),
+        (sentences_without, fixed_sequence),
+        (each_type, any_type),
+    ],
+    ids=["all types together", "of all words", "sentences without", "any type"],
+)
+def test_bugs_in_the_promise_of_types_are_found(kinds, test):
+    assert types_wrongly_promised(kinds, test, draws=25) > 0.3
 
 
 def test_power():

@@ -23,7 +23,7 @@ from tokenexit.policy import ExitPolicy
 from tokenexit.reference import uncertainty
 from tokenexit.schedule import Schedule, simulate_exits
 from tokenexit.text.encoding import Window, merge
-from tokenexit.text.scoring import score
+from tokenexit.text.scoring import score, shown, types
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -129,6 +129,7 @@ def calibrate(
     timing_runs: int = 0,
     original: Tagger | None = None,
     per_layer: bool = False,
+    per_type: bool | Sequence[str] = False,
 ) -> Calibration:
     """Sweep policies on development data and pick one.
 
@@ -148,16 +149,17 @@ def calibrate(
         verify: at most so many run with real exits, the likeliest first. None: no limit.
         metric: see `tokenexit.text.scoring.score`.
         progress: called with (what, done, total).
-        max_disagreement, confidence, per_layer, timing_runs: in place of the targets, a promise for
-            text without labels, see `make_dial`, which says how it is found. Full depth is chosen
-            where every policy with exits disagrees too much.
+        max_disagreement, confidence, per_layer, per_type, timing_runs: in place of the targets, a
+            promise for text without labels, see `make_dial`, which says how it is found. Full depth
+            is chosen where every policy with exits disagrees too much.
         original: the tagger that this one was before it was trained to exit: a loss is of its
             score, a promise about its labels, at full depth. None: full depth of this one.
 
     Raises:
-        ValueError: several targets; a target that no policy reaches; no sentences or labels, or no
-            entity among them; classifiers that were never trained; too few sentences for the
-            promise; an original and a target speed-up.
+        ValueError: several targets; a promise of layers or types without its bound; a target that
+            no policy reaches; no sentences or labels, or no entity among them; classifiers that
+            were never trained; too few sentences for the promise; an original and a target
+            speed-up.
     """
     targets = {
         "target_speedup": target_speedup,
@@ -168,6 +170,8 @@ def calibrate(
         raise ValueError(f"got both {' and '.join(given)}; expected one of them")
     if original is not None and target_speedup is not None:
         raise ValueError("got original with target_speedup; expected a loss or a disagreement")
+    if max_disagreement is None and (per_layer or per_type is not False):
+        raise ValueError("got per_layer or per_type without max_disagreement, whose promise it is")
     if max_disagreement is not None:
         if verify is not None:
             raise ValueError("got verify with max_disagreement, which runs all policies of a path")
@@ -179,6 +183,7 @@ def calibrate(
             reference=original and _whole(original, data["words"]),
             policies=policies,
             per_layer=per_layer,
+            per_type=per_type,
             timing_runs=timing_runs,
             progress=progress,
         )
@@ -297,6 +302,7 @@ def make_dial(
     known_reference: Sequence[Sequence[str]] | None = None,
     policies: Sequence[ExitPolicy] | None = None,
     per_layer: bool = False,
+    per_type: bool | Sequence[str] = False,
     timing_runs: int = 0,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
@@ -323,6 +329,11 @@ def make_dial(
             that bad exits that come early do not hide behind good ones that come late (Ringel et
             al., arXiv 2402.00857). Layers by which words of too few sentences left are not held to
             it; theirs count at the next.
+        per_type: promise the same of the words of each type by themselves, by the labels that count
+            as right: of "PER", of those that are "B-PER" or "I-PER" there. True: of each type that
+            the tagger knows; or the names of some. Each is tested at the full confidence, at each
+            step of the path: for a step to be promised wrongly, one type that is wrong there has to
+            pass, which it does with probability 1 - confidence at most, however many there are.
         timing_runs: measure the wall clock of each step, over 200 sentences, so often.
         seed: of the shuffling.
         progress: called with (what, done, total).
@@ -333,16 +344,23 @@ def make_dial(
         do.
 
     Raises:
-        ValueError: a bound or a confidence that is not between 0 and 1; so few sentences that
-            nothing could be promised even if no label changed; classifiers never trained.
+        ValueError: a bound or a confidence that is not between 0 and 1; so few sentences, or so few
+            with a type, that nothing could be promised even if no label changed; a type that the
+            tagger does not know; classifiers never trained.
     """
     promise.check_share("max_disagreement", max_disagreement)
     least = promise.needed(max_disagreement, confidence)
     _check_trained(tagger)
+    type_of = chosen_types(tagger, per_type)
     kept = [i for i, words in enumerate(sentences) if len(words)]
+
+    def given(tested: int) -> int:
+        """Of how many sentences so many test the path."""
+        return next(n for n in count(tested) if n - used(n) >= tested)
+
     used = for_path if known is None else lambda count: 0
     if len(kept) - used(len(kept)) < least:
-        enough = next(n for n in count(least) if n - used(n) >= least)
+        enough = given(least)
         raise ValueError(
             f"got {len(kept)} sentences with words; expected at least {enough}: fewer do not show, "
             f"with a confidence of {confidence:g}, that less than {max_disagreement:.2%} of labels "
@@ -361,6 +379,7 @@ def make_dial(
         policies = policy_grid(thresholds=FINE)
     full = policies[0].replace(level="token", threshold=0.0, schedule="constant", min_active=1)
     whole = labels or tag_windows(tagger, tagger.windows(words), full).labels
+    check_types(whole[cut:], type_of, max_disagreement, confidence, given)
     data = {"words": words[:cut], "labels": whole[:cut]}
     sweep = Sweep(tagger, data, policies[0].criterion, "accuracy")
     simulated = []
@@ -379,7 +398,9 @@ def make_dial(
     windows, tested, losses = tagger.windows(words[cut:]), [], []
     for number, policy in enumerate(path, 1):
         its_losses, real = _run(tagger, windows, policy, whole[cut:])
+        of_types = by_type(real.labels, whole[cut:], type_of)
         kinds = (its_losses, *(_by_layer(real, whole[cut:], least) if per_layer else ()))
+        kinds += tuple(of_types.values())
         losses.append(kinds)
         itself = reference is None and policy == full  # which agrees by definition
         tested.append(
@@ -389,6 +410,7 @@ def make_dial(
                 disagreement=float(its_losses.mean()),
                 bound=0.0 if itself else max(promise.upper_bound(x, confidence) for x in kinds),
                 mean_exit_layer=fmean(layer for exits in real.exits for layer in exits),
+                by_type={name: float(x.mean()) for name, x in of_types.items()} or None,
             )
         )
         progress("test the path", number, len(path))
@@ -402,7 +424,7 @@ def make_dial(
                 scaled = zip(each, kinds, strict=True)
                 found.append(max(math.ceil(n * len(kinds[0]) / len(x)) for n, x in scaled))
         fewest = min(found, default=None)
-        needed = fewest and next(n for n in count(fewest) if n - used(n) >= fewest)
+        needed = fewest and given(fewest)
     if timing_runs:
         some = [window for window in windows if window.sentence < TIMED_SENTENCES]
         times = time_policies(tagger, some, path, timing_runs)
@@ -426,6 +448,7 @@ def make_dial(
             dtype=dtype_of(tagger.model),
             reference="full depth" if reference is None else "the original",
             per_layer=per_layer,
+            per_type=tuple(dict.fromkeys(type_of.values())),
         ),
         needed=needed,
     )
@@ -474,6 +497,76 @@ def _by_layer(outcome: Outcome, whole: Sequence[Sequence[str]], least: int) -> I
                 losses.append(fmean(wrong))
         if len(losses) >= least:
             yield np.array(losses)
+
+
+def chosen_types(tagger: Tagger, per_type: bool | Sequence[str]) -> dict[str, str]:
+    """Of labels their types, see `make_dial`; empty for False.
+
+    Raises:
+        TypeError: neither a truth value nor names.
+        ValueError: a type that the tagger's labels do not tell of.
+    """
+    if per_type is False:
+        return {}
+    known = types(tagger.model.config.id2label.values())
+    if per_type is True:
+        return known
+    if isinstance(per_type, str) or not isinstance(per_type, Sequence):
+        raise TypeError(f"per_type is {per_type!r}; expected True, False or a list of types")
+    if odd := [name for name in per_type if name not in known.values()]:
+        raise ValueError(
+            f"per_type has {shown(odd)}; expected types that the tagger's labels tell of: "
+            f"{shown(sorted(set(known.values())), 20)}"
+        )
+    return {label: name for label, name in known.items() if name in per_type}
+
+
+def check_types(
+    whole: Sequence[Sequence[str]],
+    type_of: Mapping[str, str],
+    max_disagreement: float,
+    confidence: float,
+    given: Callable[[int], int],
+):
+    """Raise ValueError unless each type stands in as many sentences as its promise wants at least.
+
+    Args:
+        whole: labels that count as right, of the sentences that test the path.
+        type_of: of `chosen_types`.
+        given: of how many sentences so many would test the path.
+    """
+    least = promise.needed(max_disagreement, confidence)
+    found = {name: len(losses) for name, losses in by_type(whole, whole, type_of).items()}
+    few = []
+    for name in sorted(set(type_of.values())):
+        if (its := found.get(name, 0)) < least:
+            enough = f", about {given(math.ceil(least * len(whole) / its))} would do" if its else ""
+            few.append(f"{name} ({its}{enough})")
+    if few:
+        raise ValueError(
+            f"got too few sentences with a word of {', '.join(few)}; expected at least {least} of "
+            f"the {len(whole)} that are tested, for a promise of that type below "
+            f"{max_disagreement:.2%} with a confidence of {confidence:g}, even if no label "
+            "changes; give more text, or name the types that are to be promised"
+        )
+
+
+def by_type(
+    labels: Sequence[Sequence[str]], whole: Sequence[Sequence[str]], type_of: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """For each type, of the words that have it by `whole`, the share with another label.
+
+    One number for each sentence that has such words; a type that none has is left out.
+    """
+    losses = {}
+    for its_labels, wanted in zip(labels, whole, strict=True):
+        wrong = {}
+        for a, b in zip(its_labels, wanted, strict=True):
+            if b in type_of:
+                wrong.setdefault(type_of[b], []).append(a != b)
+        for name, its in wrong.items():
+            losses.setdefault(name, []).append(fmean(its))
+    return {name: np.array(losses[name]) for name in sorted(losses)}
 
 
 def _rising(points: Iterable[Point], margin: float) -> list[Point]:

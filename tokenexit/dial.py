@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 
 from tokenexit.policy import ExitPolicy
@@ -26,6 +26,7 @@ class Speed:
         mean_exit_layer: over words.
         wall_speedup: over full depth, in the time of the machine that measured it, or None.
         score: on annotated sentences, in the dial's metric, or None.
+        by_type: for each type of the dial's promise, the disagreement of words of that type.
     """
 
     policy: ExitPolicy
@@ -35,6 +36,7 @@ class Speed:
     mean_exit_layer: float
     wall_speedup: float | None = None
     score: float | None = None
+    by_type: dict[str, float] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Dial:
         metric: of the speeds' scores, or None.
         reference: whose labels count as right: "full depth" or "the original".
         per_layer: whether it is promised of the words that left by each layer by themselves, too.
+        per_type: types of which it is promised each by itself, too: "PER" of "B-PER".
     """
 
     speeds: tuple[Speed, ...]
@@ -63,15 +66,19 @@ class Dial:
     metric: str | None = None
     reference: str = "full depth"
     per_layer: bool = False
+    per_type: tuple[str, ...] = ()
 
     @property
     def promise(self) -> str:
         """What is promised, in words."""
+        kinds = ["the words that left by each layer"] if self.per_layer else []
+        if self.per_type:
+            kinds.append(f"the words of each type by itself ({', '.join(self.per_type)})")
         return (
             f"with a confidence of {self.confidence:.0%}, the labels of fewer than "
             f"{self.max_disagreement:.2%} of a sentence's words, in the mean over such sentences, "
             f"are not those of {self.reference}"
-            + (", which holds of the words that left by each layer, too" if self.per_layer else "")
+            + (f", which holds of {' and of '.join(kinds)}, too" if kinds else "")
             + f"; tested on {self.sentences} sentences"
         )
 
@@ -128,11 +135,12 @@ class Dial:
                 Speed(**{**one, "policy": ExitPolicy.from_dict(one["policy"])})
                 for one in values["speeds"]
             )
-            dial = cls(**{**values, "speeds": speeds})
+            per_type = tuple(values.get("per_type", ()))
+            dial = cls(**{**values, "speeds": speeds, "per_type": per_type})
             if not speeds or dial.promised not in (None, *range(len(speeds))):
                 raise ValueError(f"promised is {dial.promised} of {len(speeds)} speeds")
         except (TypeError, KeyError, ValueError) as error:
-            names = [field.name for field in fields(cls)]
+            names = [one.name for one in fields(cls)]
             raise ValueError(f"the dial is {values!r:.60} ({error}); expected {names}") from error
         return dial
 

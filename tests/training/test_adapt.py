@@ -1,16 +1,22 @@
 """adapt: the tagger stays what it was, its heads learn from it, its folder is not touched."""
 
+import json
 import re
+import shlex
+import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from random_models import ALL_FAMILIES, random_classifier
+from test_cli import call
 from test_dial import WORDS, sentences
 from test_trainer import NAMES, data
+from transformers import pipeline
 
 import tokenexit
 from tokenexit import ExitPolicy, Tagger
@@ -218,6 +224,31 @@ def test_tuning_is_held_against_the_model_of_before(trained):
         assert speed.disagreement == pytest.approx(np.mean(loss))
 
 
+def test_eight_bits_are_held_against_the_model_of_before(trained, tmp_path):
+    with torch.inference_mode():  # as a caller may be in; what is to be trained is made outside
+        result = adapt(trained, sentences(200), int8=True, per_type=["PER"], **BOUND)
+    dial, model = result.calibration.dial, result.tagger.model
+    assert dial.dtype == "int8" and model.config.int8
+    assert (dial.reference, dial.per_type) == ("the original", ("PER",))
+    assert dial.speeds[0].bound > 0  # even of full depth, which is not to the bit what it was
+    result.tagger.save_pretrained(tmp_path)
+    again = Tagger.from_pretrained(tmp_path, speed="promised")
+    assert again.tag(sentences(5)) == result.tagger.tag(sentences(5), speed="promised")
+
+
+def test_what_can_not_be_done_is_told_before_the_work(trained, tiny_tokenizer, monkeypatch):
+    def work(*args, **kwargs):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr("tokenexit.training.adapt.distill_heads", work)
+    with pytest.raises(ValueError, match="too few sentences with a word of PER"):
+        adapt(trained, [["the", "red"]] * 200, per_type=["PER"], **BOUND)
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match="expected a multiple of 4 for int8"):
+        hf = theirs(tokenizer, intermediate_size=66)
+        adapt(hf, sentences(80), tokenizer, int8=True, **BOUND)
+
+
 def test_tuning_goes_on_after_a_kill(trained, tmp_path):
     def run(folder, resume=False, kill=None):
         def progress(what, done, total):
@@ -280,17 +311,61 @@ def test_texts_are_split_as_the_tokenizer_does(tiny_tokenizer):
     assert set(WORDS) & set(both[0].tagger.split(texts)[0])
 
 
-def test_the_docs_run(trained, tmp_path, monkeypatch):
-    """Every Python block of docs/adapt.md in one go, but for the server, which wants FastAPI."""
-    text = (ROOT / "docs" / "adapt.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4 and "fastapi" in blocks.pop()
+def blocks(page):
+    """The commands and the Python of a page, in their order."""
+    text = (ROOT / "docs" / page).read_text()
+    return re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
+
+
+class FastAPI:
+    """A stand-in that keeps what is served by its path."""
+
+    def __init__(self):
+        self.served = {}
+
+    def post(self, path):
+        return lambda function: self.served.setdefault(path, function)
+
+
+def test_the_docs_run(trained, tmp_path, monkeypatch, capsys):
+    """Tutorial, adapting, speeds, serving: as written, with a small tagger and made-up text."""
     (tmp_path / "my-tagger").symlink_to(trained)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "fastapi", SimpleNamespace(FastAPI=FastAPI))
     texts = [" ".join(words) + "." for words in sentences(700)]
-    names = {"tokenexit": tokenexit, "texts": texts}
-    for block in blocks:
-        exec(block, names)
-        texts[3:] = []  # as many as the last call has speeds for
-    assert names["result"].calibration.dial == names["tagger"].model.dial
-    assert len(names["tagged"].words) == 6
+    for name in ("texts.txt", "news.txt"):
+        Path(name).write_text("\n".join(texts))
+    before, ran = contents(trained), []
+    for page in ("tutorial.md", "speeds.md", "serve.md", "adapt.md"):
+        names = {"tokenexit": tokenexit, "texts": texts if page == "adapt.md" else texts[:3]}
+        if page == "serve.md":
+            names["tagger"] = Tagger.from_pretrained("fast-tagger")
+        for kind, block in blocks(page):
+            ran.append((page, kind))
+            if kind == "python":
+                exec(block, names)
+                continue
+            for line in block.splitlines():
+                if page != "adapt.md":  # whose command is that of the tutorial
+                    code, out, err = call(capsys, *shlex.split(line)[1:])
+                    assert code == 0, err
+        if page == "tutorial.md":
+            rows = [json.loads(x) for x in Path("entities.jsonl").read_text().splitlines()]
+            assert [row["text"] for row in rows] == texts and "spans" in rows[0]
+            hf = pipeline("token-classification", str(trained), ignore_labels=[])
+            words = {(x["start"], x["end"]): x["entity"] for x in hf(texts[0])}
+            (full,) = names["full"][:1]
+            assert all(
+                words[at] == x
+                for at, x in zip(full.offsets, full.labels, strict=True)
+                if at in words
+            )
+            assert 0 <= sum(names["changed"]) < 0.02 * len(names["changed"])
+        if page == "serve.md":
+            served = names["app"].served
+            served["/speed"]("full")
+            assert names["tagger"].speed == "full"
+            assert served["/tag"](texts[0]) == names["tagger"].tag(texts[:1])[0].spans
+            assert len(names["tagged"].words) == 6
+    assert len(ran) == 11 and contents(trained) == before
+    assert len(names["result"].calibration.dial.speeds) > 1

@@ -65,6 +65,12 @@ PerLayer = Annotated[
         help="Promise it of the words that left by each layer by themselves, too.",
     ),
 ]
+PerType = Annotated[
+    str | None,
+    typer.Option(
+        help="Promise it of the words of each type by themselves, too: 'all', or some as 'PER,LOC'."
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="To run on, as cuda. Default: the CPU.")]
 Revision = Annotated[
     str | None, typer.Option(help="Of a tagger on the hub: a branch, a tag or a commit.")
@@ -190,19 +196,28 @@ def dial_table(dial, columns: Mapping[str, list[str]] = MappingProxyType({})) ->
     table = Table(
         "policy", "multiply-adds", *(["wall clock"] if dial.speeds[0].wall_speedup else [])
     )
-    for name in ("other labels", f"with {dial.confidence:.0%} below", *columns):
+    kinds = [f"of {name}" for name in dial.per_type]
+    for name in ("other labels", *kinds, f"with {dial.confidence:.0%} below", *columns):
         table.add_column(name, justify="right")
     table.add_column("")
     for number, one in enumerate(dial.speeds):
         row = [str(one.policy), f"{one.speedup:.2f}x"]
         if one.wall_speedup:
             row.append(f"{one.wall_speedup:.2f}x")
-        row += [f"{one.disagreement:.2%}", f"{one.bound:.2%}"]
+        shares = [one.disagreement, *((one.by_type or {}).values()), one.bound]
+        row += [f"{share:.2%}" for share in shares]
         row += [texts[number] for texts in columns.values()]
         within = dial.promised is not None and number <= dial.promised
         table.add_row(*row, "promised" if within else "")
     table.caption = f"promised: {dial.promise}"
     return table
+
+
+def parse_types(names: str | None) -> bool | list[str]:
+    """What `--per-type` says, as `make_dial` takes it."""
+    if names is None or names == "all":
+        return names is not None
+    return [name.strip() for name in names.split(",")]
 
 
 def parse_settings(pairs: list[str] | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tokenexit.cli.options import (
     Neighbors,
     Output,
     PerLayer,
+    PerType,
     Resume,
     Schedule,
     Seed,
@@ -40,6 +41,7 @@ from tokenexit.cli.options import (
     need_stdout,
     out,
     parse_settings,
+    parse_types,
     progress_bars,
     read_data,
     read_texts,
@@ -252,6 +254,7 @@ def calibrate(
     ] = None,
     confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.9,
     per_layer: PerLayer = False,
+    per_type: PerType = None,
     original: Annotated[
         str | None,
         typer.Option(
@@ -337,6 +340,7 @@ def calibrate(
             timing_runs=timing_runs,
             original=theirs,
             per_layer=per_layer,
+            per_type=parse_types(per_type),
         )
     tagger.model.policy = result.chosen.policy
     if promised:
@@ -391,8 +395,12 @@ def adapt(
     ] = 0.01,
     confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.9,
     per_layer: PerLayer = False,
+    per_type: PerType = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="Train the encoder, too: faster exits, other labels.")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Give the result 8-bit weights, and promise it of these.")
     ] = False,
     epochs: Annotated[float | None, typer.Option(help="Of --tune.")] = None,
     resume: Annotated[
@@ -451,9 +459,11 @@ def adapt(
             sentences,
             tokenizer,
             tune=tune,
+            int8=int8,
             max_disagreement=max_disagreement,
             confidence=confidence,
             per_layer=per_layer,
+            per_type=parse_types(per_type),
             annotated=annotated,
             metric=metric,
             epochs=epochs,

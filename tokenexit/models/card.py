@@ -81,11 +81,13 @@ def card(model: TokenExitForTokenClassification) -> str:
 
 
 def _speeds(dial: Dial) -> str:
-    heads = ["policy", "multiply-adds", "other labels", f"with {dial.confidence:.0%} below"]
+    heads = ["policy", "multiply-adds", "other labels", *(f"of {name}" for name in dial.per_type)]
+    heads.append(f"with {dial.confidence:.0%} below")
     heads += [dial.metric.replace("_", " ").replace("f1", "F1")] if dial.metric else []
     rows = [[*heads, ""], ["---", *["--:"] * (len(heads) - 1), "---"]]
     for number, one in enumerate(dial.speeds):
         row = [str(one.policy), f"{one.speedup:.2f}x", f"{one.disagreement:.2%}"]
+        row += [f"{share:.2%}" for share in (one.by_type or {}).values()]
         row += [f"{one.bound:.2%}", *([f"{one.score:.4f}"] if dial.metric else [])]
         within = dial.promised is not None and number <= dial.promised
         rows.append([*row, "promised" if within else ""])

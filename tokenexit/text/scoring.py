@@ -78,6 +78,18 @@ def choose_metric(metric: str, label_names: Iterable[str]) -> str:
     return metric
 
 
+def types(label_names: Iterable[str]) -> dict[str, str]:
+    """Of each label the type that it tells of: "PER" of "B-PER", "_" of a "B" without one.
+
+    "O" beside labels of chunks tells of none, and is left out. Other labels, such as parts of
+    speech, are types themselves.
+    """
+    names = list(label_names)
+    if detect_metric(names) != "entity_f1":
+        return {name: name for name in names}
+    return {name: name.partition("-")[2] or "_" for name in names if name != "O"}
+
+
 def check_metric(metric: str):
     """Raise ValueError unless it is a known one."""
     if metric not in ("auto", *METRICS):

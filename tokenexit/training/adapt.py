@@ -21,8 +21,15 @@ from transformers import (
 )
 
 from tokenexit import promise
-from tokenexit.calibrate import TIMED_SENTENCES, Calibration, make_dial
+from tokenexit.calibrate import (
+    TIMED_SENTENCES,
+    Calibration,
+    check_types,
+    chosen_types,
+    make_dial,
+)
 from tokenexit.evaluate import check_annotated, evaluate
+from tokenexit.int8 import quantize
 from tokenexit.models.convert import convert
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagger
@@ -80,9 +87,11 @@ def adapt(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     tune: bool = False,
+    int8: bool = False,
     max_disagreement: float = 0.01,
     confidence: float = 0.9,
     per_layer: bool = False,
+    per_type: bool | Sequence[str] = False,
     annotated: Dataset | None = None,
     metric: str = "auto",
     epochs: float | None = None,
@@ -109,8 +118,10 @@ def adapt(
         tokenizer: of the model. None: the one beside it, for a folder or a name.
         tune: train encoder and classifier as well, by self-sampling on the labels that the model
             gives the texts; takes longer, goes faster, and full depth is no longer the model.
-        max_disagreement, confidence, per_layer: of the promise, see `make_dial`: labels are held
-            against the model's.
+        int8: give the result 8-bit weights, for the CPU; all that is measured and promised is of
+            these, held against the labels of the model as it was.
+        max_disagreement, confidence, per_layer, per_type: of the promise, see `make_dial`: labels
+            are held against the model's.
         annotated: sentences with `words` and `labels`, to score each speed on, and to fit the
             temperatures of confidences by.
         metric: of that, see `tokenexit.text.scoring.score`.
@@ -149,6 +160,8 @@ def adapt(
     adapted.eval()
     if device is not None:
         adapted.to(device)
+    if int8:
+        quantize(copy.deepcopy(adapted))  # told now, if it can't be
     adapted.policy, adapted.dial, adapted.config.temperatures = ExitPolicy.never(), None, None
     tagger = Tagger(adapted, tokenizer, batch_size)
     if annotated is not None:
@@ -161,9 +174,17 @@ def adapt(
     apart, words = words[:held], words[held:]
 
     reference = labels = None
-    if tune:
+    if tune or int8:
         labels = [x.labels for x in tagger.stream(words)]
         reference = [x.labels for x in tagger.stream(apart)]
+    if type_of := chosen_types(tagger, per_type):  # told now, if these are too few
+        check_types(
+            reference or [x.labels for x in tagger.stream(apart)],
+            type_of,
+            max_disagreement,
+            confidence,
+            lambda tested: 2 * tested,
+        )
     distill_heads(
         tagger, tagger.windows(words), memory_mib=memory_mib, seed=seed, progress=progress
     )
@@ -172,6 +193,8 @@ def adapt(
 
         data = Dataset.from_dict({"words": words, "labels": labels})
         _tune(tagger, data, epochs, seed, progress, checkpoints, resume)
+    if int8:
+        quantize(adapted)
     found = make_dial(
         tagger,
         apart,
@@ -181,6 +204,7 @@ def adapt(
         known=words,
         known_reference=labels,
         per_layer=per_layer,
+        per_type=per_type,
         timing_runs=timing_runs,
         seed=seed,
         progress=progress,
