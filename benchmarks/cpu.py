@@ -379,19 +379,20 @@ class Bench:
             order = [i for chunk in chunks for i in chunk]
             system = replace(system, chunks=[[order[i] for i in c] for c in system.chunks])
         names = subject.theirs.config.id2label
-        predicted = []
-        for sentence, logits in zip(
-            sentences, per_sentence(system.chunks, outputs, sentences), strict=True
-        ):
-            best, before = logits.argmax(-1).tolist(), [-1, *sentence.word_ids]
-            predicted.append(
-                [
-                    names[best[i]]
-                    for i, w in enumerate(sentence.word_ids)
-                    if w not in (-1, before[i])
-                ]
-            )
-        return round(score(gold, predicted)["score"], 4)
+        logits = per_sentence(system.chunks, outputs, sentences)
+        return round(score(gold, word_labels(sentences, logits, names))["score"], 4)
+
+
+def word_labels(
+    sentences: Sequence[Sentence], logits: Sequence[torch.Tensor], names: Mapping[int, str]
+) -> list[list[str]]:
+    """The label of each word, by the logits of its first token."""
+    labels = []
+    for sentence, rows in zip(sentences, logits, strict=True):
+        best, before = rows.argmax(-1).tolist(), [-1, *sentence.word_ids]
+        firsts = [i for i, w in enumerate(sentence.word_ids) if w not in (-1, before[i])]
+        labels.append([names[best[i]] for i in firsts])
+    return labels
 
 
 def _saved(outputs, config) -> dict:
@@ -653,12 +654,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     others = [report.latest(harness.read(name, args.results)) for name in ("roofline", "latency")]
     for kind, rows in runs.items():
         name = f"cpu-{report.slug(rows[0])}"
-        report.plot(rows, args.results / f"{name}.png")
+        report.plot(rows, args.documents / f"{name}.png")
         harness.page(
             args.documents / f"{name}.md",
             f"Speed on a CPU: {kind}",
             report.tables(rows, *(other.get(kind, ()) for other in others)),
-            args.results / f"{name}.png",
+            args.documents / f"{name}.png",
         )
     harness.between(args.documents / "cpu.md", "cpu table", report.overview(runs))
     for failure in failures:

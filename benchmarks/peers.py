@@ -46,6 +46,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[texts.Sentence],
     folder: Path,
+    wanted: Sequence[str] | None = None,
 ) -> dict[str, str]:
     """Write a model in every form that peers load; return why some could not be written.
 
@@ -54,6 +55,7 @@ def export(
         samples: text like that to come, from which OpenVINO takes the ranges of its bytes.
         folder: gets `hf`, `model.onnx`, `fused.onnx`, `int8.onnx`, `openvino-int8.xml`,
             `ct2-float32`, `ct2-int8`.
+        wanted: peers to write for. None: all.
 
     Returns:
         Of each failed form, its name to the error.
@@ -68,6 +70,8 @@ def export(
         ("openvino-int8.xml", lambda: _quantize_openvino(samples, folder)),
         ("ct2", lambda: _export_ctranslate2(model, tokenizer, folder)),
     ):
+        if wanted is not None and not any(name in PEERS[peer][2] for peer in wanted):
+            continue
         try:
             with _quiet():
                 write()

@@ -32,7 +32,7 @@ SEED = 0
 TRAINED, TEXTS, KEPT, LATER = 2000, 2000, 6000, 2000
 SPLITS, CONFIDENCE = 1000, 0.9
 BOUNDS, TESTED = (0.005, 0.01, 0.02), (500, 1000, 3000)
-PAGE = Path(__file__).parents[1] / "docs" / "adapt.md"
+PAGE = Path(__file__).parents[1] / "docs" / "promise.md"
 
 
 @dataclass(frozen=True)
@@ -214,27 +214,51 @@ def edges(rows: Sequence[Mapping]) -> str:
     )
 
 
-def main():
-    """Measure, print the table, append rows to results/promised.jsonl, renew the page."""
-    transformers.logging.set_verbosity_error()
-    assets, folder = demo_assets.fetch(), cache_folder()
+@dataclass(frozen=True)
+class Prepared:
+    """A tagger as a user has it, and sentences.
+
+    Attributes:
+        theirs: its folder.
+        texts: for adapt, of which labels are not read.
+        kept: that nothing was trained on.
+        conll: the folder of the whole text.
+    """
+
+    theirs: Path
+    texts: Dataset
+    kept: Dataset
+    conll: Path
+
+
+def prepare() -> Prepared:
+    """Fetch text and encoder and fine-tune the tagger, what of it is not in the cache."""
+    assets = demo_assets.fetch()
     train = read_sentences(assets.conll / "train.txt").shuffle(SEED)
-    later = read_sentences(assets.conll / "test.txt").shuffle(SEED).take(LATER)["words"]
-    parts = [train.select(range(TRAINED))]
-    for size in (TEXTS, KEPT):
+    parts = []
+    for size in (TRAINED, TEXTS, KEPT):
         start = sum(map(len, parts))
         parts.append(train.select(range(start, start + size)))
     for_tagger, for_adapt, kept = parts
     theirs = demo_assets.cached_folder(
-        folder / "promised-tagger", lambda aside: fine_tune(aside, assets.encoder, for_tagger)
+        cache_folder() / "promised-tagger",
+        lambda aside: fine_tune(aside, assets.encoder, for_tagger),
     )
+    return Prepared(theirs, for_adapt, kept, assets.conll)
+
+
+def main():
+    """Measure, print the table, append rows to results/promised.jsonl, renew the page."""
+    transformers.logging.set_verbosity_error()
+    given, folder = prepare(), cache_folder()
+    kept, later = given.kept, read_sentences(given.conll / "test.txt").shuffle(SEED).take(LATER)
 
     def adapt(aside: Path):
-        adapted = tokenexit.adapt(theirs, for_adapt["words"], timing_runs=0)
+        adapted = tokenexit.adapt(given.theirs, given.texts["words"], timing_runs=0)
         adapted.tagger.save_pretrained(aside)
 
     tagger = Tagger.from_pretrained(demo_assets.cached_folder(folder / "promised-adapted", adapt))
-    steps = run_path(tagger, tagger.model.dial.speeds, kept, later)
+    steps = run_path(tagger, tagger.model.dial.speeds, kept, later["words"])
     facts = {"text": "CoNLL-2003", "model": "MiniLM-L6", "splits": SPLITS, "confidence": CONFIDENCE}
     facts |= {"sentences": KEPT, "full_depth": round(steps[0].score, 5), **harness.origin()}
     rows = [

@@ -1,0 +1,265 @@
+"""What one command makes of a user's tagger, beside ONNX Runtime in 8 bits, which is one call.
+
+`PYTHONPATH=benchmarks python -m adapted` adapts the tagger that `promised` fine-tunes with plain
+transformers, by sentences without labels, in fp32 and in 8 bits. Beside it runs the tagger as it
+was, in transformers and in ONNX Runtime: the same sentences, one and 32 at a time, all in
+alternation. Peers get theirs sorted and padded, in batches of the size that suits each best.
+
+F1 is that of test sentences. *promised* is the fastest speed within the promise; *equal F1* the
+fastest whose F1 on development sentences is not below ONNX Runtime's in 8 bits there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cpu
+import harness
+import peers
+import promised
+import texts
+import torch
+import transformers
+from apart import Apart
+from cpu import Case, System
+from datasets import Dataset
+
+import tokenexit
+from tokenexit import Speed, Tagger
+from tokenexit.evaluate import evaluate
+from tokenexit.files import write_aside
+from tokenexit.text.data import read_sentences
+from tokenexit.text.scoring import score
+
+PEERS = ("Hugging Face sdpa", "ONNX Runtime", "ONNX Runtime int8")
+RIVAL = "ONNX Runtime int8"
+DEV, TEST, SAMPLES = 1500, 2000, 16
+CASES = ((1, 100), (32, 320))  # sentences at a time, sentences
+ROUNDS, BUDGET_S, SPEEDS = 7, 15, (2, 3)
+TITLE = "F1 against speed: a tagger as it was, in ONNX Runtime, and adapted"
+ROOT = Path(__file__).parents[1]
+# The first gets what adapting took, too; the picture stands beside it.
+PAGES = (ROOT / "docs" / "adapt.md", ROOT / "docs" / "index.md", ROOT / "README.md")
+
+
+def equal(speeds: Sequence[Speed], scores: Sequence[float], least: float) -> Speed | None:
+    """The fastest in multiply-adds whose score is not below the least; None: there is none."""
+    good = [one for one, its in zip(speeds, scores, strict=True) if its >= least]
+    return max(good, key=lambda one: one.speedup, default=None)
+
+
+def policies(tagger: Tagger, dev: Dataset, least: float) -> dict[str, Speed]:
+    """The speeds of a tagger to time, by what they are."""
+    dial = tagger.model.dial
+    scores = [evaluate(tagger, dev, one.policy).score for one in dial.speeds]
+    chosen = {"full depth": dial.at("full"), "equal F1": equal(dial.speeds, scores, least)}
+    if dial.promised is not None:
+        chosen["promised"] = dial.at("promised")
+    return {name: one for name, one in chosen.items() if one is not None}
+
+
+def f1_of(peer: Apart, name: str, data: Dataset, sentences, names: Mapping[int, str]) -> float:
+    """F1 of a peer, from its own outputs."""
+    system = cpu.peer_system(name, peer, sentences, len(sentences), 32)
+    logits = cpu.per_sentence(system.chunks, system.run(), sentences)
+    return score(list(data["labels"]), cpu.word_labels(sentences, logits, names))["score"]
+
+
+@torch.inference_mode()
+def measure(
+    theirs: torch.nn.Module,
+    taggers: Mapping[str, Tagger],
+    dev: Dataset,
+    test: Dataset,
+    samples: Sequence[Sequence[str]],
+    cases: Sequence[tuple[int, int]] = CASES,
+    budget_s: float = BUDGET_S,
+) -> list[dict]:
+    """A row for each system and number of sentences at a time.
+
+    Args:
+        theirs: the tagger as it was.
+        taggers: what it was adapted to, by dtype, "fp32" and "int8".
+        dev, test: annotated, to choose a speed by and to score it on; `test` is timed, too.
+        samples: a few other sentences.
+
+    Raises:
+        AssertionError: full depth in fp32 is not the tagger as it was.
+        Unavailable: ONNX Runtime is not there.
+    """
+    tokenizer, names = taggers["fp32"].tokenizer, theirs.config.id2label
+    dev_texts, test_texts = (texts.tokenized(tokenizer, data["words"]) for data in (dev, test))
+    bench, rows = cpu.Bench(budget_s, (), harness.origin()["date"], harness.RESULTS), []
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        folder = Path(place)
+        failed = peers.export(theirs, tokenizer, texts.tokenized(tokenizer, samples), folder, PEERS)
+        loaded = {name: stack.enter_context(Apart(name, folder, failed)) for name in PEERS}
+        for peer in loaded.values():
+            peer.wait()
+        least = f1_of(loaded[RIVAL], RIVAL, dev, dev_texts, names)
+        f1 = {
+            (name, ""): f1_of(peer, name, test, test_texts, names) for name, peer in loaded.items()
+        }
+        chosen = {dtype: policies(tagger, dev, least) for dtype, tagger in taggers.items()}
+        for dtype, speeds in chosen.items():
+            for kind, speed in speeds.items():
+                f1[dtype, kind] = evaluate(taggers[dtype], test, speed.policy).score
+        for batch, count in cases:
+            case = Case("CoNLL-2003", batch, test_texts[:count])
+            systems = {}
+            for name, peer in loaded.items():
+                size = bench.tune(name, peer, case)
+                systems[name, ""] = cpu.peer_system(name, peer, case.sentences, batch, size)
+            for dtype, speeds in chosen.items():
+                for kind, speed in speeds.items():
+                    systems[dtype, kind] = cpu.our_system(
+                        dtype,
+                        taggers[dtype].model,
+                        kind,
+                        lambda b, policy=speed.policy: {"policy": policy},
+                        case.sentences,
+                        batch,
+                    )
+            _check(bench.truth(cpu.Subject("", theirs, {}, {}, [], folder, {}), case.sentences),
+                   systems, case.sentences)  # fmt: skip
+            times = harness.alternate(
+                {key: system.time_ms for key, system in systems.items()}, ROUNDS, budget_s
+            )
+            for key, system in systems.items():
+                facts = {name: v for name, v in system.facts.items() if name != "setting"}
+                if key in f1 and key[1]:
+                    speed = chosen[key[0]][key[1]]
+                    facts |= {"policy": str(speed.policy), "flops_speedup": round(speed.speedup, 3)}
+                rows.append(
+                    {
+                        **case.facts(),
+                        **facts,
+                        "f1": round(f1[key], 4),
+                        **harness.summary(times[key]),
+                        "ms_a_sentence": round(harness.summary(times[key])["median_ms"] / count, 4),
+                        "over_rival": harness.ratio(times[RIVAL, ""], times[key]),
+                    }
+                )
+    return [{**row, "f1_of_rival_on_dev": round(least, 4), **harness.origin()} for row in rows]
+
+
+def _check(truth, systems: Mapping[tuple, System], sentences):
+    """Raise AssertionError unless fp32 at full depth computes what the tagger did."""
+    for (name, kind), system in systems.items():
+        if system.facts["dtype"] == "fp32" and kind in ("", "full depth"):
+            outputs = [getattr(output, "logits", output) for output in system.run()]
+            found = cpu.compare(cpu.per_sentence(system.chunks, outputs, sentences), truth)
+            assert found["max_difference"] < cpu.CLOSE, (name, found)
+
+
+def table(rows: Sequence[Mapping]) -> str:
+    """Rows as Markdown."""
+    heads = ["", "F1", "multiply-adds", "one sentence, ms", "over ONNX Runtime int8"]
+    heads += ["32 at a time, ms a sentence", "over ONNX Runtime int8"]
+    lines = [heads, ["---", *["--:"] * (len(heads) - 1)]]
+    alone, many = ([row for row in rows if row["batch"] == batch] for batch in (1, 32))
+    for one, other in zip(alone, many, strict=True):
+        name = f"**{one['system']}, {one['exits']}**" if "exits" in one else one["system"]
+        cells = [name, f"{one['f1']:.4f}", f"{one.get('flops_speedup', 1):.2f}x"]
+        for row in (one, other):
+            cells += [f"{row['ms_a_sentence']:.2f}", f"{row['over_rival']:.2f}x"]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def sentence(facts: Mapping) -> str:
+    """What adapting took and gave, in words."""
+    found = [
+        f"at {speed:g}x fewer multiply-adds {1 - changed:.2%} of the labels stay"
+        for speed, changed in facts["disagreement_at"]
+    ]
+    fp32, int8 = (facts["adapt_s"][dtype] for dtype in ("fp32", "int8"))
+    return (
+        f"`adapt` took {fp32:.0f} s, with `--int8` {int8:.0f} s (two threads, speeds not timed). "
+        f"In fp32, {', '.join(found)}, on the texts kept aside."
+    )
+
+
+def plot(rows: Sequence[Mapping], path: Path):
+    """Draw F1 against sentences a second, 32 at a time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4), dpi=130, layout="constrained")
+    colors = {"tokenexit": "#1f6f8b", "tokenexit int8": "#d1495b"}
+    for row in rows:
+        if row["batch"] != 32:
+            continue
+        x, y = 1e3 / row["ms_a_sentence"], 100 * row["f1"]
+        axes.plot(x, y, "o", color=colors.get(row["system"], "gray"), ms=8)
+        name = ", ".join(filter(None, (row["system"], row.get("exits"))))
+        axes.annotate(name, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.22, y=0.15)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("sentences a second, 32 at a time, two threads")
+    axes.set_ylabel("entity F1")
+    axes.grid(alpha=0.25)
+    with write_aside(path) as aside:
+        figure.savefig(aside, format="png")
+    plt.close(figure)
+
+
+def run(given: promised.Prepared, dev: Dataset, test: Dataset, **settings) -> tuple[list, dict]:
+    """Adapt and measure: rows, and what adapting took and gave."""
+    taggers, seconds = {}, {}
+    for dtype in ("fp32", "int8"):
+        start = time.perf_counter()
+        taggers[dtype] = tokenexit.adapt(
+            given.theirs, given.texts["words"], int8=dtype == "int8", timing_runs=0, **settings
+        ).tagger
+        seconds[dtype] = round(time.perf_counter() - start, 1)
+        print(f"adapted, {dtype}: {seconds[dtype]:.0f} s", flush=True)
+    dial = taggers["fp32"].model.dial
+    fast = [x for x in SPEEDS if x <= dial.at("fastest").speedup]
+    facts = {
+        "adapt_s": seconds,
+        "texts": len(given.texts),
+        "disagreement_at": [(x, round(dial.at(x).disagreement, 5)) for x in fast],
+        **harness.origin(),
+    }
+    theirs = transformers.AutoModelForTokenClassification.from_pretrained(given.theirs).eval()
+    return measure(theirs, taggers, dev, test, given.texts["words"][:SAMPLES]), facts
+
+
+def main(arguments: Sequence[str] | None = None):
+    """Measure, print the table, append rows to results/adapted.jsonl, renew page and picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="a folder")
+    parser.add_argument("--pages", type=Path, nargs="*", default=PAGES)
+    args = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    given = promised.prepare()
+    dev = read_sentences(given.conll / "valid.txt").take(DEV)
+    test = read_sentences(given.conll / "test.txt").shuffle(promised.SEED).take(TEST)
+    rows, facts = run(given, dev, test)
+    print(f"{table(rows)}\n\n{sentence(facts)}")
+    harness.write("adapted", [*rows, facts], args.results)
+    publish(rows, facts, args.pages)
+
+
+def publish(rows: Sequence[Mapping], facts: Mapping, pages: Sequence[Path]):
+    """Draw the picture beside the first page, and renew the table in all of them."""
+    picture = pages[0].with_name("adapted.png")
+    plot(rows, picture)
+    for page in pages:
+        shown = os.path.relpath(picture, page.parent)
+        parts = [table(rows), sentence(facts) if page == pages[0] else "", f"![{TITLE}]({shown})"]
+        harness.between(page, "adapted", "\n\n".join(filter(None, parts)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
