@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The root holds kernels/, which Python must not take for Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-gpu test-matrix test-torch test-cuda-build gpu-check wheel lint bench asan clean
+.PHONY: demo test test-gpu test-matrix test-torch test-cuda-build gpu-check wheel lint docs bench asan clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenexit demo
@@ -38,10 +38,14 @@ test-matrix: $(VENV)/.installed
 	for set in $(SETS); do echo "TOKENEXIT_CPU=$$set" && TOKENEXIT_CPU=$$set \
 		$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(OPS) || exit; done
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
+
+# The site, in build/site; a warning is an error. The variable keeps away a notice that is none of ours.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Less than half an hour on two cores; the tagger of `make demo` is trained once more, and kept.
 bench: $(VENV)/.bench
