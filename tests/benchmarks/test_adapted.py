@@ -13,10 +13,10 @@ from tokenexit import Dial, ExitPolicy, Speed, Tagger
 
 
 def test_the_fastest_that_is_not_worse():
-    scores = [0.8, 0.81, 0.79, 0.7]
-    assert adapted.equal(SPEEDS, scores, 0.79) == SPEEDS[2]
-    assert adapted.equal(SPEEDS, scores, 0.8) == SPEEDS[1]
-    assert adapted.equal(SPEEDS, scores, 0.82) is None
+    scores = dict(zip(SPEEDS, [0.8, 0.81, 0.79, 0.7], strict=True))
+    assert adapted.equal(SPEEDS, scores.get, 0.79) == SPEEDS[2]
+    assert adapted.equal(SPEEDS, scores.get, 0.8) == SPEEDS[1]
+    assert adapted.equal(SPEEDS, scores.get, 0.82) is None
 
 
 @pytest.mark.slow
