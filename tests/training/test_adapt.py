@@ -331,7 +331,9 @@ def test_the_docs_run(trained, tmp_path, monkeypatch, capsys):
     """Tutorial, adapting, speeds, serving: as written, with a small tagger and made-up text."""
     (tmp_path / "my-tagger").symlink_to(trained)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "fastapi", SimpleNamespace(FastAPI=FastAPI))
+    monkeypatch.setitem(
+        sys.modules, "fastapi", SimpleNamespace(FastAPI=FastAPI, HTTPException=SystemError)
+    )
     texts = [" ".join(words) + "." for words in sentences(700)]
     for name in ("texts.txt", "news.txt"):
         Path(name).write_text("\n".join(texts))
@@ -364,6 +366,8 @@ def test_the_docs_run(trained, tmp_path, monkeypatch, capsys):
         if page == "serve.md":
             served = names["app"].served
             served["/speed"]("full")
+            with pytest.raises(SystemError, match="422, 'speed is 99; expected at most"):
+                served["/speed"]("99")
             assert names["tagger"].speed == "full"
             assert served["/tag"](texts[0]) == names["tagger"].tag(texts[:1])[0].spans
             assert len(names["tagged"].words) == 6
