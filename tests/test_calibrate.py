@@ -114,6 +114,9 @@ def test_targets_out_of_reach_and_bad_ones(setting):
         calibrate(tagger, data, target_speedup=0.5)
     with pytest.raises(ValueError, match="max_loss is -1"):
         calibrate(tagger, data, max_loss=-1)
+    for name in ("target_speedup", "max_loss"):
+        with pytest.raises(ValueError, match=f"{name} is nan; expected"):
+            calibrate(tagger, data, **{name: float("nan")})
     with pytest.raises(ValueError, match="no sentences"):
         calibrate(tagger, data.take(0))
     mixed = [ExitPolicy(), ExitPolicy(criterion="max_prob")]

@@ -775,6 +775,8 @@ def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, com
         (["predict", "{exits}", "{folder}/test.conll", "-o", "{folder}"], "is a folder"),
         (["predict", "{exits}", "{folder}/test.conll", "-o", "/proc/x/y"], "/proc/x"),
         (["predict", "{exits}", "--threshold", "2"], r"threshold has 2.0"),
+        (["calibrate", "{exits}", "-d", "{folder}/dev.conll", "--max-loss", "nan"],
+         "max_loss is nan"),
         (["predict", "{exits}", "--full-depth", "--window", "2"], "excludes --window"),
         (["evaluate", "{exits}", "-d", "{folder}/missing.conll"], "missing.conll"),
         (["evaluate", "{exits}", "-d", "{folder}/cars.conll", "--metric", "word_f1"], "not fit"),
@@ -869,6 +871,25 @@ def test_runs_as_a_module():
     command = [sys.executable, "-m", "tokenexit", "--version"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"tokenexit {tokenexit.__version__}\n")
+
+
+def test_a_device_that_torch_was_not_built_for(trained, folder, capsys, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch.nn.Module, "to", refuse)
+    code, _, err = call(capsys, "predict", trained, folder / "test.conll", "--device", "cuda")
+    assert code == 1
+    assert err.endswith("error: --device is 'cuda': Torch not compiled with CUDA enabled\n")
+
+
+@pytest.mark.parametrize("name", ["train", "self-sample", "evaluate", "predict", "calibrate"])
+def test_numbers_have_an_end(capsys, name):
+    required = {"train": ("-m", "x", "-d", "x", "-o", "x"), "predict": ("x",)}
+    required["self-sample"] = required["train"]
+    arguments = required.get(name, ("x", "-d", "x"))
+    code, _, err = call(capsys, name, *arguments, "--batch-size", 10**20)
+    assert code == 2 and "Invalid value for '--batch-size'" in err
 
 
 def test_usage(capsys):

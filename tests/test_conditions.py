@@ -312,6 +312,13 @@ def test_dropout_in_a_mode_of_its_own(model):
 
 
 @torch.no_grad()
+def test_dropout_replaced_by_nothing(model, fast):
+    model.encoder.layers[1].dropout = nn.Identity()
+    agrees_with_the_reference(model.train().eval())
+    assert not fast
+
+
+@torch.no_grad()
 def test_weights_replaced_in_place(model, fast):
     """What changes in a parameter that stays itself is seen: `to` does it so."""
     never = {"policy": ExitPolicy.never()}

@@ -196,9 +196,9 @@ def calibrate(
         return found
     if target_speedup is None and max_loss is None:
         max_loss = 0.005
-    if target_speedup is not None and target_speedup < 1:
+    if target_speedup is not None and not target_speedup >= 1:  # NaN neither
         raise ValueError(f"target_speedup is {target_speedup}; expected 1 or more")
-    if max_loss is not None and max_loss < 0:
+    if max_loss is not None and not max_loss >= 0:
         raise ValueError(f"max_loss is {max_loss}; expected 0 or more")
     if verify is not None and verify < 1:
         raise ValueError(f"verify is {verify}; expected 1 or more")

@@ -166,7 +166,8 @@ class ExitLayer(nn.Module):
     def drops(self) -> bool:
         """Whether dropout has something to do; that of sublayers may be in a mode of its own."""
         dropout = self._modules["dropout"]
-        return bool((self.training and self.attention_dropout) or (dropout.training and dropout.p))
+        share = dropout.training and getattr(dropout, "p", 0)  # it may have been replaced
+        return bool((self.training and self.attention_dropout) or share)
 
     def has_one_eps(self) -> bool:
         """Whether both LayerNorms have the same."""
@@ -406,7 +407,7 @@ class NormFirstLayer(ExitLayer):
 
     def drops(self) -> bool:
         inner = self._modules["inner_dropout"]
-        return super().drops() or bool(inner.training and inner.p)
+        return super().drops() or bool(inner.training and getattr(inner, "p", 0))
 
     def _window(self, q, longest):
         """The bias of scores that leaves no weight to tokens out of reach; None if none is."""

@@ -39,7 +39,8 @@ Format = Annotated[
     typer.Option("--format", help="conll, conllu, jsonl, text or dataset. Default: by the name."),
 ]
 Metric = Annotated[str, typer.Option(help="auto, entity_f1, word_f1 or accuracy.")]
-BatchSize = Annotated[int, typer.Option(help="Sentences a forward pass.", min=1)]
+MOST = 2**31 - 1  # that a number of things may be
+BatchSize = Annotated[int, typer.Option(help="Sentences a forward pass.", min=1, max=MOST)]
 Threshold = Annotated[float | None, typer.Option(help="In place of the model's threshold.")]
 Window = Annotated[int | None, typer.Option(help="In place of the model's window.")]
 Level = Annotated[str | None, typer.Option(help="token or sentence, in place of the model's.")]
@@ -109,7 +110,12 @@ def load_tagger(
     be_quiet()
     check_model_name(model)
     settings = {name: value for name, value in settings.items() if value is not None}
-    return Tagger.from_pretrained(model, int8, dtypes.get(dtype), batch_size=batch_size, **settings)
+    try:
+        return Tagger.from_pretrained(
+            model, int8, dtypes.get(dtype), batch_size=batch_size, **settings
+        )
+    except AssertionError as error:  # as torch says that it was built without that
+        raise ValueError(f"--device is {settings.get('device')!r}: {error}") from None
 
 
 def check_model_name(name: str):

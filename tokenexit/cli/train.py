@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from tokenexit.cli.options import (
+    MOST,
     BatchSize,
     Column,
     Copy,
@@ -59,7 +60,7 @@ def train(
     column: Column = None,
     format: Format = None,
     epochs: Epochs = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST)] = 16,
     learning_rate: LearningRate = None,
     head_learning_rate: HeadLearningRate = 1e-3,
     metric: Metric = "auto",
@@ -109,7 +110,7 @@ def self_sample(
     column: Column = None,
     format: Format = None,
     epochs: Epochs = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST)] = 16,
     learning_rate: LearningRate = None,
     head_learning_rate: HeadLearningRate = 1e-3,
     exits: Annotated[
@@ -501,7 +502,7 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the tagger, picture and tables.")
     ] = Path("tokenexit-demo"),
-    sentences: Annotated[int, typer.Option(help="Training sentences.", min=1)] = 2000,
+    sentences: Annotated[int, typer.Option(help="Training sentences.", min=1, max=MOST)] = 2000,
     seed: Seed = 42,
 ):
     """The main job on a real encoder and real text: train, self-sample, calibrate, tag.

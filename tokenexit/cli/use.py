@@ -19,6 +19,7 @@ from rich.table import Table
 
 from tokenexit import __version__
 from tokenexit.cli.options import (
+    MOST,
     BatchSize,
     Column,
     Data,
@@ -135,7 +136,7 @@ def predict(
     device: Device = None,
     revision: Revision = None,
     batch_size: BatchSize = 32,
-    buffer: Annotated[int, typer.Option(help="Sentences held at a time.", min=1)] = 1024,
+    buffer: Annotated[int, typer.Option(help="Sentences held at a time.", min=1, max=MOST)] = 1024,
     resume: Annotated[
         bool,
         typer.Option(
