@@ -47,7 +47,7 @@ lint: $(VENV)/.installed docs
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
-# Less than half an hour on two cores; the tagger of `make demo` is trained once more, and kept.
+# About half an hour on two cores; the tagger of `make demo` is trained once more, and kept.
 bench: $(VENV)/.bench
 	PYTHONPATH=benchmarks $(BIN)/python -m roofline
 	PYTHONPATH=benchmarks $(BIN)/python -m cpu
