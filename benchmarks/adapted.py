@@ -142,13 +142,14 @@ def measure(
                 if key in f1 and key[1]:
                     speed = chosen[key[0]][key[1]]
                     facts |= {"policy": str(speed.policy), "flops_speedup": round(speed.speedup, 3)}
+                summary = harness.summary(times[key])
                 rows.append(
                     {
                         **case.facts(),
                         **facts,
                         "f1": round(f1[key], 4),
-                        **harness.summary(times[key]),
-                        "ms_a_sentence": round(harness.summary(times[key])["median_ms"] / count, 4),
+                        **summary,
+                        "ms_a_sentence": round(summary["median_ms"] / count, 4),
                         "over_rival": harness.ratio(times[RIVAL, ""], times[key]),
                     }
                 )
