@@ -70,7 +70,11 @@ def runs_of(plan: Path) -> list[Run]:
 
 
 def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
-    """Append the rows of a trained run: full depth, each layer, each kind of policy and target."""
+    """Append the rows of a trained run: each kind of policy and target, full depth and its layers.
+
+    The row of full depth comes last, when all others are there. Kinds with rows are left alone.
+    """
+    known = {row["kind"] for row in harness.read(ROWS) if row["run"] == run.name}
     dev = splits.dev.take(min(dev_sentences, len(splits.dev)))
     tagger.model.to(getattr(torch, run.dtype))
     common = {
@@ -100,14 +104,10 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
             **common,
         }
 
-    full = evaluate(tagger, dev, ExitPolicy.never())
-    layers = {
-        name: [s["score"] for s in reading.read_layers(tagger, data)]
-        for name, data in (("dev_layers", dev), ("test_layers", splits.test))
-    }
-    harness.write(ROWS, [rows_of("full depth", None, full, **layers)])
     sweeps = {}
     for kind in run.read:
+        if kind in known:
+            continue
         base, windows = KINDS[kind]
         if base.criterion not in sweeps:
             sweeps[base.criterion] = Sweep(tagger, dev, base.criterion, "auto")
@@ -121,6 +121,12 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
                 f"wall clock {row['wall_speedup']:.2f}x",
                 flush=True,
             )
+    full = evaluate(tagger, dev, ExitPolicy.never())
+    layers = {
+        name: [s["score"] for s in reading.read_layers(tagger, data)]
+        for name, data in (("dev_layers", dev), ("test_layers", splits.test))
+    }
+    harness.write(ROWS, [rows_of("full depth", None, full, **layers)])
 
 
 @app.command()
@@ -136,7 +142,7 @@ def run(
     end = time.monotonic() + 60 * budget
     work = cache_folder() / "experiments"
     finished: dict[str, Path] = {}
-    known = {row["run"] for row in harness.read(ROWS)}
+    known = {row["run"] for row in harness.read(ROWS) if row["kind"] == "full depth"}
     for one in runs_of(plan):
         folder = work / one.name
         finished[one.name] = folder / "tagger"

@@ -15,13 +15,13 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
 
 
 def write(document: Path = DOCUMENT):
-    """Fill the document's marked parts, and draw a picture for each data set beside the rows."""
+    """Fill the document's marked parts, and draw a picture for each data set beside it."""
     rows = harness.read("experiments")
     for data in dict.fromkeys(row["data"] for row in rows):
         mine = [row for row in rows if row["data"] == data]
         harness.between(document, f"{data}: speeds", speeds(mine))
         harness.between(document, f"{data}: layers", layers(mine))
-        draw(mine, data, harness.RESULTS / f"{data}.png")
+        draw(mine, data, document.with_name(f"{data}.png"))
     if on_gpu := harness.read("gpu_scores"):
         times = [row for row in harness.read("gpu_check") if row["stage"] == "evidence"]
         parts = scores(on_gpu), clocks(times), steps(times)
@@ -29,19 +29,26 @@ def write(document: Path = DOCUMENT):
 
 
 def speeds(rows: Sequence[dict]) -> str:
-    """A table of all systems: at each speed the scores, and the speed in each sense."""
+    """A table of all systems: at each speed the scores, and the speed in each sense.
+
+    Operations and token layers of an encoder with fewer layers count against the deepest.
+    """
+    fewer = _fewer_layers(rows)
     lines = [
         "| run | policy | asked | dev | test | operations | token layers | wall clock | broken |",
         "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     groups: dict[tuple, list[dict]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["kind"] != "full depth"):
         groups.setdefault((_system(row), row["kind"], row["target"]), []).append(row)
     for (system, kind, target), group in groups.items():
+        speeds = (
+            fewer[system] * mean_of(group, name) for name in ("flops_speedup", "layer_speedup")
+        )
         lines.append(
             f"| {system} | {kind} | {'' if target is None else f'{target:g}x'} "
             f"| {spread([r['dev'] for r in group])} | {spread([r['test'] for r in group])} "
-            f"| {mean(group, 'flops_speedup')} | {mean(group, 'layer_speedup')} "
+            f"| {' | '.join(f'{speed:.2f}' for speed in speeds)} "
             f"| {mean(group, 'wall_speedup')} | {round(mean_of(group, 'broken'))} |"
         )
     return "\n".join(lines)
@@ -144,30 +151,41 @@ def mean(rows: Sequence[dict], name: str) -> str:
 
 
 def draw(rows: Sequence[dict], title: str, path: Path):
-    """Score on test data against speed in multiply-adds, a line for each system and policy."""
+    """Score on test data against speed in multiply-adds.
+
+    A line for each system and policy, a square for each encoder at its full depth, and dotted
+    the labels of each layer of the first one as if no deeper layer were there.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5), dpi=150, layout="constrained")
-    full = {_system(row): row for row in rows if row["kind"] == "full depth"}
+    fewer = _fewer_layers(rows)
+    full: dict[str, list[dict]] = {}
     curves: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["kind"] != "full depth":
+        if row["kind"] == "full depth":
+            full.setdefault(_system(row), []).append(row)
+        else:
             curves.setdefault((_system(row), row["kind"]), []).append(row)
     for (system, kind), group in curves.items():
-        points = [(1.0, full[system]["test"])]
+        points = [(fewer[system], mean_of(full[system], "test"))]
         for target in sorted({row["target"] for row in group}):
             same = [row for row in group if row["target"] == target]
-            points.append((mean_of(same, "flops_speedup"), mean_of(same, "test")))
+            points.append((fewer[system] * mean_of(same, "flops_speedup"), mean_of(same, "test")))
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, [100 * y for y in ys], "o-", ms=4, lw=1.2, label=f"{system}: {kind}")
-    deepest = max(len(row["test_layers"]) for row in full.values())
-    for system, row in full.items():
-        if len(row["test_layers"]) < deepest:
-            speed = deepest / len(row["test_layers"])
-            axes.plot([speed], [100 * row["test"]], "s", ms=6, label=f"{system}: truncated")
+    for system, group in full.items():
+        score = 100 * mean_of(group, "test")
+        axes.plot([fewer[system]], [score], "s", ms=6, label=f"{system}: full depth")
+    first, group = next(iter(full.items()))
+    each = [statistics.mean(s) for s in zip(*(r["test_layers"] for r in group), strict=True)]
+    speeds = [fewer[first] * len(each) / layer for layer in range(1, len(each) + 1)]
+    axes.plot(speeds, [100 * y for y in each], "k:", lw=1, label=f"{first}: each layer")
+    lowest = min(mean_of(group, "test") for group in (*curves.values(), *full.values()))
+    axes.set(xlim=(0.9, 7), ylim=(100 * lowest - 5, None))
     axes.set_xlabel("speed-up in multiply-adds over full depth")
     axes.set_ylabel("score on test data")
     axes.set_title(title)
@@ -175,6 +193,13 @@ def draw(rows: Sequence[dict], title: str, path: Path):
     figure.legend(fontsize=7, loc="outside right center")
     figure.savefig(path)
     plt.close(figure)
+
+
+def _fewer_layers(rows: Sequence[dict]) -> dict[str, float]:
+    """By system, how many times fewer layers its encoder has than the deepest one."""
+    full = (row for row in rows if row["kind"] == "full depth")
+    layers = {_system(row): len(row["test_layers"]) for row in full}
+    return {system: max(layers.values()) / own for system, own in layers.items()}
 
 
 def _system(row: dict) -> str:

@@ -174,6 +174,10 @@ def test_tables_average_over_seeds():
         report.speeds(rows)
     )
     assert report.layers(rows).endswith("| joint | 25.0 | 62.5 |")
+    one = {**row(1, 0.25), "run": "one-1", "test_layers": [0.25]}
+    assert "| one | full depth |  | 50.00 | 25.00 | 2.00 | 2.00 |  | 1 |" in (
+        report.speeds([*rows, one])  # of half the layers
+    )
 
 
 def test_the_document_has_a_place_for_each_table(tmp_path):
@@ -307,30 +311,38 @@ def test_exits_are_kept_token_by_token(tmp_path, tiny_tokenizer):
     assert len(clock.batches(windows, exits, 1, "file", 2)) == 2
 
 
-def test_a_plan_is_read_in_its_dtype_and_once(tmp_path, monkeypatch):
+def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
     texts, whole = texts_of(tmp_path / "texts", SENTENCES * 3), encoder_of(tmp_path / "whole")
     plan = tmp_path / "plan.yaml"
     plan.write_text(
         f"defaults: {{data: wnut, encoder: {whole}, dtype: bfloat16, "
         "settings: {max_steps: 1, save_strategy: 'no'}}\n"
-        "runs: [{name: joint, read: [sentence]}, {name: last, loss: last}]\n"
+        "runs: [{name: joint, read: [sentence, token]}, {name: last, loss: last}]\n"
     )
     for name in ("write", "read"):
         monkeypatch.setattr(harness, name, partial(getattr(harness, name), folder=tmp_path))
     monkeypatch.setenv("TOKENEXIT_CACHE", str(tmp_path / "cache"))
-    computed, evaluate = set(), reading.evaluate
+    computed, evaluate, chosen, choose = set(), reading.evaluate, [], reading.choose
+
+    def noted(tagger, dev, sweep, base, windows):
+        chosen.append(base)
+        return choose(tagger, dev, sweep, base, windows)
 
     def kept(tagger, *args):
         computed.add(tagger.model.dtype)
         return evaluate(tagger, *args)
 
     monkeypatch.setattr("experiments.__main__.evaluate", kept)
+    monkeypatch.setattr(reading, "choose", noted)
+    # As if joint-1 had been cut off before the row of full depth; then all is there.
+    harness.write("experiments", [{"run": "joint-1", "kind": "sentence", "dtype": "bfloat16"}])
     for _ in range(2):
         done = CliRunner().invoke(app, ["run", str(plan), "--texts", str(texts)])
         assert done.exit_code == 0 and "all runs of the plan are done" in done.output, done.output
         rows = harness.read("experiments")
         full = [row for row in rows if row["kind"] == "full depth"]
         assert [row["run"] for row in full] == ["joint-1", "last-1"]
+        assert chosen == [ExitPolicy()]  # of tokens
     assert {row["dtype"] for row in rows} == {"bfloat16"} and computed == {torch.bfloat16}
     assert [len(row["test_layers"]) for row in full] == [2, 2]
 
