@@ -455,6 +455,7 @@ def test_back_to_hugging_face_with_other_settings():
         ("electra", {"embedding_size": 16, "hidden_act": "gelu_new"}),
         ("distilbert", {"activation": "relu", "sinusoidal_pos_embds": True}),
         ("roberta", {"pad_token_id": 2, "type_vocab_size": 1}),
+        ("roberta", {"bos_token_id": 5, "eos_token_id": None}),
         ("albert", {"num_hidden_groups": 2, "inner_group_num": 2, "embedding_size": 32}),
         ("albert", {"num_hidden_groups": 2, "classifier_dropout_prob": 0.3}),
         ("deberta-v2", {"share_att_key": False, "embedding_size": 16, "position_buckets": -1}),
@@ -467,8 +468,10 @@ def test_back_to_hugging_face_with_other_settings():
     ):
         theirs = random_classifier(family, **changes)
         ids = torch.tensor([[5, 6, 7, 59], [8, 9, 1, 0]])
-        got = tokenexit.to_hugging_face(tokenexit.convert(theirs))(ids, torch.ones_like(ids))
-        expected = theirs(ids, torch.ones_like(ids))
+        back = tokenexit.to_hugging_face(tokenexit.convert(theirs))
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            assert getattr(back.config, name) == getattr(theirs.config, name)
+        got, expected = (model(ids, torch.ones_like(ids)) for model in (back, theirs))
         torch.testing.assert_close(got.logits, expected.logits)
 
 

@@ -100,6 +100,10 @@ class TokenExitConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    cls_token_id: int | None = None
+    sep_token_id: int | None = None
     exit_policy: dict | None = None
     dial: dict | None = None
     untrained_heads: list[int] | None = None

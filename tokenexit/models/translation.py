@@ -100,11 +100,13 @@ def copy_weights(model: PreTrainedModel, ours: Mapping[str, torch.Tensor]):
 def their_config(config: TokenExitConfig) -> PreTrainedConfig:
     """The configuration of the token classifier of Hugging Face that a tagger's full depth is."""
     family = FAMILIES[config.source_model_type]
-    shared = {name: value for name, value in config.to_dict().items() if name not in _ONLY_OURS}
-    default = TokenExitConfig()
-    for name in _ONE_FAMILY:
-        if shared[name] == getattr(default, name):
-            del shared[name]
+    known, default = transformers.CONFIG_MAPPING[config.source_model_type], TokenExitConfig()
+    shared = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in _ONLY_OURS
+        and (hasattr(known, name) or value != getattr(default, name, None))
+    }
     named = {name: value for name, value in family.config.items() if isinstance(value, str)}
     for name in family.config:
         shared.pop(name, None)
@@ -122,27 +124,6 @@ _ONLY_OURS = frozenset(
         *("untrained_heads", "always_project", "layer_of", "norm_after_projection", "dial"),
         *("made_from", "temperatures", "norm_first", "rotary_thetas", "attention_reach"),
     )
-)
-
-
-# What only some families have; in the others, as by default.
-_ONE_FAMILY = (
-    "position_biased_input",
-    "relative_attention",
-    "max_relative_positions",
-    "position_buckets",
-    "pos_att_type",
-    "share_att_key",
-    "norm_rel_ebd",
-    "conv_kernel_size",
-    "conv_groups",
-    "conv_act",
-    "norm_bias",
-    "attention_bias",
-    "mlp_bias",
-    "mlp_dropout",
-    "classifier_bias",
-    "classifier_activation",
 )
 
 
