@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from importlib import metadata
 
 import huggingface_hub
@@ -25,6 +26,7 @@ from transformers import AutoConfig
 import tokenexit
 from tokenexit import ExitPolicy, Tagger, cli, costs
 from tokenexit.cli import options, use
+from tokenexit.dial import Dial, Speed
 from tokenexit.loops import gpu
 from tokenexit.models.tagger import Tagged
 from tokenexit.ops import extension_available, instruction_sets
@@ -40,6 +42,26 @@ def call(capsys, *arguments):
         cli.main()
     captured = capsys.readouterr()
     return stop.value.code or 0, captured.out, captured.err
+
+
+def test_the_table_of_speeds_fits_a_terminal():
+    types = {name: 0.01 for name in ("LOC", "MISC", "ORG", "PER")}
+    speeds = [
+        Speed(policy, speed, 0.005, 0.009, 2.0, wall_speedup=speed, by_type=types)
+        for policy, speed in ((ExitPolicy.never(), 1.0), (ExitPolicy(window=2, threshold=0.35), 3))
+    ]
+    dial = Dial(tuple(speeds), 0, 0.01, 0.9, 500, per_type=tuple(types))
+    columns = {"beside\ntransformers": ["1.50x", "4.50x"], "F1": ["0.8030", "0.7972"]}
+    terminal = options.Console(width=80, file=io.StringIO())
+    terminal.print(options.dial_table(dial, columns))
+    text = terminal.file.getvalue()
+    assert "…" not in text and all(len(line) <= 80 for line in text.splitlines())
+    full, bold = (next(x for x in text.splitlines() if y in x) for y in ("1.50x", "4.50x"))
+    assert full.rstrip().endswith("0.8030   ✓") and bold.rstrip().endswith("0.7972")
+    assert "PER               1.00%   1.00%" in text
+    terminal.print(options.dial_table(replace(dial, promised=None)))
+    more = terminal.file.getvalue().removeprefix(text)
+    assert "nothing is promised" in more and "✓" not in more
 
 
 def write_conll(path, count, seed=0):
@@ -170,7 +192,8 @@ def test_adapt_then_speeds(folder, texts, capsys, tmp_path):
     assert code == 0, err
     assert contents(model) == before
     out = " ".join(out.split())
-    assert "full depth │ 1.00x" in out and "promised" in out and f"wrote {tagger}: " in out
+    assert "full depth 1.00x" in out and f"wrote {tagger}: " in out
+    assert "✓ promised: with a confidence of" in out
     dial = Tagger.from_pretrained(tagger).model.dial
     assert dial.max_disagreement == 0.3 and dial.sentences > 50
     assert dial.metric == "accuracy" and {one.score for one in dial.speeds} <= {0, 0.5, 1}

@@ -12,6 +12,9 @@ from typing import Annotated, Any
 
 import typer
 from rich import console
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Column as TableColumn
 from rich.table import Table
 
 from tokenexit.policy import ExitPolicy
@@ -193,30 +196,36 @@ def check_heads(model, name: str, policy: ExitPolicy | None = None):
         )
 
 
-def dial_table(dial, columns: Mapping[str, list[str]] = MappingProxyType({})) -> Table:
+def dial_table(dial, columns: Mapping[str, list[str]] = MappingProxyType({})) -> Group:
     """The speeds of a dial, from full depth to the boldest, and how far the promise goes.
+
+    As narrow as they can be: most terminals have 80 columns. Types have a table of their own.
 
     Args:
         columns: more of them, by their heads, each with a text for each speed.
     """
-    table = Table(
-        "policy", "multiply-adds", *(["wall clock"] if dial.speeds[0].wall_speedup else [])
-    )
-    kinds = [f"of {name}" for name in dial.per_type]
-    for name in ("other labels", *kinds, f"with {dial.confidence:.0%} below", *columns):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for number, one in enumerate(dial.speeds):
-        row = [str(one.policy), f"{one.speedup:.2f}x"]
-        if one.wall_speedup:
-            row.append(f"{one.wall_speedup:.2f}x")
-        shares = [one.disagreement, *((one.by_type or {}).values()), one.bound]
-        row += [f"{share:.2%}" for share in shares]
-        row += [texts[number] for texts in columns.values()]
-        within = dial.promised is not None and number <= dial.promised
-        table.add_row(*row, "promised" if within else "")
-    table.caption = f"promised: {dial.promise}"
-    return table
+    speeds = dial.speeds
+    within = 0 if dial.promised is None else dial.promised + 1
+    texts = {"multiply-\nadds": [f"{one.speedup:.2f}x" for one in speeds]}
+    if speeds[0].wall_speedup:
+        texts["wall\nclock"] = [f"{one.wall_speedup:.2f}x" for one in speeds]
+    texts["other\nlabels"] = [f"{one.disagreement:.2%}" for one in speeds]
+    texts[f"with {dial.confidence:.0%}\nbelow"] = [f"{one.bound:.2%}" for one in speeds]
+    texts |= {**columns, "": ["\u2713" if i < within else "" for i in range(len(speeds))]}
+    table = Table(TableColumn("policy", overflow="fold"), box=SIMPLE_HEAD, pad_edge=False)
+    for name in texts:
+        table.add_column(name, justify="right", no_wrap=True)
+    for policy, *cells in zip((one.policy for one in speeds), *texts.values(), strict=True):
+        table.add_row(str(policy), *cells)
+    parts = [table, f"\u2713 promised: {dial.promise}" if within else "nothing is promised"]
+    if dial.per_type:
+        kinds = Table("other labels of", box=SIMPLE_HEAD, pad_edge=False)
+        for text in texts["multiply-\nadds"]:
+            kinds.add_column(text, justify="right")
+        for name in dial.per_type:
+            kinds.add_row(name, *(f"{one.by_type[name]:.2%}" for one in speeds))
+        parts.append(kinds)
+    return Group(*parts)
 
 
 def parse_types(names: str | None) -> bool | list[str]:

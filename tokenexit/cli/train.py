@@ -491,7 +491,7 @@ def adapt(
     columns, dial = {}, result.calibration.dial
     if result.original_wall is not None:
         walls = [one.wall_speedup * result.original_wall for one in dial.speeds]
-        columns["beside transformers"] = [f"{wall:.2f}x" for wall in walls]
+        columns["beside\ntransformers"] = [f"{wall:.2f}x" for wall in walls]
     if result.scores is not None:
         columns[result.metric] = [f"{score:.4f}" for score in result.scores]
     out.print(dial_table(dial, columns))
