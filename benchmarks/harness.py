@@ -133,6 +133,12 @@ def write(name: str, measured: Sequence[dict], folder: Path = RESULTS):
             file.write(json.dumps(row) + "\n")
 
 
+def write_anew(name: str, rows: Sequence[dict], folder: Path = RESULTS):
+    """Put rows in place of those of `NAME.jsonl`."""
+    with write_aside(folder / f"{name}.jsonl") as aside:
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def read(name: str, folder: Path = RESULTS) -> list[dict]:
     """The rows of `NAME.jsonl`, [] where there is none."""
     path = folder / f"{name}.jsonl"

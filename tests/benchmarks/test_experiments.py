@@ -319,7 +319,7 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
         "settings: {max_steps: 1, save_strategy: 'no'}}\n"
         "runs: [{name: joint, read: [sentence, token]}, {name: last, loss: last}]\n"
     )
-    for name in ("write", "read"):
+    for name in ("write", "write_anew", "read"):
         monkeypatch.setattr(harness, name, partial(getattr(harness, name), folder=tmp_path))
     monkeypatch.setenv("TOKENEXIT_CACHE", str(tmp_path / "cache"))
     computed, evaluate, chosen, choose = set(), reading.evaluate, [], reading.choose
@@ -335,7 +335,8 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.__main__.evaluate", kept)
     monkeypatch.setattr(reading, "choose", noted)
     # As if joint-1 had been cut off before the row of full depth; then all is there.
-    harness.write("experiments", [{"run": "joint-1", "kind": "sentence", "dtype": "bfloat16"}])
+    old = {"run": "joint-1", "kind": "sentence", "target": 2.0, "dtype": "bfloat16"}
+    harness.write("experiments", [{**old, "policy": ExitPolicy.sentence().to_dict()}])
     for _ in range(2):
         done = CliRunner().invoke(app, ["run", str(plan), "--texts", str(texts)])
         assert done.exit_code == 0 and "all runs of the plan are done" in done.output, done.output
@@ -345,6 +346,13 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
         assert chosen == [ExitPolicy()]  # of tokens
     assert {row["dtype"] for row in rows} == {"bfloat16"} and computed == {torch.bfloat16}
     assert [len(row["test_layers"]) for row in full] == [2, 2]
+
+    times = lambda tagger, windows, policies, runs: [[6.0, 5, 6], [2, 2, 2]]  # noqa: E731
+    monkeypatch.setattr(reading, "time_policies", times)
+    done = CliRunner().invoke(app, ["retime", str(plan), "--texts", str(texts)])
+    assert done.exit_code == 0 and "joint-1, sentence, 2x: 3.00x" in done.output, done.output
+    first, *others = harness.read("experiments")
+    assert first == {**rows[0], "wall_speedup": 3.0} and others == rows[1:]
 
 
 def test_all_that_a_gpu_is_asked_runs_without_one(tmp_path):
