@@ -106,6 +106,9 @@ def trained(folder, tmp_path_factory):
         "--epochs", 1, *SETTINGS,
     )  # fmt: skip
     assert code == 0, err
+    # No word leaves early until calibration, or the user, says when.
+    policy = json.loads((folder / "exits" / "config.json").read_text())["exit_policy"]
+    assert policy["threshold"] == 0
     return folder / "exits"
 
 
@@ -179,6 +182,16 @@ def texts(folder):
     rows = {" ".join(words) + "." for words in data(400, seed=3)["words"] if len(words) > 2}
     (folder / "texts.txt").write_text("".join(f"{row}\n" for row in sorted(rows)) + "\n")
     return folder / "texts.txt"
+
+
+def test_adapt_with_the_encoder_trained_too(folder, texts, capsys, tmp_path):
+    """What it needs to go on with lies beside the result, until that is there."""
+    code, out, err = call(
+        capsys, "adapt", folder / "hf", "-t", texts, "-o", tmp_path / "tagger", "--tune",
+        "--epochs", 1, "--max-disagreement", 0.5, "--timing-runs", 0, "--json",
+    )  # fmt: skip
+    assert code == 0 and json.loads(out)["dial"]["reference"] == "the original", err
+    assert [path.name for path in tmp_path.iterdir()] == ["tagger"]
 
 
 def test_adapt_then_speeds(folder, texts, capsys, tmp_path):
