@@ -204,6 +204,29 @@ def test_the_whole_model_waits_for_nothing(family, given):
     assert logits.shape == (3, 9, 5) and layers.shape == (3, 9) and sound.shape == ()
 
 
+ODD_EMBEDDINGS = {
+    "plain": lambda embeddings: None,
+    "max_norm": lambda embeddings: setattr(embeddings.position, "max_norm", 0.5),
+    "dropout": lambda embeddings: embeddings.dropout.train(),
+    "layout": lambda embeddings: setattr(
+        embeddings.word, "weight", torch.nn.Parameter(embeddings.word.weight.T.contiguous().T)
+    ),
+    "dtype": lambda embeddings: embeddings.norm.double(),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_EMBEDDINGS)
+def test_the_kernel_takes_plain_embeddings_only(odd, monkeypatch):
+    tagger = random_tagger(dtype=torch.float32)
+    ODD_EMBEDDINGS[odd](tagger.embeddings)
+    seen, ids = [], torch.tensor([5, 6, 5])
+    packed = pack(torch.ones(1, 3, dtype=torch.int64), torch.arange(3)[None])
+    monkeypatch.setattr("tokenexit.kernels.embed.embed", lambda *_: seen.append("the kernel"))
+    monkeypatch.setattr(tagger.embeddings, "forward", lambda *_: seen.append("the module"))
+    gpu.embed(tagger.embeddings, packed, ids, packed.positions)
+    assert seen == ["the kernel" if odd == "plain" else "the module"]
+
+
 @pytest.mark.parametrize("missing", ["the CUDA op compact_active", "triton"])
 @torch.no_grad()
 def test_a_gpu_without_what_it_wants_is_told_once(missing, monkeypatch):
