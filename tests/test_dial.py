@@ -199,6 +199,18 @@ def test_too_little_text_for_a_type_is_told(tagger):
         calibrate(tagger, data, max_loss=0.1, per_type=True)
 
 
+def test_how_much_would_do_of_which_few_have_a_type(tagger, monkeypatch):
+    rare, common = (tagger.model.config.id2label[i] for i in range(2))
+    words, (_, tested) = sentences(200), parts(200)
+    short = {tuple(x) for x in tested if len(x) < 4}
+    labels = [[rare if tuple(x) in short else common] * len(x) for x in words]
+    monkeypatch.setattr(calibration.promise, "needed", lambda *_: 9)  # of whatever is looked at
+    monkeypatch.setattr(calibration.promise, "fixed_sequence", lambda *_: 0)
+    found = make_dial(tagger, words, BOUND, policies=GRID, reference=labels, per_type=[rare])
+    wanted = math.ceil(9 * len(tested) / len(short))
+    assert wanted > 9 and found.needed - for_path(found.needed) == wanted
+
+
 def test_nothing_is_chosen_by_what_is_tested(tagger, found, monkeypatch):
     """The path is the same whatever the labels of the others are, which decide how far it goes."""
     first, apart = parts(200)

@@ -351,12 +351,20 @@ def test_tuple_output():
     assert torch.equal(logits, tagger(**batch).logits) and layers.dtype == torch.int64
 
 
+def test_models_of_one_configuration_have_policies_of_their_own():
+    config = random_tagger().config
+    one, other = (TokenExitForTokenClassification(config) for _ in range(2))
+    before = other.policy
+    one.policy = ExitPolicy(threshold=0.9)
+    assert other.policy == before != one.policy
+
+
 def test_return_dict_of_the_configuration():
     tagger = random_tagger()
     batch = random_batch([5])
     expected = tagger(**batch).logits
     tagger.config.return_dict = False
-    assert torch.equal(tagger(**batch)[0], expected)
+    assert type(got := tagger(**batch)) is tuple and torch.equal(got[0], expected)
     assert torch.equal(tagger(**batch, return_dict=True).logits, expected)
 
 
