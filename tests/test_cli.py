@@ -872,6 +872,8 @@ def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, com
         (["self-sample", "-m", "{folder}/hf", "-d", "{folder}/dev.conll", "-o", "{folder}/y"],
          "has no exits yet: those at layer 1, 2, 3"),
         (["predict", "{folder}/hf", "--threshold", "0.1"], "at layer 1, 2, 3.*or --full-depth"),
+        (["evaluate", "{exits}", "-d", "{folder}/dev.conll", "--revision", "v1"],
+         "got --revision v1 for a folder, .*exits; expected a name on the hub"),
         (["train", "-m", "{folder}/hf", "-d", "{folder}/cars.conll", "-o", "{folder}/y"],
          "expected labels in common, or --new-classifier"),
         (

@@ -113,6 +113,9 @@ def load_tagger(
     be_quiet()
     check_model_name(model)
     settings = {name: value for name, value in settings.items() if value is not None}
+    if "revision" in settings and Path(model).exists():
+        got = settings["revision"]
+        raise ValueError(f"got --revision {got} for a folder, {model}; expected a name on the hub")
     try:
         return Tagger.from_pretrained(
             model, int8, dtypes.get(dtype), batch_size=batch_size, **settings
