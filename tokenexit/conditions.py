@@ -189,6 +189,26 @@ def refused(reads: Reads) -> str:
     return failed
 
 
+def check_loaded(root: nn.Module, device: torch.device):
+    """Raise ValueError for a weight within `root` that is elsewhere, and that no hook brings.
+
+    A product without a bias takes one on the meta device, and gives what lay in memory.
+    """
+    if torch.compiler.is_compiling() or _torch_module._has_any_global_hook():
+        return
+    found = [("", root)]
+    for name, module in found:
+        if module._forward_pre_hooks or "forward" in module.__dict__:
+            continue
+        for kind, weight in module._parameters.items():
+            if weight is not None and weight.device != device:
+                raise ValueError(
+                    f"{name}{kind} is on {weight.device}; expected it on {device}, as the states"
+                )
+        children = module._modules.items()
+        found += [(f"{name}{part}.", child) for part, child in children if child is not None]
+
+
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether `module` is a `cls` with weight and bias, of which nothing has been changed.
 

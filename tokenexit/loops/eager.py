@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tokenexit import reference
-from tokenexit.conditions import passable
+from tokenexit.conditions import check_loaded, passable
 from tokenexit.ops.compact_active import compact_active
 from tokenexit.ops.exit_decision import exit_decision
 from tokenexit.packing import Active, Packed, same_length
@@ -70,11 +70,6 @@ class ExitEncoder(nn.Module):
                 fresh = checkpoint(layer.__call__, h, active, bias, schedule.pre_norm)
             else:
                 fresh = layer(h, active, bias, schedule.pre_norm)
-            if fresh.device != h.device:  # what PyTorch makes of weights that are not loaded
-                raise ValueError(
-                    f"layer {number} gave states on {fresh.device} for those on {h.device}; "
-                    "expected its weights there"
-                )
             keep = states is not None or torch.is_grad_enabled()
             stored = _store(stored, active, fresh, keep)
             h = layer.output_norm(stored) if schedule.pre_norm else stored
@@ -152,6 +147,7 @@ class Outcome:
 
 def run(call, h, packed, schedule, bias, exits) -> Outcome:
     """See `tokenexit.loops.Loop`."""
+    check_loaded(call.encoder, h.device)
     if not call.wants_states:
         trace = call.encoder(h, packed, schedule, bias, exits)
         return Outcome(*last_of(trace, h.shape[0]), trace)
@@ -164,6 +160,7 @@ def run(call, h, packed, schedule, bias, exits) -> Outcome:
 def run_reference(call, h, packed, schedule, bias, exits) -> Outcome:
     """See `tokenexit.loops.Loop`."""
     encoder = call.encoder
+    check_loaded(encoder, h.device)
     heads = [partial(encoder.logits, head) for head in encoder.heads]
     trace = reference.exit_forward(h, encoder.layers, heads, packed, schedule, bias, exits)
     return Outcome(*last_of(trace, len(h)), trace)

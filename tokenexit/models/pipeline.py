@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tokenexit.conditions import Reads
+from tokenexit.conditions import Reads, check_loaded
 from tokenexit.loops import LOOPS, Call, Loop, cannot, choose
 from tokenexit.loops.eager import Trace, Unmet, explain_nan
 from tokenexit.loops.gpu import fell_back
@@ -152,6 +152,7 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
         raise _explain(model, rows)
     ids = packed.pack(inside.input_ids)
     types, words = inside.token_type_ids, inside.inputs_embeds
+    check_loaded(model.embeddings, ids.device)
     positions = positions_of(config, packed, ids, inside.position_ids)
     h = loop.embed(
         model.embeddings,
