@@ -1,10 +1,17 @@
 """Fixtures for all tests."""
 
 import os
+import sys
+from pathlib import Path
 
 import fixtures
 import pytest
 import torch
+
+# What is tested is what is installed: `python -m pytest` puts the project's root first, where a
+# package without its kernels and compiled ops lies.
+ROOT = Path(__file__).parents[1]
+sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != ROOT]
 
 torch.set_num_threads(1)  # as many test processes as cores run beside each other
 

@@ -448,6 +448,17 @@ def test_predict_goes_on_with_the_same_only(trained, capsys, tmp_path, monkeypat
     ):
         code, _, err = call(capsys, *predict, *other)
         assert code == 1 and re.search(message, err), err
+    load = Tagger.from_pretrained
+
+    def trained_on(*args, **kwargs):
+        tagger = load(*args, **kwargs)
+        tagger.model.exit_heads[1].bias.data[0] += 1
+        return tagger
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tagger, "from_pretrained", trained_on)
+        code, _, err = call(capsys, *predict)
+        assert code == 1 and "was started otherwise: classifiers " in err
     for text in ("john\nyork\nnew york\n", "john\n"):
         source.write_text(text)
         code, _, err = call(capsys, *predict)
@@ -861,6 +872,15 @@ def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, com
          "--confidence is 1.0"),
         (["adapt", "{folder}/hf", "-t", "x", "-o", "{folder}/n", "--epochs", "2"],
          "got --epochs without --tune"),
+        (["adapt", "{folder}/hf", "-t", "x", "-o", "{folder}/n", "--column", "1"],
+         "got --column without --data"),
+        (["adapt", "{folder}/hf", "-t", "x", "-o", "{folder}/x.txt"], "x.txt is a file; expected"),
+        (["adapt", "{folder}/hf", "-t", "none.txt", "-o", "."], "no such file: none.txt"),
+        (["calibrate", "{exits}", "-d", "{folder}/dev.conll", "--timing-runs", "1"],
+         "timing_runs without max_disagreement"),
+        (["calibrate", "{exits}", "-d", "x", "--max-disagreement", "0.1", "--column", "1"],
+         "got --column with --max-disagreement"),
+        (["predict", "{exits}", "{folder}/dev.conll", "-o", ".", "--resume"], "is no file"),
         (["calibrate", "{folder}/encoder", "-d", "none"], "holds a model of type 'bert'"),
         (["calibrate", "{folder}", "-d", "none"], "holds no model; expected a tagger"),
         (["calibrate", "owner/name", "-d", "none"], "no folder.*saved to a folder first"),

@@ -195,7 +195,7 @@ def test_too_little_text_for_a_type_is_told(tagger):
         with pytest.raises(error, match=message):
             make_dial(tagger, words, BOUND, 0.9, per_type=wrong)
     data = Dataset.from_dict({"words": words, "labels": labels})
-    with pytest.raises(ValueError, match="per_layer or per_type without max_disagreement"):
+    with pytest.raises(ValueError, match="got per_layer, per_type or timing_runs without max_dis"):
         calibrate(tagger, data, max_loss=0.1, per_type=True)
 
 
@@ -356,8 +356,9 @@ def test_too_little_is_refused_with_how_much_would_do(tagger, found):
             calibrate(tagger, data, **{"max_disagreement": 0.1, **wrong})
     with pytest.raises(ValueError, match="got both max_loss and max_disagreement"):
         calibrate(tagger, data, max_disagreement=0.1, max_loss=0.1)
-    with pytest.raises(ValueError, match="got verify with max_disagreement"):
-        calibrate(tagger, data, max_disagreement=0.1, verify=2)
+    for other in ({"verify": 2}, {"metric": "accuracy"}):
+        with pytest.raises(ValueError, match=f"got {[*other][0]} .*with max_disagreement"):
+            calibrate(tagger, data, max_disagreement=0.1, **other)
 
 
 def test_no_exits_that_hold_are_full_depth(tagger):

@@ -156,10 +156,10 @@ def calibrate(
             score, a promise about its labels, at full depth. None: full depth of this one.
 
     Raises:
-        ValueError: several targets; a promise of layers or types without its bound; a target that
-            no policy reaches; no sentences or labels, or no entity among them; classifiers that
-            were never trained; too few sentences for the promise; an original and a target
-            speed-up.
+        ValueError: several targets; what is of a promise without its bound, or a metric with it; a
+            target that no policy reaches; no sentences or labels, or no entity among them;
+            classifiers that were never trained; too few sentences for the promise; an original and
+            a target speed-up.
     """
     targets = {
         "target_speedup": target_speedup,
@@ -170,11 +170,16 @@ def calibrate(
         raise ValueError(f"got both {' and '.join(given)}; expected one of them")
     if original is not None and target_speedup is not None:
         raise ValueError("got original with target_speedup; expected a loss or a disagreement")
-    if max_disagreement is None and (per_layer or per_type is not False):
-        raise ValueError("got per_layer or per_type without max_disagreement, whose promise it is")
+    if max_disagreement is None and (per_layer or per_type is not False or timing_runs):
+        raise ValueError(
+            "got per_layer, per_type or timing_runs without max_disagreement, whose promise they "
+            "are of"
+        )
     if max_disagreement is not None:
         if verify is not None:
-            raise ValueError("got verify with max_disagreement, which runs all policies of a path")
+            raise ValueError(f"got verify {verify} with max_disagreement, which runs all of a path")
+        if metric != "auto":
+            raise ValueError(f"got metric {metric!r} with max_disagreement, which counts labels")
         found = make_dial(
             tagger,
             data["words"],

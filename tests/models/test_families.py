@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tokenexit
 from tokenexit import ExitPolicy, TokenExitForTokenClassification
-from tokenexit.layers import ExitLayer
+from tokenexit.layers import ExitLayer, Relative
 
 GROUPS = [
     {},
@@ -280,6 +280,17 @@ def test_one_step_of_training_with_dropout(family):
 
 
 @torch.no_grad()
+def test_states_of_distances_are_dropped_in_training_alone():
+    layer = random_tagger("deberta-v2", hidden_dropout_prob=0.5).encoder.layers[0]
+    relative = Relative(torch.randn(9, 32).double(), torch.zeros(1, dtype=torch.int64))
+    before, again, trained = (
+        layer.train(mode).position_states(relative) for mode in (False, False, True)
+    )
+    for one, other, dropped in zip(before, again, trained, strict=True):
+        assert torch.equal(one, other) and not torch.equal(one, dropped)
+
+
+@torch.no_grad()
 def test_copies_of_layers_that_normalise_first_are_their_sums():
     """A token that left is never changed again, whatever `copy` says; its state is no norm's."""
     tagger, batch = random_tagger("modernbert"), random_batch([9, 20, 3])
@@ -309,6 +320,9 @@ def test_local_layers_do_not_see_beyond_their_reach():
     other[0, 10] = 4 + (ids[0, 10] - 3) % 56
     changed = (tagger(ids).logits != tagger(other).logits).any(-1)[0]
     assert changed.nonzero().flatten().tolist() == [*range(7, 14)]
+    part, other_part = ids[:, 6:11], other[:, 6:11]  # from end to end is one step too far
+    changed = (tagger(part).logits != tagger(other_part).logits).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [1, 2, 3, 4]
     half = tagger.to(torch.bfloat16)
     changed = (half(ids).logits != half(other).logits).any(-1)[0].nonzero().flatten()
     assert set(changed.tolist()) <= {*range(7, 14)} and 10 in changed
@@ -324,6 +338,8 @@ def test_dropout_of_layers_that_normalise_first(name):
     with torch.no_grad():
         expected = tagger(**batch).logits
         assert not torch.equal(tagger.train()(**batch).logits, expected)
+        in_layers = name in ("attention_dropout", "mlp_dropout")
+        assert [layer.drops() for layer in tagger.encoder.layers] == [in_layers] * 4
         for part in tagger.modules():
             for place in ("p", "dropout", "attention_dropout"):
                 if isinstance(getattr(part, place, None), float):

@@ -627,6 +627,16 @@ def test_hidden_states(policy):
         torch.testing.assert_close(one, other)
 
 
+@torch.no_grad()
+def test_hidden_states_of_layers_that_no_token_reached():
+    """They are those with which the last ones left."""
+    tagger, batch = random_tagger(), random_batch([9, 5])
+    exits = torch.full_like(batch["input_ids"], 2)
+    states = tagger(**batch, exit_layers=exits, output_hidden_states=True).hidden_states
+    assert len(states) == 5 and not torch.equal(states[1], states[2])
+    assert torch.equal(states[3], states[2]) and torch.equal(states[4], states[2])
+
+
 def test_hidden_states_are_hugging_faces_at_full_depth():
     theirs, batch = random_classifier(), random_batch([9, 9])
     words = batch.pop("word_ids")

@@ -102,3 +102,13 @@ def test_a_policy_on_untrained_heads_warns_once(tmp_path, caplog):
     step(trained)
     trained.policy = EXITS
     assert not caplog.text
+
+
+@pytest.mark.parametrize("value", [[0], [5], ["1"], "1", [1.5], [[1]]])
+def test_what_no_layers_are_is_refused(tmp_path, value):
+    model = tokenexit.convert(random_classifier())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "untrained_heads": value}))
+    with pytest.raises(ValueError, match="config.untrained_heads is .*; expected numbers from 1"):
+        TokenExitForTokenClassification.from_pretrained(tmp_path)

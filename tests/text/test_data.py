@@ -1,12 +1,14 @@
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 
+from tokenexit.cli import options
 from tokenexit.text import data
 from tokenexit.text.data import (
     Sentence,
@@ -647,6 +649,20 @@ def test_texts_by_a_format_that_is_given(tmp_path):
     path.write_bytes(b"a\n\xff\n")
     with pytest.raises(ValueError, match="a.txt:2: .*expected UTF-8"):
         read_texts(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="a pipe has no name here")
+@pytest.mark.parametrize(
+    "text, expected",
+    [("Ada ran.\nBob ran.\n", ["Ada ran.", "Bob ran."]), ('["Ada", "ran."]\n', [["Ada", "ran."]])],
+)
+def test_texts_of_a_pipe(text, expected):
+    """What a shell's `<(...)` is; it is read once, and its texts are no columns."""
+    reader, writer = os.pipe()
+    os.write(writer, text.encode())
+    os.close(writer)
+    assert options.read_texts(f"/dev/fd/{reader}", None) == expected
+    os.close(reader)
 
 
 def test_rows_have_texts_and_other_fields():

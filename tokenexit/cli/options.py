@@ -167,7 +167,8 @@ def read_texts(source: str, format: str | None) -> list[str | list[str]]:
     """Like `read_data`, without labels: texts, or lists of words where the source has these."""
     from tokenexit.text import data
 
-    if Path(source).expanduser().is_file() and format != "dataset":
+    path = Path(source).expanduser()
+    if path.exists() and not path.is_dir() and format != "dataset":
         return data.read_texts(source, format=format)
     return read_data(source, None, format)["words"]
 

@@ -25,10 +25,10 @@ def partial_results(output: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     Raises:
         ValueError: `output` is no file; the results that are there depend on something else.
     """
-    folder = output.with_name(f"{output.name}.partial")
-    rows, about = folder / "rows", folder / "run.json"
     if output.exists() and not output.is_file():
         raise ValueError(f"--resume: {output} is no file; expected one, or a new name")
+    folder = output.with_name(f"{output.name}.partial")
+    rows, about = folder / "rows", folder / "run.json"
     if about.exists():
         before = json.loads(about.read_text(encoding="utf-8"))
         other = [f"{k} {before.get(k)}, now {v}" for k, v in record.items() if before.get(k) != v]

@@ -309,6 +309,8 @@ def calibrate(
     check_metric(metric)
     promised = max_disagreement is not None
     if promised:
+        if column is not None:
+            raise ValueError("got --column with --max-disagreement, which reads no labels")
         check_share("--max-disagreement", max_disagreement)
         check_share("--confidence", confidence)
     check_tagger_folder(model)
@@ -440,13 +442,19 @@ def adapt(
     check_share("--max-disagreement", max_disagreement)
     check_share("--confidence", confidence)
     check_metric(metric)
-    for name, given in (("epochs", epochs is not None), ("resume", resume)):
-        if given and not tune:
-            raise ValueError(f"got --{name} without --tune; expected both or neither")
+    for name, given, other, there in (
+        ("epochs", epochs is not None, "tune", tune),
+        ("resume", resume, "tune", tune),
+        ("column", column is not None, "data", data),
+        ("metric", metric != "auto", "data", data),
+    ):
+        if given and not there:
+            raise ValueError(f"got --{name} without --{other}; expected both or neither")
     check_output_folder(output)
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise ValueError(f"--output is the folder of the model, {model}; expected another")
-    checkpoints = output.with_name(f"{output.name}-checkpoints")
+    whole = output.absolute()  # "." has no name
+    checkpoints = whole.with_name(f"{whole.name}-checkpoints")
     if tune and not resume and checkpoints.exists() and any(checkpoints.iterdir()):
         raise ValueError(f"{checkpoints} has a run: give --resume to go on with it, or remove it")
     check_model_name(model)

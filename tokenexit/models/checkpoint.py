@@ -63,7 +63,18 @@ def check_tagger_folder(name: str | os.PathLike):
 
 
 def check_output_folder(folder: str | os.PathLike):
-    """Raise ValueError if a tagger saved to `folder` would overwrite what is none."""
+    """Tell before the work that a tagger can't be saved to `folder`.
+
+    Raises:
+        OSError: a file is there or on the way there, or nothing may be written to it.
+        ValueError: a model is there that is no tagger.
+    """
+    path = Path(folder).absolute()
+    there = next(one for one in (path, *path.parents) if one.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file; expected a folder to write")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{there} is read-only; expected a folder that may be written to")
     kind = saved_kind(folder)
     if kind not in (None, TokenExitConfig.model_type):
         raise ValueError(

@@ -163,6 +163,11 @@ def check_config(config: TokenExitConfig):
         raise ValueError(
             f"config.temperatures is {warmth!r:.80}; expected {layers} numbers above 0, or None"
         )
+    heads, numbers = config.untrained_heads, range(1, layers + 1)
+    if heads is not None and not (isinstance(heads, list) and all(x in numbers for x in heads)):
+        raise ValueError(
+            f"config.untrained_heads is {heads!r:.80}; expected numbers from 1 to {layers}, or None"
+        )
     if config.max_tokens < 1:
         raise ValueError(
             f"config.max_position_embeddings is {config.max_position_embeddings}; expected more "

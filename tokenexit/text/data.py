@@ -129,21 +129,23 @@ def read_texts(source: str | os.PathLike, *, format: str | None = None) -> list[
     """Read what is to be tagged from a file: texts, or lists of words where it has these.
 
     Args:
-        source: a file; of JSON lines, a string under `words`, `tokens` or `text` is a text.
+        source: a file or a pipe; of JSON lines, a string under `words`, `tokens` or `text` is a
+            text.
         format: as of `stream_rows`. None: told by the file's name, else by its first lines.
 
     Raises:
         ValueError: not as the format says; no sentence.
     """
     path = Path(source).expanduser()
+    with path.open("rb") as file:
+        lines = list(file)  # at once, as a pipe is read once
     if format is None and path.suffix.lower() not in _FORMAT_OF_SUFFIX:
-        with path.open("rb") as file:
-            head = [line for _, line in islice(_lines(file, str(source)), 1000)]
+        head = [line for _, line in islice(_lines(lines, str(source)), 1000)]
         rows = [line for line in head if line.strip(_BLANK) and not line.startswith("#")][:2]
         found = {_looks_like(rows[:n], "text") for n in range(1, len(rows) + 1)} - {None}
         format = found.pop() if found else "text"
-    with path.open("rb") as file:
-        rows = [row for row in stream_rows(file, format) if row.words not in ([], [_DOCUMENT])]
+    found = _sentences(lines, str(source), format, "text", None, False)
+    rows = [row for row in found if row.words not in ([], [_DOCUMENT])]
     if not rows:
         raise ValueError(f"{source} has no sentence; expected at least one")
     return [row.words if row.text is None else row.text for row in rows]
@@ -193,8 +195,6 @@ def stream_rows(
     Raises:
         ValueError: an unknown format, or a line that is not as the format says.
     """
-    if format is not None and format not in _PARSERS:
-        raise ValueError(f"format is {format!r}; expected one of {[*_PARSERS]}")
     name = str(getattr(file, "name", "<stream>"))
     return _sentences(file, name, format, "text", None, False)
 
@@ -267,6 +267,8 @@ def _sentences(
     labelled: bool,
 ) -> _Sentences:
     """Choose the parser by format, name and content; it starts at once, so that checks do."""
+    if format is not None and format not in _PARSERS:
+        raise ValueError(f"format is {format!r}; expected one of {[*_PARSERS]}")
     lines = _lines(file, name)
     if format is None:
         format = _FORMAT_OF_SUFFIX.get(Path(name).suffix.lower(), default)
