@@ -1,5 +1,8 @@
 // The schemas. Each device registers its implementations beside their code; fakes are in Python.
+#define PY_SSIZE_T_CLEAN
 #include <Python.h>
+
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 
@@ -7,6 +10,13 @@
 
 STABLE_TORCH_LIBRARY(tokenexit, m) {
   m.def("pack_tokens(Tensor mask, Tensor word_ids) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pack_rows(Tensor mask, Tensor ids, Tensor? word_ids, Tensor kinds, Tensor? types, "
+      "Tensor? positions, int num_ids, int num_types, int num_positions, int most) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "embed(Tensor ids, Tensor positions, Tensor? types, Tensor word, Tensor? position, "
+      "Tensor? token_type) -> Tensor");
   m.def(
       "exit_decision(Tensor logits, Tensor words, Tensor uncertainty, Tensor exit_layer, "
       "Tensor cu_words, Tensor window, Tensor threshold, int layer, bool max_prob, "
@@ -43,10 +53,96 @@ STABLE_TORCH_LIBRARY(tokenexit, m) {
       "-> (Tensor, Tensor)");
 }
 
-// A module with no functions: importing it loads this library, and loading registers the ops. It says
-// which instruction sets the processor has, and which of them the ops on the CPU take.
+namespace {
+
+// An object; of a dictionary, how many it has, else -1.
+struct Fact {
+  PyObject* object;
+  Py_ssize_t size;
+};
+
+// Whether see(object) gives true of all that these modules are: their classes, their attributes, and
+// what is in their parameters, buffers and modules with its class, which `torch.utils.swap_tensors`
+// changes; null ends each of these. Of the first, a whole model, attributes come and go: they are left
+// out. False of a module that keeps its tensors elsewhere.
+template <class See>
+bool look(PyObject* modules, const See& see) {
+  static PyObject* const inner[] = {
+      PyUnicode_InternFromString("_parameters"), PyUnicode_InternFromString("_buffers"),
+      PyUnicode_InternFromString("_modules")};
+  const auto type = [](PyObject* x) { return reinterpret_cast<PyObject*>(Py_TYPE(x)); };
+  const auto all = [&](PyObject* dict, bool typed) {
+    PyObject *name, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &name, &value);) {
+      if (!see(name) || !see(value) || (typed && !see(type(value)))) return false;
+    }
+    return see(nullptr);
+  };
+  const Py_ssize_t count = PyList_Size(modules);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* module = PyList_GetItem(modules, i);
+    PyObject* own = PyObject_GenericGetDict(module, nullptr);
+    if (!own) return false;
+    Py_DECREF(own);  // the module has it
+    if (!see(type(module)) || (i > 0 && !all(own, false))) return false;
+    for (PyObject* name : inner) {
+      PyObject* held = PyDict_GetItemWithError(own, name);
+      if (!held || !PyDict_Check(held) || !all(held, true)) return false;
+    }
+  }
+  return true;
+}
+
+// facts(modules): what they are; None if that can't be told. A list that keeps the objects, so that no
+// other is where one was, and `Fact` after `Fact`.
+PyObject* facts(PyObject*, PyObject* modules) {
+  if (!PyList_Check(modules)) return PyErr_Format(PyExc_TypeError, "facts: expected a list");
+  PyObject* kept = PyList_New(0);
+  std::vector<Fact> found;
+  const bool told = kept && look(modules, [&](PyObject* x) {
+    found.push_back({x, x && PyDict_Check(x) ? PyDict_Size(x) : -1});
+    return !x || PyList_Append(kept, x) == 0;
+  });
+  PyObject* result = nullptr;
+  if (told) {
+    const auto* bytes = reinterpret_cast<const char*>(found.data());
+    result = Py_BuildValue("(Oy#)", kept, bytes, Py_ssize_t(found.size() * sizeof(Fact)));
+  } else {
+    PyErr_Clear();
+    result = Py_NewRef(Py_None);
+  }
+  Py_XDECREF(kept);
+  return result;
+}
+
+// are(modules, facts): whether they are so still.
+PyObject* are(PyObject*, PyObject* args) {
+  PyObject *modules, *kept;
+  const char* bytes;
+  Py_ssize_t size;
+  if (!PyArg_ParseTuple(args, "O(Oy#)", &modules, &kept, &bytes, &size)) return nullptr;
+  if (!PyList_Check(modules)) return PyErr_Format(PyExc_TypeError, "are: expected a list");
+  const auto* fact = reinterpret_cast<const Fact*>(bytes);
+  const auto* end = fact + size / sizeof(Fact);
+  const bool same = look(modules, [&](PyObject* x) {
+    if (fact == end || fact->object != x || (fact->size >= 0 && PyDict_Size(x) != fact->size)) {
+      return false;
+    }
+    ++fact;
+    return true;
+  });
+  if (PyErr_Occurred()) PyErr_Clear();
+  return PyBool_FromLong(same && fact == end);
+}
+
+}  // namespace
+
+// Importing the module loads this library, and loading registers the ops. It says which instruction
+// sets the processor has, and which of them the ops on the CPU take.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  static PyMethodDef functions[] = {
+      {"facts", facts, METH_O, nullptr}, {"are", are, METH_VARARGS, nullptr}, {}};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions};
   PyObject* result = PyModule_Create(&module);
   if (!result) return nullptr;
   PyObject* names = PyList_New(0);

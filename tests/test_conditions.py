@@ -13,6 +13,7 @@ import tokenexit
 from tokenexit import ExitPolicy, conditions
 from tokenexit.layers import reads
 from tokenexit.loops import cpu
+from tokenexit.loops.memory import Held, Memory
 from tokenexit.ops import extension_available
 
 PRODUCTS = ("query", "key_value", "attention_output", "up", "down")
@@ -111,6 +112,8 @@ def test_a_forward_of_its_own_is_called(model, fast, name):
 
 @torch.no_grad()
 def test_hooks_on_all_modules(model, fast):
+    model(**CALL)
+    del fast[:]
     calls = []
     handle = register_module_forward_hook(lambda module, *_: calls.append(type(module)))
     try:
@@ -123,6 +126,8 @@ def test_hooks_on_all_modules(model, fast):
 
 @torch.no_grad()
 def test_a_forward_of_another_s_on_a_class(model, fast, monkeypatch):
+    model(**CALL)
+    del fast[:]
     calls, whole = [], nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(1) or whole(self, x))
     model(**CALL)
@@ -483,13 +488,82 @@ def another_buffer(model):
     model.token_kinds = model.token_kinds.clone()
 
 
+def in_training(model):
+    model.encoder.layers[1].dropout.train()
+
+
+def of_another_eps(model):
+    model.encoder.layers[2].output_norm.eps = 1e-3
+
+
+def of_another_activation(model):
+    model.encoder.layers[0].activation = torch.relu
+
+
+def hooked(model):
+    model.encoder.layers[1].up.register_forward_hook(lambda *_: None)
+
+
+def hooked_before(model):
+    model.embeddings.norm.register_forward_pre_hook(lambda *_: None)
+
+
+def with_a_forward_of_its_own(model):
+    model.embeddings.word.forward = lambda ids: ids
+
+
+def of_another_dictionary(model):
+    part = model.encoder.layers[3].up
+    part.__dict__ = {**part.__dict__, "in_features": 3}
+
+
+class Sub(nn.Parameter):
+    pass
+
+
+def swapped_in_place(model):
+    part = model.encoder.layers[1].up
+    torch.utils.swap_tensors(part.bias, nn.Parameter(part.bias.clone()).as_subclass(Sub))
+
+
 HOLDS = [renamed, swapped, of_another_class, of_other_dictionaries, more, fewer, another_buffer]
+ATTRIBUTES = [in_training, of_another_eps, of_another_activation, hooked, hooked_before]
+ATTRIBUTES += [with_a_forward_of_its_own, of_another_dictionary, swapped_in_place]
 
 
+@pytest.mark.skipif(not extension_available(), reason="not compiled")
+@pytest.mark.parametrize("change", [*HOLDS, *ATTRIBUTES], ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_what_was_met_is_asked_anew_of_what_has_changed(model, change):
+    memory = Memory()
+    for failed in ("some", None):  # what is not met is asked every time
+        assert memory.of(model).met("a", lambda failed=failed: failed) == failed
+    held = memory.of(model)
+    assert held.is_all and held.met("a", lambda: "some") is None
+    handle = model.encoder.layers[0].up.register_forward_hook(lambda *_: None)
+    assert memory.of(model) is not held
+    handle.remove()
+    held = memory.of(model)
+    change(model)
+    assert memory.of(model) is not held and memory.of(model).met("a", lambda: "some") == "some"
+
+
+@torch.no_grad()
+def test_a_policy_has_nothing_looked_at_anew(model):
+    model(**CALL)
+    held = model._memory.of(model)
+    model.policy = ExitPolicy(threshold=0.3)
+    model(CALL["input_ids"], CALL["attention_mask"])
+    assert model._memory.of(model) is held
+
+
+@pytest.mark.parametrize("sees", [True, False], ids=["attributes", "tensors alone"])
 @pytest.mark.parametrize("change", HOLDS, ids=lambda change: change.__name__)
 @torch.no_grad()
-def test_what_is_remembered_is_of_what_is_still_held(model, change):
-    memory = conditions.Memory()
+def test_what_is_remembered_is_of_what_is_still_held(model, change, sees, monkeypatch):
+    if not sees:  # as without the compiled ops
+        monkeypatch.setattr("tokenexit.loops.memory.facts", lambda modules: None)
+    memory = Memory()
     held = memory.of(model)
     assert len(held.tensors) == len(model.state_dict())
     found = held.once("a", object)
@@ -504,8 +578,8 @@ def test_what_is_remembered_is_of_what_is_still_held(model, change):
 @torch.no_grad()
 def test_a_scripted_part_is_remembered_too(model):
     model.encoder.layers[1].up = torch.jit.script(model.encoder.layers[1].up)
-    memory = conditions.Memory()
+    memory = Memory()
     assert len(memory.of(model).tensors) == len(model.state_dict())
     agrees_with_the_reference(model)
     tensors = [x.data_ptr() for x in memory.of(model).tensors]
-    assert tensors == [x.data_ptr() for x in conditions.Held(model).tensors]
+    assert tensors == [x.data_ptr() for x in Held(model).tensors]

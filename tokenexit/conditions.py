@@ -7,11 +7,8 @@ plain way, layer by layer through calls in PyTorch, where hooks run and parts ma
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import attrgetter, is_, itemgetter
 
 import torch
 from torch import nn
@@ -55,74 +52,14 @@ class Reads:
         self.tensors = self.weights + self.scales + self.classifiers
 
 
-class Held:
-    """What a module holds, with all modules within it: found once, as long as it `still` is so.
-
-    Attributes:
-        tensors: all parameters and buffers.
-    """
-
-    def __init__(self, root: nn.Module):
-        modules = [root]
-        for module in modules:
-            modules += [x for x in module.__dict__["_modules"].values() if x is not None]
-        self._modules = modules[1:]  # the root may hold this
-        self._types, own = self._found(root)
-        self._names = [*chain.from_iterable(own)]
-        self._values = [*chain.from_iterable(map(dict.values, own))]
-        self.tensors = [x for x in self._values if isinstance(x, torch.Tensor)]
-        self._kept = {}
-
-    def still(self, root: nn.Module) -> bool:
-        """Whether it holds the same modules and tensors, by the same names and of those classes."""
-        types, own = self._found(root)
-        if types != self._types or [*chain.from_iterable(own)] != self._names:
-            return False
-        values = [*chain.from_iterable(map(dict.values, own))]
-        return len(values) == len(self._values) and all(map(is_, values, self._values))
-
-    def once(self, key: Hashable, find: Callable[[], object]) -> object:
-        """What `find` gave the first time."""
-        if key not in self._kept:
-            self._kept[key] = find()
-        return self._kept[key]
-
-    def _found(self, root):
-        """The modules' classes, and those of their dictionaries in which there is something."""
-        modules = [root, *self._modules]
-        own = [*filter(None, chain.from_iterable(map(_OWN, map(_DICT, modules))))]
-        if not _DICTS.issuperset(map(type, own)):  # a scripted module's only look like those
-            own = [dict(x.items()) for x in own]
-        return [*map(type, modules)], own
-
-
-_OWN, _DICT = itemgetter("_parameters", "_buffers", "_modules"), attrgetter("__dict__")
-_DICTS = {dict, OrderedDict}
-
-
-class Memory:
-    """What a module was last found to hold. Copies and pickles start with nothing."""
-
-    def __init__(self):
-        self._last = None
-
-    def __reduce__(self):
-        return type(self), ()
-
-    def of(self, root: nn.Module) -> Held:
-        """What it holds now."""
-        last = self._last  # which another thread may replace
-        if last is None or not last.still(root):
-            last = self._last = Held(root)
-        return last
+def _classes_own():
+    return (
+        nn.Module.__call__ is _CALL or torch.compiler.is_exporting()  # which puts its own there
+    ) and all([cls.forward is forward for cls, forward in _FORWARDS.items()])
 
 
 def _own_forward(reads):
-    return (
-        (nn.Module.__call__ is _CALL or torch.compiler.is_exporting())  # which puts its own there
-        and all([cls.forward is forward for cls, forward in _FORWARDS.items()])
-        and not any(["forward" in m.__dict__ for m in reads.modules])
-    )
+    return _classes_own() and not any(["forward" in m.__dict__ for m in reads.modules])
 
 
 def _no_hooks(reads):
@@ -157,6 +94,11 @@ CALLS = (
     ("no hooks", _no_hooks),
     ("a weight and a bias in each part", lambda r: not any([x is None for x in r.tensors])),
     ("weights that are plain tensors", _plain),
+)
+# What of these is of no module.
+COMMON = (
+    ("forwards that are their classes' own", lambda _: _classes_own()),
+    ("no hooks", lambda _: not _torch_module._has_any_global_hook()),
 )
 # These, the compiled ops see to themselves in each layer that is reached; see `refused`.
 TENSORS = (

@@ -47,8 +47,8 @@ class Packed:
 
     @classmethod
     def of(cls, shape, by_token, offsets, first_token, **more) -> Packed:
-        """Of what `ops.pack_tokens.pack_tokens` gives, and what else a kind of layout has."""
-        slots, positions, sentence_of_token, word_of_token, word_at = by_token.unbind()
+        """Of what `pack_tokens` or `pack_rows` gives, and what else a kind of layout has."""
+        slots, positions, sentence_of_token, word_of_token, word_at = by_token.unbind()[:5]
         cu_tokens, cu_words = offsets.unbind()
         return cls(
             shape=tuple(shape),

@@ -12,8 +12,8 @@ from random_models import FAMILIES, random_batch, random_tagger
 from test_reference import POLICIES
 
 from tokenexit import ExitPolicy
-from tokenexit.conditions import Held
 from tokenexit.loops import LOOPS, Call, gpu, graphs
+from tokenexit.loops.memory import Held
 from tokenexit.models import pipeline
 from tokenexit.models.rows import Rows
 from tokenexit.ops.pack_tokens import pack

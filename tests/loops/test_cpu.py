@@ -56,6 +56,65 @@ def layer_by_layer(model, **call):
         model.backend = "auto"
 
 
+@pytest.fixture
+def sums(monkeypatch):
+    """Counts the calls of the op that sums embeddings."""
+    made, op = [], cpu.sum_of_embeddings
+    monkeypatch.setattr(cpu, "sum_of_embeddings", lambda *a: made.append(1) or op(*a))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["albert", "bert", "distilbert", "electra", "mpnet", "roberta"])
+@torch.no_grad()
+def test_embeddings_are_the_module_s_to_the_bit(family, dtype, calls, sums):
+    model, batch = random_tagger(family, dtype=dtype), random_batch(LENGTHS)
+    batch["input_ids"] = batch["input_ids"].clamp(min=2)
+    got = model(**batch)
+    assert calls == sums == [1]
+    expected = layer_by_layer(model, **batch)
+    assert sums == [1] and torch.equal(got.logits, expected.logits)
+    if family == "bert":
+        more = {"token_type_ids": batch["input_ids"] % 2}
+        more["position_ids"] = torch.arange(40).flip(0).expand_as(batch["input_ids"])
+        got, expected = model(**batch, **more), layer_by_layer(model, **batch, **more)
+        assert len(sums) == 2 and torch.equal(got.logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e.register_forward_hook(lambda module, given, out: out * 2),
+        lambda e: e.word.register_forward_hook(lambda module, given, out: out * 2),
+        lambda e: e.norm.register_forward_pre_hook(lambda module, given: (given[0] * 2,)),
+        lambda e: setattr(e.position, "forward", lambda at: torch.ones(len(at), 32)),
+        lambda e: setattr(e.word, "max_norm", 0.1),
+        lambda e: setattr(e, "norm", nn.Identity()),
+        lambda e: setattr(e.word, "weight", nn.Parameter(torch.randn(32, 60).T)),
+    ],
+)
+@torch.no_grad()
+def test_embeddings_that_are_not_plain_are_called(change, calls, sums):
+    model, batch = random_tagger(dtype=torch.float32), random_batch(LENGTHS)
+    model(**batch)
+    change(model.embeddings)
+    if isinstance(model.embeddings.norm, nn.Identity):
+        model.embeddings.norm.weight = model.embeddings.position.weight  # whose dtype is asked
+    del calls[:], sums[:]
+    got, expected = model(**batch), layer_by_layer(model, **batch)
+    assert calls == [1] and not sums
+    # A largest norm changes the weights at each call.
+    torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_too_few_embeddings_are_told_as_ever(calls):
+    model, batch = random_tagger(dtype=torch.float32), random_batch((5,))
+    model.embeddings.word = nn.Embedding(3, 32)
+    with pytest.raises(IndexError, match="index out of range"):
+        model(**{**batch, "input_ids": batch["input_ids"].clamp(min=4)})
+
+
 @pytest.mark.parametrize("kind", ["fp32", "int8", "bf16"])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)

@@ -223,7 +223,7 @@ def test_the_kernel_takes_plain_embeddings_only(odd, monkeypatch):
     packed = pack(torch.ones(1, 3, dtype=torch.int64), torch.arange(3)[None])
     monkeypatch.setattr("tokenexit.kernels.embed.embed", lambda *_: seen.append("the kernel"))
     monkeypatch.setattr(tagger.embeddings, "forward", lambda *_: seen.append("the module"))
-    gpu.embed(tagger.embeddings, packed, ids, packed.positions)
+    gpu.embed(None, tagger.embeddings, packed, ids, packed.positions)
     assert seen == ["the kernel" if odd == "plain" else "the module"]
 
 

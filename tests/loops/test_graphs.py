@@ -10,8 +10,8 @@ from recording import Stream, pretend
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tokenexit import ExitPolicy
-from tokenexit.conditions import Held
 from tokenexit.loops import gpu, graphs
+from tokenexit.loops.memory import Held
 from tokenexit.schedule import Schedule
 
 

@@ -39,6 +39,11 @@ def calls():
     policy = (i(1, 1), i(1, 1), torch.full((2, 2), 0.5), False, False, bias, i(1, 2, 1, 2, 1))
     return {
         "pack_tokens": (torch.ones(2, 3, dtype=torch.bool), torch.arange(3).expand(2, -1)),
+        "pack_rows": (
+            *(i(1, 1)[None], i(1, 1)[None], i(1, 1)[None], torch.zeros(2, dtype=torch.uint8)),
+            *(i(0, 1)[None], i(0, 1)[None], 2, 2, 2, 2),
+        ),
+        "embed": (tokens, tokens, tokens, h, torch.randn(5, D), torch.randn(5, D)),
         "exit_decision": (torch.randn(5, C), *words, *rules),
         "compact_active": (tokens, offsets, tokens, i(0, 1, 0, 1, 1), offsets),
         "exit_attention": (*attention, 0.0, 0, 3),

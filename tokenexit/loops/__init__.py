@@ -10,13 +10,13 @@ All do what `tokenexit.reference.exit_forward` says; they differ in how, and in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
-from tokenexit.conditions import CALLS, TENSORS, Condition, Held, Reads, unmet
+from tokenexit.conditions import CALLS, COMMON, TENSORS, Condition, Reads, unmet
 from tokenexit.layers import (
     HEADS,
     LAYERS,
@@ -28,6 +28,7 @@ from tokenexit.layers import (
 )
 from tokenexit.loops import cpu, eager, gpu
 from tokenexit.loops.eager import ExitEncoder, Outcome
+from tokenexit.loops.memory import Held
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import Packed
 from tokenexit.schedule import Schedule
@@ -60,7 +61,7 @@ class Call:
 
     def __post_init__(self):
         # No cached_property, which torch.compile does not take.
-        self._reads = self._outer = self._held = None
+        self._reads = self._outer = self._held = self._parts = None
 
     @property
     def held(self) -> Held:
@@ -71,11 +72,19 @@ class Call:
 
     @property
     def layers(self) -> list[torch.nn.Module]:
-        return _themselves(self.encoder.layers)
+        return self._lists[0]
 
     @property
     def heads(self) -> list[torch.nn.Module]:
-        return _themselves(self.encoder.heads)
+        return self._lists[1]
+
+    @property
+    def _lists(self):
+        if self._parts is None:
+            parts = self.encoder._modules
+            find = lambda: [_themselves(parts[name]) for name in ("layers", "heads")]  # noqa: E731
+            self._parts = self._once("lists", find)
+        return self._parts
 
     @property
     def reads(self) -> Reads:
@@ -94,6 +103,13 @@ class Call:
         if self._outer is None:
             self._outer = self._once("around", self.around)
         return self._outer
+
+    def met(self, key: Hashable, find: Callable[[], str | None]) -> str | None:
+        """What `find` says is not met: conditions on modules are asked until they are, once for all
+        calls as long as the modules are the same."""
+        if self.memory is None or torch.compiler.is_compiling():
+            return find()
+        return self.held.met(key, find)
 
     def _once(self, key, find):
         if self.memory is None or torch.compiler.is_compiling():
@@ -119,21 +135,21 @@ class Loop:
             and given exits `[W]` (each or None): what tokens leave with. Raises `eager.Unmet` where
             it finds out late that it can't.
         waits: whether the host waits for the device in it, and may as well look at values before.
-        embed: in place of a call of the model's embeddings, which it is given with the layout and
-            the arguments.
+        embed: in place of a call of the model's embeddings, which it is given with the call, the
+            layout and the arguments.
     """
 
     name: str
     pack: Callable[[torch.Tensor, torch.Tensor], Packed]
     run: Callable[..., Outcome]
     waits: bool = True
-    embed: Callable[..., torch.Tensor] = lambda embeddings, packed, *given: embeddings(*given)
+    embed: Callable[..., torch.Tensor] = eager.embed
 
 
 LOOPS: Mapping[str, Loop] = MappingProxyType(
     {
         "gpu": Loop("gpu", gpu.pack, gpu.run, waits=False, embed=gpu.embed),
-        "cpu": Loop("cpu", pack, cpu.run),
+        "cpu": Loop("cpu", pack, cpu.run, embed=cpu.embed),
         "eager": Loop("eager", pack, eager.run),
         "reference": Loop("reference", pack, eager.run_reference),
     }
@@ -151,11 +167,14 @@ _NO_DROPOUT: Condition = (
     "no dropout in layers",
     lambda call: not any(isinstance(x, ExitLayer) and x.drops() for x in call.layers),
 )
-_FAST: list[Condition] = [
+_OF_A_CALL: list[Condition] = [
     ("no logits of each layer", lambda call: not call.wants_trace),
     _NO_STATES,
     ("copy 'post_norm'", lambda call: not call.schedule.pre_norm),
     ("neighbors 'frozen'", lambda call: not call.schedule.recompute),
+]
+_FAST: list[Condition] = [
+    *_OF_A_CALL,
     (
         "layers as BERT's, without disentangled attention",
         lambda call: not any([isinstance(x, DisentangledLayer) for x in call.layers]),
@@ -197,6 +216,28 @@ CONDITIONS: Mapping[str, list[Condition]] = MappingProxyType(
         "reference": [_NO_STATES, _NO_DROPOUT],
     }
 )
+# Of these, what hangs on more than the modules of a model: to be asked of each call.
+_ANEW: Mapping[str, list[Condition]] = MappingProxyType(
+    {
+        "gpu": [
+            *_of(lambda call: call.like, gpu.STATES),
+            *_OF_A_CALL,
+            *COMMON,
+            ("all inputs on the GPU, as token ids", lambda call: call.is_recordable()),
+        ],
+        "cpu": [*_OF_A_CALL, *_of(lambda call: call.like, STATES), *COMMON],
+    }
+)
+# And then, of modules that are as they should be.
+_OF_TENSORS: Mapping[str, list[Condition]] = MappingProxyType(
+    {
+        "gpu": [
+            *_of(lambda call: call.reads, TENSORS),
+            *_of(lambda call: call.heads, gpu.HEADS),
+            (gpu.INSTALLED, lambda call: gpu.lacks(call.like.device.type) is None),
+        ]
+    }
+)
 # What torch.export lacks of a call to make a program of it: only the compiled ops have sizes that
 # hang on values.
 _UNEXPORTED: Mapping[str, Callable[[Call], str | None]] = MappingProxyType(
@@ -214,11 +255,20 @@ def pick(backend: str, call: Call) -> tuple[str | None, str | None]:
         backend: one of `BACKENDS`; "auto": the fastest that can.
     """
     if backend != "auto":
-        failed = unmet(CONDITIONS[backend], call)
+        failed = _lacks(backend, call)
         return backend if failed is None else None, failed
     fast = "gpu" if call.like.device.type in gpu.devices() else "cpu"
-    failed = unmet(CONDITIONS[fast], call)
+    failed = _lacks(fast, call)
     return (fast if failed is None else "eager"), failed
+
+
+def _lacks(name, call):
+    """The first condition of that loop that a call does not meet."""
+    return (
+        unmet(_ANEW.get(name, ()), call)
+        or call.met((name, call.like.dtype), lambda: unmet(CONDITIONS[name], call))
+        or unmet(_OF_TENSORS.get(name, ()), call)
+    )
 
 
 def choose(backend: str, call: Call) -> Loop:

@@ -4,19 +4,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from tokenexit.conditions import Reads, refused
+from tokenexit.conditions import CALLS, Reads, check_loaded, refused, unmet
 from tokenexit.layers import costs_of
 from tokenexit.loops.eager import Outcome, Unmet
+from tokenexit.loops.eager import embed as embed_by_calls
 from tokenexit.ops import check_bias, check_vector, compiled_devices, register_fake
 from tokenexit.ops.bias_gelu import gelu_tanh
+from tokenexit.ops.embed import embed as sum_of_embeddings
 from tokenexit.packing import Packed
 from tokenexit.schedule import Schedule
 
 _DEVICES = compiled_devices("exit_loop")
+
+
+def embed(call, embeddings, packed, ids, positions, types=None, words=None) -> torch.Tensor:
+    """A call of `ExitEmbeddings`, to the bit: what is plain is looked up and summed by one op."""
+    call_it = partial(embed_by_calls, call, embeddings, packed, ids, positions, types, words)
+    if words is not None or torch.compiler.is_compiling():
+        return call_it()
+    if call.met("embeddings", lambda: unmet(CALLS, call.outer)):
+        return call_it()
+    read = embeddings.tensors(ids.device)
+    if read is None:
+        return call_it()
+    *tables, weight, bias = read
+    try:
+        h = sum_of_embeddings(ids, positions, types, *tables)
+    except RuntimeError:  # the module tells what does not fit
+        return call_it()
+    parts = embeddings._modules
+    if (projection := parts.get("projection")) is not None:
+        check_loaded(projection, ids.device)
+        return embeddings.finished(h)
+    norm = parts["norm"]
+    return F.layer_norm(h, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def run(call, h, packed, schedule, bias, exits) -> Outcome:

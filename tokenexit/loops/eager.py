@@ -145,6 +145,12 @@ class Outcome:
         return ~torch.stack([logits.isnan().any() for _, logits in self.trace]).any()
 
 
+def embed(call, embeddings, packed, ids, *given) -> torch.Tensor:
+    """See `tokenexit.loops.Loop`."""
+    check_loaded(embeddings, ids.device)
+    return embeddings(ids, *given)
+
+
 def run(call, h, packed, schedule, bias, exits) -> Outcome:
     """See `tokenexit.loops.Loop`."""
     check_loaded(call.encoder, h.device)

@@ -28,8 +28,10 @@ from functools import partial
 import torch
 from torch import nn
 
+from tokenexit.conditions import check_loaded
 from tokenexit.int8 import Int8Linear
 from tokenexit.loops.eager import Outcome
+from tokenexit.loops.eager import embed as embed_by_calls
 from tokenexit.ops import compiled_devices, extension_error, float32_precision
 from tokenexit.ops.bias_gelu import GELUS, gelu_tanh
 from tokenexit.ops.compact_active import compact_active
@@ -115,27 +117,18 @@ def pack(real: torch.Tensor, word_ids: torch.Tensor) -> Roomy:
     return Roomy.of(shape, by_token, offsets, first_token, place=place)
 
 
-def embed(embeddings, packed, ids, positions, types=None, words=None) -> torch.Tensor:
+def embed(call, embeddings, packed, ids, positions, types=None, words=None) -> torch.Tensor:
     """A call of `ExitEmbeddings`, by one launch if all is plain; but for tokens in no sentence."""
     from tokenexit.kernels.embed import embed as launch
 
-    tables = [embeddings.word, embeddings.position, embeddings.token_type]
-    norm, projection = embeddings.norm, embeddings.projection
-    read = [part.weight for part in (*tables, norm) if part is not None] + [norm.bias]
-    plain = (
-        words is None
-        and not embeddings.dropout.training
-        and (projection is None or embeddings.projects_last)
-        and norm.bias is not None
-        and all([part is None or part.max_norm is None for part in tables])
-        and all([type(x) is nn.Parameter and x.is_contiguous() for x in read])
-        and all([(x.dtype, x.device) == (norm.bias.dtype, ids.device) for x in read])
-    )
-    if not plain:
-        return embeddings(ids, positions, types, words)
-    tables = [None if part is None else part.weight for part in tables]
+    projection, read = embeddings.projection, embeddings.tensors(ids.device)
+    projects = projection is None or embeddings.projects_last
+    if words is not None or not projects or read is None or read[-1] is None:
+        return embed_by_calls(call, embeddings, packed, ids, positions, types, words)
+    if projection is not None:
+        check_loaded(projection, ids.device)
     count = packed.cu_tokens[-1:]
-    h = launch(ids, positions, types, *tables, norm.weight, norm.bias, norm.eps, count)
+    h = launch(ids, positions, types, *read, embeddings.norm.eps, count)
     return h if projection is None else projection(h)
 
 

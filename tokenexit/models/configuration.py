@@ -114,8 +114,18 @@ class TokenExitConfig(PreTrainedConfig):
     @property
     def max_tokens(self) -> int:
         """Tokens of the longest sentence that the position embeddings cover."""
-        used = 0 if self.position_padding_id is None else self.position_padding_id + 1
-        return self.max_position_embeddings - used
+        settings = settings_of(self)
+        padding = settings["position_padding_id"]
+        return settings["max_position_embeddings"] - (0 if padding is None else padding + 1)
+
+
+def settings_of(config: TokenExitConfig) -> Mapping[str, object]:
+    """What was set, by name, to be read where a call waits for it.
+
+    Hugging Face's configurations make a call in Python of each attribute that is read; a model of
+    one sentence would wait for a dozen of them.
+    """
+    return object.__getattribute__(config, "__dict__")
 
 
 def check_sizes(config: PreTrainedConfig):

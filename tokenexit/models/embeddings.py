@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenexit.conditions import passable
-from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.models.configuration import TokenExitConfig, settings_of
 from tokenexit.packing import Packed
 
+_TABLES = ("word", "position", "token_type")
 RELATIVE_REACH = 128  # relative positions beyond it share a bucket (T5's max_distance)
 
 
@@ -45,27 +46,44 @@ class ExitEmbeddings(nn.Module):
             h = h + self.position(positions)
         if self.token_type is not None:
             h = h + self.token_type(token_type_ids)
+        return self.finished(h)
+
+    def finished(self, h: torch.Tensor) -> torch.Tensor:
+        """What becomes of the sum of embeddings."""
         if self.projection is None:
             return self.dropout(self.norm(h))
         if self.projects_last:
             return self.projection(self.dropout(self.norm(h)))
         return self.dropout(self.norm(self.projection(h)))
 
+    def tensors(self, device: torch.device) -> list[torch.Tensor | None] | None:
+        """What an op may read in place of a call: the tables of words, positions and types, the
+        LayerNorm's weight and bias, each or None.
 
-def positions_of(
-    config: TokenExitConfig,
-    packed: Packed,
-    ids: torch.Tensor,
-    given: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Positions `[T]` of packed ids: as given `[B, N]`, or as the family numbers real tokens.
+        None if a call would do more, or they are not all contiguous, of one dtype and there. It
+        asks for no hooks.
+        """
+        parts = self._modules  # Module.__getattr__ takes as long as a look at all of this
+        norm, tables = parts["norm"], [parts.get(name) for name in _TABLES]
+        found = [None if part is None else part.weight for part in (*tables, norm)] + [norm.bias]
+        given = [x for x in found if x is not None]
+        plain = (
+            not parts["dropout"].training
+            and all([part is None or part.max_norm is None for part in tables])
+            and all([type(x) is nn.Parameter and x.is_contiguous() for x in given])
+            and all([(x.dtype, x.device) == (given[-1].dtype, device) for x in given])
+        )
+        return found if plain else None
+
+
+def positions_of(config: TokenExitConfig, packed: Packed, ids: torch.Tensor) -> torch.Tensor:
+    """Positions `[T]` of packed ids, as the family numbers real tokens.
 
     All may be looked up, even those of sentences that are too long.
     """
-    last = config.max_position_embeddings - 1
-    if given is not None:
-        return packed.pack(given)
-    if (padding := config.position_padding_id) is None:
+    settings = settings_of(config)
+    last = settings["max_position_embeddings"] - 1
+    if (padding := settings["position_padding_id"]) is None:
         long = packed.shape[1] > last + 1
         return packed.positions.clamp(max=last) if long else packed.positions
     counted = ids != padding

@@ -18,15 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tokenexit.conditions import Memory
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized, quantize
 from tokenexit.layers import ExitHead
 from tokenexit.loops import BACKENDS, tell
 from tokenexit.loops.eager import ExitEncoder, padded_logits
 from tokenexit.loops.graphs import Graphs
+from tokenexit.loops.memory import Memory
 from tokenexit.models.assembly import layers_of, neck_of, other_names
-from tokenexit.models.configuration import TokenExitConfig, check_config
+from tokenexit.models.configuration import TokenExitConfig, check_config, settings_of
 from tokenexit.models.embeddings import ExitEmbeddings
 from tokenexit.models.loading import load_tagger
 from tokenexit.models.loss import check_labels, exit_loss, final_loss
@@ -260,7 +260,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         wants["wants_states"] = bool(output_hidden_states)
         found = run(self, rows, schedule, **wants)
 
-        num_layers, loss = self.config.num_hidden_layers, None
+        num_layers, loss = settings_of(self.config)["num_hidden_layers"], None
         if labels is not None:
             check_labels(labels, rows.real, self.config.num_labels)
         if labels is not None and self.training:
@@ -288,14 +288,15 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
             layer_logits=layer_logits,
         )
         if return_dict is None:
-            return_dict = self.config.return_dict
+            return_dict = settings_of(self.config)["return_dict"]
         return output if return_dict else output.to_tuple()
 
     def _schedule(self, policy, ids) -> Schedule:
         policy = self.policy if policy is None else policy
         # Weights may be on no device yet.
         like = ids.new_empty(0, dtype=self.embeddings.norm.weight.dtype)
-        return Schedule.of(policy, self.config.num_hidden_layers, len(ids), like)
+        num_layers = settings_of(self.config)["num_hidden_layers"]
+        return Schedule.of(policy, num_layers, len(ids), like)
 
 
 AutoConfig.register(TokenExitConfig.model_type, TokenExitConfig)

@@ -11,15 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tokenexit.conditions import Reads, check_loaded
+from tokenexit.conditions import Reads
 from tokenexit.loops import LOOPS, Call, Loop, cannot, choose
 from tokenexit.loops.eager import Trace, Unmet, explain_nan
 from tokenexit.loops.gpu import fell_back
+from tokenexit.models.configuration import settings_of
 from tokenexit.models.embeddings import ExitEmbeddings, positions_of, relative_buckets
 from tokenexit.models.relative import rotary_of
 from tokenexit.models.rows import Rows, limits_of
+from tokenexit.ops.pack_rows import pack_rows, takes
 from tokenexit.packing import Packed
 from tokenexit.schedule import Schedule
+
+_LOOKED_UP = ("input_ids", "token_type_ids", "position_ids")
 
 
 class Found(NamedTuple):
@@ -38,7 +42,8 @@ class Found(NamedTuple):
 
 def call_of(model, schedule: Schedule, rows: Rows | None = None, **wants: bool) -> Call:
     """What conditions are asked of, see `tokenexit.loops.Call`; without rows, of any."""
-    like = model.embeddings.norm.weight.new_empty(1, model.config.hidden_size)
+    width = settings_of(model.config)["hidden_size"]
+    like = model.embeddings.norm.weight.new_empty(1, width)
 
     def is_recordable():
         given = () if rows is None else rows.tensors.values()
@@ -139,8 +144,7 @@ def _constants(model, call) -> list[object]:
 def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
     """From padded rows to padded results: the one way there is, in which loops differ."""
     config = model.config
-    inside, sound = rows.clamped(limits_of(config), config.max_tokens)
-    packed = loop.pack(inside.attention_mask, inside.words(model.token_kinds))
+    packed, ids, types, positions, sound = _packed(model, rows, loop)
     exits = None
     if rows.exit_layers is not None:
         given = packed.pack(rows.exit_layers)[packed.first_token]
@@ -150,30 +154,47 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
     # An exported program looks at no value: those out of range are clamped.
     if loop.waits and not torch.compiler.is_exporting() and not sound:
         raise _explain(model, rows)
-    ids = packed.pack(inside.input_ids)
-    types, words = inside.token_type_ids, inside.inputs_embeds
-    check_loaded(model.embeddings, ids.device)
-    positions = positions_of(config, packed, ids, inside.position_ids)
-    h = loop.embed(
-        model.embeddings,
-        packed,
-        ids,
-        positions,
-        None if types is None else packed.pack(types),
-        None if words is None else packed.pack(words),
-    )
+    if positions is None:
+        positions = positions_of(config, packed, ids)
+    words = None if rows.inputs_embeds is None else packed.pack(rows.inputs_embeds)
+    h = loop.embed(call, model.embeddings, packed, ids, positions, types, words)
     bias = None
     if model.relative_bias is not None:
         bias = model.relative_bias(relative_buckets(h.device)).T
     elif model.relative_states is not None:
         bias = model.relative_states(packed.shape[1])
-    elif config.norm_first:
+    elif settings_of(config)["norm_first"]:
         bias = rotary_of(config, positions, h.dtype)
     outcome = loop.run(call, h, packed, call.schedule.to(h), bias, exits)
     if not model.training:
         sound = sound & outcome.is_sound()
     results = packed.unpack(outcome.logits), packed.unpack(outcome.layers), sound
     return Found(*results, packed, outcome.trace, outcome.states)
+
+
+def _packed(model, rows, loop):
+    """The layout; ids, and types and positions as given, packed; and whether they are sound."""
+    limits, most, kinds = limits_of(model.config), model.config.max_tokens, model.token_kinds
+    mask, ids, words = rows.attention_mask, rows.input_ids, rows.word_ids
+    types, positions = rows.token_type_ids, rows.position_ids
+    if "token_type_ids" not in limits:
+        types = None
+    if loop.waits and takes(mask, ids, words, kinds, types, positions):
+        ends = [limits.get(name, (0, 0))[1] + 1 for name in _LOOKED_UP]
+        layout = pack_rows(mask, ids, words, kinds, types, positions, *ends, most)
+        if layout is None:
+            raise _explain(model, rows)
+        given = [*layout[0].unbind()[5:]]
+        packed, ids = Packed.of(mask.shape, *layout), given.pop(0)
+        types = None if types is None else given.pop(0)
+        return packed, ids, types, given[0] if given else None, True
+    inside, sound = rows.clamped(limits, most)
+    packed = loop.pack(inside.attention_mask, inside.words(kinds))
+    types, positions = (
+        None if given is None else packed.pack(given)
+        for given in (inside.token_type_ids, inside.position_ids)
+    )
+    return packed, packed.pack(inside.input_ids), types, positions, sound
 
 
 def _explain(model, rows):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.models.configuration import TokenExitConfig, settings_of
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import word_ids_from_kinds
 
@@ -25,6 +25,7 @@ _OTHERS = frozenset(
 )
 Limits = Mapping[str, tuple[int, int]]  # of rows by name: the least and the largest value
 _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+_MOST = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
@@ -143,13 +144,14 @@ class Rows:
 
 def limits_of(config: TokenExitConfig) -> Limits:
     """Those of integers that are looked up."""
+    known = settings_of(config)
     limits = {
-        "input_ids": (0, config.vocab_size - 1),
-        "position_ids": (0, config.max_position_embeddings - 1),
-        "word_ids": (-1, torch.iinfo(torch.int64).max),
+        "input_ids": (0, known["vocab_size"] - 1),
+        "position_ids": (0, known["max_position_embeddings"] - 1),
+        "word_ids": (-1, _MOST),
     }
-    if config.type_vocab_size:
-        limits["token_type_ids"] = (0, config.type_vocab_size - 1)
+    if known["type_vocab_size"]:
+        limits["token_type_ids"] = (0, known["type_vocab_size"] - 1)
     return limits
 
 

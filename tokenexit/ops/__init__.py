@@ -56,6 +56,21 @@ def instruction_set() -> str | None:
     return _LOADED.instruction_set if extension_available() else None
 
 
+def facts(modules: list[torch.nn.Module]) -> tuple | None:
+    """What modules are: classes, attributes, tensors, how many hooks; None if that can't be told.
+
+    Another object for the same value is another fact. What is within an attribute, but for the
+    parameters, buffers and modules of a module, is not looked at; nor are attributes of the first.
+    """
+    look = getattr(_LOADED, "facts", None) if extension_available() else None
+    return None if look is None else look(modules)
+
+
+def are(modules: list[torch.nn.Module], found: tuple) -> bool:
+    """Whether modules are still as `facts` found them."""
+    return _LOADED.are(modules, found)
+
+
 def compiled_devices(op: str) -> frozenset[str]:
     """The types of device that `tokenexit::op` is compiled for."""
     packet = getattr(torch.ops.tokenexit, op, None) if extension_available() else None

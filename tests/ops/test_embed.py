@@ -1,0 +1,81 @@
+"""Sums of embeddings: the compiled op against PyTorch's, to the bit."""
+
+import pytest
+import torch
+
+from tokenexit.ops import extension_available, extension_error
+from tokenexit.ops.embed import embed
+
+compiled = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
+
+
+def inputs(rows, d, has="all", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    sizes = (50, 40, 2)
+    numbers = [torch.randint(0, n, (rows,), generator=generator) for n in sizes]
+    tables = [torch.randn(n, d, generator=generator).to(dtype) for n in sizes]
+    if has != "all":
+        numbers[2] = None
+    if has == "no types":
+        tables[2] = None
+    if has == "words and types":
+        tables[1] = None
+    if has == "words alone":
+        tables[1:] = None, None
+    return *numbers, *tables
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("has", ["all", "types 0", "no types", "words and types", "words alone"])
+@pytest.mark.parametrize(("rows", "d"), [(0, 4), (1, 1), (63, 24), (129, 1025)])
+def test_same_bits(rows, d, has, dtype):
+    given = inputs(rows, d, has, dtype)
+    got, expected = embed(*given), embed(*given, backend="reference")
+    assert got.dtype == dtype and torch.equal(got, expected)
+
+
+@compiled
+def test_strides():
+    ids, positions, types, *tables = inputs(40, 24)
+    given = ids[::2], positions[::2], types[::2], *(table.T.contiguous().T for table in tables)
+    assert torch.equal(embed(*given), embed(*given, backend="reference"))
+
+
+@compiled
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("number", [-1, 50])
+def test_refuses_what_is_beyond_a_table(which, number):
+    given = inputs(5, 4)
+    given[which][3] = number
+    with pytest.raises(RuntimeError, match=f"of {number}; expected 0 to"):
+        embed(*given)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (0, torch.arange(5).int()),
+        (1, torch.arange(4)),
+        (4, torch.ones(40, 5)),
+        (5, torch.ones(2, 4).bfloat16()),
+        (5, torch.ones(0, 4)),
+        (3, torch.ones(50)),
+    ],
+)
+def test_refuses_what_does_not_fit(at, value):
+    given = [*inputs(5, 4)]
+    given[at] = value
+    with pytest.raises(RuntimeError, match="got .*; expected"):
+        embed(*given)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="got backend 'cuda'"):
+        embed(*inputs(2, 4), backend="cuda")
+
+
+@compiled
+def test_opcheck():
+    torch.library.opcheck(torch.ops.tokenexit.embed, inputs(5, 4))
