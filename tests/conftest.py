@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import fixtures
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,15 @@ ROOT = Path(__file__).parents[1]
 sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != ROOT]
 
 torch.set_num_threads(1)  # as many test processes as cores run beside each other
+
+# The same examples in each run, and none that fails because a machine is slow.
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

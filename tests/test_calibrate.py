@@ -221,7 +221,9 @@ def test_labels_that_the_model_does_not_know_are_wrong(setting, caplog):
     assert len(caplog.records[-1].message) < 300
 
 
-def test_progress_and_plot(setting, tmp_path):
+def test_progress_and_plot(setting, tmp_path, monkeypatch):
+    for name in ("matplotlib.use", "matplotlib.pyplot.subplots"):  # hidden from a notebook's own
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("changed the user's figures"))
     tagger, data = setting
     seen = []
     result = calibrate(

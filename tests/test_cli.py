@@ -26,6 +26,7 @@ from transformers import AutoConfig
 import tokenexit
 from tokenexit import ExitPolicy, Tagger, cli, costs
 from tokenexit.cli import options, use
+from tokenexit.cli.resuming import partial_results
 from tokenexit.dial import Dial, Speed
 from tokenexit.loops import gpu
 from tokenexit.models.tagger import Tagged
@@ -487,6 +488,25 @@ def test_a_sentence_is_numbered_from_the_first_run(trained, capsys, tmp_path):
         assert ("going on after 2 sentences" in err) == (run == 1)
 
 
+def test_results_of_a_run_are_its_own(tmp_path):
+    with partial_results(tmp_path / "out", {}) as rows:
+        with pytest.raises(ValueError, match="another process is at .*partial; expected one"):
+            with partial_results(tmp_path / "out", {}):
+                pass
+        rows.write_text("done")
+        mine = rows.with_name("mine")
+        mine.write_text("")
+    assert (tmp_path / "out").read_text() == "done" and [*mine.parent.iterdir()] == [mine]
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",)], ids=["whole", "in parts"])
+def test_half_of_a_surrogate_pair_in_another_field(trained, capsys, tmp_path, more):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"words": ["john"], "id": "\\ud83d"}\n')
+    code, _, err = call(capsys, "predict", trained, source, "-o", target, *more)
+    assert code == 0 and json.loads(target.read_text())["id"] == "\ud83d", err
+
+
 def test_predict_shows_how_far_it_is(trained, capsys, tmp_path, monkeypatch):
     source = tmp_path / "in.txt"
     source.write_text("john\n" * 30)
@@ -596,7 +616,15 @@ def test_predict_checks_its_options_first(folder, capsys, monkeypatch, arguments
 def test_names_of_data(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     assert len(options.read_data("~/dev.conll", None, None)) == 32
-    assert [options._number(x) for x in ("3", "-1", "ner_tags", None)] == [3, -1, "ner_tags", None]
+    columns = {
+        "3": 3,
+        "-1": -1,
+        "ner_tags": "ner_tags",
+        "--1": "--1",
+        "\u00b2": "\u00b2",
+        None: None,
+    }
+    assert {x: options._number(x) for x in columns} == columns
 
     def check(name):
         raise ValueError(f"asked for {name}")
@@ -700,6 +728,23 @@ def test_calibrate_stores_the_policy_though_the_report_fails(trained, folder, ca
     assert Tagger.from_pretrained(tmp_path / "tagger").model.policy.threshold > 0
 
 
+def test_what_a_picture_lacks_is_told_before_the_work(trained, folder, capsys, monkeypatch):
+    def work(*args, **kwargs):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr("tokenexit.cli.train.load_tagger", work)
+    monkeypatch.setattr("tokenexit.demo_assets.fetch", work)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    data = ("-d", folder / "dev.conll", "--report", folder / "report")
+    for arguments in (("calibrate", trained, *data), ("demo", "-o", folder / "demo")):
+        code, _, err = call(capsys, *arguments)
+        assert code == 1 and "pip install 'tokenexit[plot]'" in err
+    monkeypatch.undo()
+    monkeypatch.setattr("tokenexit.demo_assets.fetch", work)
+    code, _, err = call(capsys, "demo", "-o", folder / "dev.conll")
+    assert code == 1 and "exists" in err
+
+
 def test_info(trained, capsys):
     code, out, _ = call(capsys, "info", trained)
     assert code == 0 and "attention here" not in out
@@ -796,18 +841,19 @@ def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, com
     seen, load = [], Tagger.from_pretrained
 
     def recorded(name, *args, device=None, revision=None, **kwargs):
-        seen.append((device, revision))
-        return load(name, *args, **kwargs)
+        seen.append((name, device, revision))
+        return load(trained, *args, **kwargs)
 
     monkeypatch.setattr(Tagger, "from_pretrained", recorded)
+    monkeypatch.setattr(options, "check_model_name", lambda name: None)
     data = ("-d", folder / "test.conll") if command == "evaluate" else (folder / "test.conll",)
     for given, expected in (
         ((), (None, None)),
         (("--device", "cuda:1", "--revision", "v2"), ("cuda:1", "v2")),
     ):
-        code, _, err = call(capsys, command, trained, *data, *given)
+        code, _, err = call(capsys, command, "owner/name", *data, *given)
         assert code == 0, err
-        assert seen.pop() == expected
+        assert seen.pop() == ("owner/name", *expected)
 
 
 @pytest.mark.parametrize(

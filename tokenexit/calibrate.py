@@ -684,12 +684,10 @@ def plot(
     Args:
         test: points of test data, drawn beside those of development data.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # pyplot and its backend are the user's
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
     full = calibration.full_depth
 
     def draw(points, style, color, label, **look):
@@ -723,4 +721,3 @@ def plot(
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(path)
-    plt.close(figure)

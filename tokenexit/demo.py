@@ -41,6 +41,9 @@ def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | 
         seed: of everything random.
         console: to print to.
     """
+    import matplotlib  # noqa: F401  told now, if it lacks
+
+    output.mkdir(parents=True, exist_ok=True)
     console = console or Console()
     start = time.perf_counter()
 
@@ -66,7 +69,6 @@ def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | 
         label2id={name: i for i, name in enumerate(names)},
     )
     tagger = Tagger(model, tokenizer)
-    output.mkdir(parents=True, exist_ok=True)
 
     stages = (("1: joint training", None, 3), ("2: self-sampling", SelfSampling(), 1))
     for name, sampling, epochs in stages:

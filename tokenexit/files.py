@@ -224,6 +224,26 @@ def _owned(make: Callable[[], Path]) -> Iterator[Path]:
                 return
 
 
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Keep a file or folder from others who would, too, as long as this process is at it.
+
+    Raises:
+        ValueError: another one is.
+    """
+    if flock is None:
+        yield
+        return
+    with _closed(handle := os.open(path, os.O_RDONLY)):
+        try:
+            flock(handle, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at {path}; expected one at a time") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def _sweep(folder: Path, is_aside: Callable[[Path], object]):
     """Remove what processes that are no more left aside; those that are hold it locked."""
     if flock is None:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 import threading
 import time
 from functools import partial
@@ -18,21 +17,21 @@ import torch
 
 @pytest.fixture
 def check(tmp_path):
-    options = dict(out=tmp_path / "out", budget=60, workers=1, device="cpu", tiny=True)
+    options = dict(out=tmp_path / "out", budget=600, workers=1, device="cpu", tiny=True)
     return gpu_check.Check(argparse.Namespace(**options), tmp_path / "work")
 
 
 def test_a_stage_that_fails_or_hangs_keeps_none_from_running(check, monkeypatch):
     """What a stage began ends with it."""
-    forks = "import os, signal; os.fork(); print(os.getpid(), flush=True); signal.pause()"
-    plan = {"env": ("print('a' * 5000)", 60), "build": ("exit(3)", 60), "smoke": (forks, 3)}
+    forks = "sleep 600 & echo $! $$; wait"
+    long = "i=0; while [ $i -lt 5000 ]; do printf a; i=$((i+1)); done"
+    plan = {"env": (long, 60), "build": ("exit 3", 60), "smoke": (forks, 3)}
     monkeypatch.setattr(gpu_check, "LEAST", 0)
     for name, (text, limit) in plan.items():
-        command = [sys.executable, "-c", text]
-        run = partial(check.run, name, command, limit)
+        run = partial(check.run, name, ["sh", "-c", text], limit)
         monkeypatch.setattr(check, f"run_{name}", lambda _, run=run: run())
         check.stage(name)
-    monkeypatch.setattr(gpu_check, "LEAST", 100)
+    monkeypatch.setattr(gpu_check, "LEAST", 1000)
     check.stage("tests")
     assert check.failed == ["build", "smoke", "tests"]
     summary = check.summary()

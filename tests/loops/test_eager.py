@@ -46,7 +46,7 @@ def test_compiled_layers_equal_the_reference(family, policy):
     torch.testing.assert_close(ours.logits, truth.logits, atol=1e-4, rtol=1e-4)
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=24),
     policies=st.sampled_from(POLICIES),

@@ -34,7 +34,6 @@ def rows_of(mask, **changes):
     return Rows.of(CONFIG, attention_mask=mask, **given)
 
 
-@hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(data=st.data())
 def test_sound_are_those_that_nothing_is_to_be_said_of(data):
     size = st.integers(1, 16)

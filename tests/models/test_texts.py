@@ -175,7 +175,7 @@ def test_callers_of_many_threads_go_through_the_model_together(tiny_tokenizer):
     policies = [ExitPolicy(threshold=t, window=0) for t in (0.0, 0.5, 0.8)]
     policies.append(ExitPolicy(threshold=0.5, criterion="max_prob"))
     expected = [alone.tag([t], policies[i % 4]) for i, t in enumerate(texts)]
-    together = Tagger(alone.model, tokenizer, window_ms=10_000, batch_size=len(texts))
+    together = Tagger(alone.model, tokenizer, window_ms=600_000, batch_size=len(texts))
     calls, run = [], together.run
 
     def recorded(windows, policy):

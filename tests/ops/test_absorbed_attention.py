@@ -63,7 +63,7 @@ def test_widths(heads, d):
 
 
 @compiled
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=6),
     heads=st.integers(1, 5),

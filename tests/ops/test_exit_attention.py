@@ -94,7 +94,7 @@ def test_forward_and_gradients(shape, dtype, bias):
 
 
 @compiled
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=6),
     heads=st.integers(1, 4),

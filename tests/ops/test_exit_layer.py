@@ -163,7 +163,7 @@ def test_gelu_by_tanh(way, dtype):
         assert not torch.allclose(got, by_reference(layer, h.float(), active, True), atol=1e-3)
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=6),
     heads=st.sampled_from([1, 2, 4]),

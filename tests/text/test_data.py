@@ -615,6 +615,8 @@ def test_label_names():
         check_labels(dataset, ["O", "A", "b", "b"])
     with pytest.raises(ValueError, match="expected 'labels'"):
         label_names(dataset.select_columns("words"))
+    with pytest.raises(ValueError, match="sentences without a word only"):
+        label_names(Dataset.from_dict({"words": [[], []], "labels": [[], []]}))
     no_o = Dataset.from_dict({"words": [["a", "b"]], "labels": [["V", "N"]]})
     assert label_names(no_o) == ["N", "V"]
 

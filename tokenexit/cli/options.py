@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
@@ -174,7 +175,7 @@ def read_texts(source: str, format: str | None) -> list[str | list[str]]:
 
 
 def _number(column: str | None) -> int | str | None:
-    return int(column) if column is not None and column.lstrip("-").isdigit() else column
+    return int(column) if re.fullmatch("-?[0-9]+", column or "") else column
 
 
 def be_quiet():

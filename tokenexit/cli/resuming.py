@@ -4,53 +4,67 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tokenexit.files import write_aside
+from tokenexit.files import only_one, write_aside
 
 
 @contextmanager
 def partial_results(output: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     """A file to append results to, which becomes `output` at the end and stays after an exception.
 
-    It lies in the folder `OUTPUT.partial`, beside a record of what the results depend on.
+    It lies in the folder `OUTPUT.partial`, beside a record of what the results depend on. What else
+    is in the folder stays.
 
     Args:
         record: JSON-ready.
 
     Raises:
-        ValueError: `output` is no file; the results that are there depend on something else.
+        ValueError: `output` is no file; the results that are there depend on something else, or
+            another process is at them.
     """
     if output.exists() and not output.is_file():
         raise ValueError(f"--resume: {output} is no file; expected one, or a new name")
     folder = output.with_name(f"{output.name}.partial")
     rows, about = folder / "rows", folder / "run.json"
-    if about.exists():
-        before = json.loads(about.read_text(encoding="utf-8"))
-        other = [f"{k} {before.get(k)}, now {v}" for k, v in record.items() if before.get(k) != v]
-        if other:
-            raise ValueError(
-                f"the run in {folder} was started otherwise: {'; '.join(other)}; expected the same "
-                "to go on with it, or the folder removed to start anew"
-            )
-    else:
-        rows.unlink(missing_ok=True)  # of nobody knows what
-        with write_aside(about) as aside:
-            aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    rows.touch()
-    try:
-        yield rows
-    except BaseException:
-        if not rows.stat().st_size:
-            shutil.rmtree(folder)
-        raise
-    with write_aside(output) as aside:
-        os.replace(rows, aside)
-    shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_one(folder):
+        if about.exists():
+            before = json.loads(about.read_text(encoding="utf-8"))
+            other = [
+                f"{name} {before.get(name)}, now {value}"
+                for name, value in record.items()
+                if before.get(name) != value
+            ]
+            if other:
+                raise ValueError(
+                    f"the run in {folder} was started otherwise: {'; '.join(other)}; expected the "
+                    "same to go on with it, or the folder removed to start anew"
+                )
+        else:
+            rows.unlink(missing_ok=True)  # of nobody knows what
+            with write_aside(about) as aside:
+                aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        rows.touch()
+        try:
+            yield rows
+        except BaseException:
+            if not rows.stat().st_size:
+                _remove(folder, rows, about)
+            raise
+        with write_aside(output) as aside:
+            os.replace(rows, aside)
+        _remove(folder, rows, about)
+
+
+def _remove(folder: Path, *files: Path):
+    for file in files:
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # somebody else's files are in it
+        folder.rmdir()
 
 
 def skip_done(

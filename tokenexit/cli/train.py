@@ -306,6 +306,8 @@ def calibrate(
 
     if json_output:
         need_stdout()
+    if report:
+        import matplotlib  # noqa: F401  told now, if it lacks
     check_metric(metric)
     promised = max_disagreement is not None
     if promised:

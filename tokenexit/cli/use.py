@@ -48,6 +48,10 @@ from tokenexit.cli.options import (
 from tokenexit.cli.resuming import partial_results, skip_done
 from tokenexit.policy import ExitPolicy
 
+# As standard output. Half of a surrogate pair, as JSON may have in a field that is handed on, is
+# written as JSON writes it.
+_UTF_8 = {"encoding": "utf-8", "errors": "backslashreplace"}
+
 
 def evaluate(
     model: Model,
@@ -200,7 +204,7 @@ def predict(
                 done = skip_done(path, rows, *_READ_BACK[as_text])
                 if done:
                     err.print(f"going on after {done} sentences")
-                with open(path, "a", encoding="utf-8") as file:
+                with open(path, "a", **_UTF_8) as file:
                     tag(file.write, done)
     if output is not None:
         err.print(f"wrote {output}", soft_wrap=True)
@@ -324,7 +328,7 @@ def _to(output: Path | None) -> Iterator[Callable[[str], Any]]:
 
         yield write
     else:
-        with write_aside(output) as aside, open(aside, "w", encoding="utf-8") as file:
+        with write_aside(output) as aside, open(aside, "w", **_UTF_8) as file:
             yield file.write
 
 

@@ -239,19 +239,22 @@ def label_lists(dataset: Dataset) -> Iterator[list[str]]:
     """Yield the labels of one sentence after another.
 
     Raises:
-        ValueError: no labels; more or fewer than words.
+        ValueError: no labels; more or fewer than words; no word in any sentence.
     """
     if "labels" not in dataset.column_names:
         raise ValueError(f"the data set has the columns {dataset.column_names}; expected 'labels'")
     words = dataset["words"] if "words" in dataset.column_names else repeat(None)
     batches = dataset.select_columns("labels").iter(batch_size=1000)
-    rows = chain.from_iterable(batch["labels"] for batch in batches)
+    rows, found = chain.from_iterable(batch["labels"] for batch in batches), False
     for number, (labels, its_words) in enumerate(zip(rows, words, strict=False)):
         if its_words is not None and len(its_words) != len(labels):
             raise ValueError(
                 f"sentence {number}: got {len(labels)} labels for {len(its_words)} words"
             )
+        found = found or bool(labels)
         yield labels
+    if len(dataset) and not found:
+        raise ValueError("the data set has sentences without a word only; expected some with words")
 
 
 _NumberedLines = Iterator[tuple[int, str]]

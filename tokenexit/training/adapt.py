@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import statistics
 import tempfile
@@ -145,6 +146,8 @@ def adapt(
         raise ValueError(f"got resume, but no complete checkpoint is in {checkpoints}")
     if not resume and checkpoint is not None:
         raise ValueError(f"{checkpoints} has a run already; expected resume, or it removed")
+    if tune:  # told now, if it can't be
+        from datasets import Dataset
     if isinstance(model, (str, os.PathLike)):
         tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         adapted = TokenExitForTokenClassification.from_pretrained(model, tokenizer=tokenizer)
@@ -189,8 +192,6 @@ def adapt(
         tagger, tagger.windows(words), memory_mib=memory_mib, seed=seed, progress=progress
     )
     if tune:
-        from datasets import Dataset
-
         data = Dataset.from_dict({"words": words, "labels": labels})
         _tune(tagger, data, epochs, seed, progress, checkpoints, resume)
     if int8:
@@ -292,11 +293,10 @@ def _time_original(
     """Time of a model of transformers over that of the tagger at full depth, in alternation."""
     original = copy.deepcopy(original).to(tagger.model.device).eval()
     order = sorted(windows, key=lambda window: len(window.input_ids))
-    batches = []
+    batches, taken = [], inspect.signature(original.forward).parameters
     for start in range(0, len(order), tagger.batch_size):
-        batch = collate(order[start : start + tagger.batch_size], tagger.tokenizer)
-        batch.pop("word_ids")
-        batches.append({name: value.to(original.device) for name, value in batch.items()})
+        batch = collate(order[start : start + tagger.batch_size], tagger.tokenizer).items()
+        batches.append({name: value.to(original.device) for name, value in batch if name in taken})
     ratios = []
     for _ in range(runs + 1):
         start = time.perf_counter()
