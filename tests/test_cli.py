@@ -17,6 +17,7 @@ from importlib import metadata
 import huggingface_hub
 import pytest
 import torch
+import transformers
 import typer
 from random_models import random_classifier
 from test_dial import DIAL
@@ -742,7 +743,7 @@ def test_what_a_picture_lacks_is_told_before_the_work(trained, folder, capsys, m
     monkeypatch.undo()
     monkeypatch.setattr("tokenexit.demo_assets.fetch", work)
     code, _, err = call(capsys, "demo", "-o", folder / "dev.conll")
-    assert code == 1 and "exists" in err
+    assert code == 1 and "dev.conll is a file; expected a folder to write" in err
 
 
 def test_info(trained, capsys):
@@ -927,6 +928,10 @@ def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, com
         (["calibrate", "{exits}", "-d", "x", "--max-disagreement", "0.1", "--column", "1"],
          "got --column with --max-disagreement"),
         (["predict", "{exits}", "{folder}/dev.conll", "-o", ".", "--resume"], "is no file"),
+        (["predict", "{exits}", "{folder}/x.txt", "-o", "{folder}/x.txt"], "is the input, .*x.txt"),
+        (["info", "{folder}/x.txt"], "x.txt is a file; expected a model's folder"),
+        (["adapt", "{folder}/hf", "-t", "{folder}/x.txt", "-o", "{folder}/n", "--seed", "-1"],
+         "seed is -1; expected 0 to"),
         (["calibrate", "{folder}/encoder", "-d", "none"], "holds a model of type 'bert'"),
         (["calibrate", "{folder}", "-d", "none"], "holds no model; expected a tagger"),
         (["calibrate", "owner/name", "-d", "none"], "no folder.*saved to a folder first"),
@@ -985,9 +990,28 @@ def test_a_device_that_torch_was_not_built_for(trained, folder, capsys, monkeypa
         raise AssertionError("Torch not compiled with CUDA enabled")
 
     monkeypatch.setattr(torch.nn.Module, "to", refuse)
-    code, _, err = call(capsys, "predict", trained, folder / "test.conll", "--device", "cuda")
-    assert code == 1
-    assert err.endswith("error: --device is 'cuda': Torch not compiled with CUDA enabled\n")
+    texts = folder / "test.conll"
+    for command in (
+        ("predict", trained, texts),
+        ("adapt", folder / "hf", "-t", texts, "-o", folder / "n"),
+    ):
+        code, _, err = call(capsys, *command, "--device", "cuda")
+        assert code == 1
+        assert err.endswith("error: --device is 'cuda': Torch not compiled with CUDA enabled\n")
+
+
+def test_weights_of_16_bits_are_trained_in_fp32(folder, capsys, tmp_path):
+    """Pure half precision loses the steps, or has no number for them."""
+    half = transformers.AutoModel.from_pretrained(folder / "encoder", dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(tmp_path / "half")
+    code, _, err = call(
+        capsys, "train", "-m", tmp_path / "half", "-d", folder / "dev.conll",
+        "-o", tmp_path / "tagger", "--epochs", 1, *SETTINGS,
+    )  # fmt: skip
+    assert code == 0 and "in float16, are trained and saved in fp32" in err, err
+    assert Tagger.from_pretrained(tmp_path / "tagger").model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["train", "self-sample", "evaluate", "predict", "calibrate"])

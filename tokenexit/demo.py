@@ -16,6 +16,7 @@ from tokenexit import demo_assets
 from tokenexit.calibrate import Point, calibrate, plot
 from tokenexit.evaluate import Evaluation, evaluate, time_evaluations
 from tokenexit.files import write_aside
+from tokenexit.models.checkpoint import check_output_folder
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagged, Tagger
 from tokenexit.policy import ExitPolicy
@@ -43,6 +44,7 @@ def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | 
     """
     import matplotlib  # noqa: F401  told now, if it lacks
 
+    check_output_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     console = console or Console()
     start = time.perf_counter()

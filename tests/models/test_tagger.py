@@ -303,5 +303,9 @@ def test_refuses_other_models(tagger, other):
 def test_refuses(tagger):
     with pytest.raises(ValueError, match="batch_size is 0"):
         Tagger(tagger.model, tagger.tokenizer, batch_size=0)
+    with pytest.raises(ValueError, match="overlap is -1; expected 0 or more"):
+        Tagger(tagger.model, tagger.tokenizer, overlap=-1)
+    with pytest.raises(TypeError, match="batch_size is 2.5; expected an int"):
+        Tagger(tagger.model, tagger.tokenizer, batch_size=2.5)
     with pytest.raises(TypeError, match="sentence 1 is 5"):
         tagger.tag([["a"], 5])

@@ -95,6 +95,8 @@ def test_texts_are_tagged_as_their_words(tagger):
     assert len(set(by_text.exit_layers)) > 1
     with pytest.raises(TypeError, match="got the text 'a text'; expected a list of texts"):
         tagger.tag("a text")
+    with pytest.raises(TypeError, match="got a dict; expected a list of sentences"):
+        tagger.tag({"words": [words]})
 
 
 def test_confidences_are_those_of_the_layer_left_at(tagger):

@@ -245,6 +245,8 @@ def test_what_can_not_be_done_is_told_before_the_work(trained, tiny_tokenizer, m
     monkeypatch.setattr("tokenexit.training.adapt.distill_heads", work)
     with pytest.raises(ValueError, match="too few sentences with a word of PER"):
         adapt(trained, [["the", "red"]] * 200, per_type=["PER"], **BOUND)
+    with pytest.raises(ValueError, match="epochs is 0; expected more than 0"):
+        adapt(trained, sentences(80), tune=True, epochs=0, **BOUND)
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match="expected a multiple of 4 for int8"):
         hf = theirs(tokenizer, intermediate_size=66)
@@ -253,6 +255,19 @@ def test_what_can_not_be_done_is_told_before_the_work(trained, tiny_tokenizer, m
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="datasets"):
         adapt(trained, sentences(80), tune=True, **BOUND)
+
+
+@pytest.mark.parametrize(
+    "more", [{"int8": True}, {"tune": True, "epochs": 0.1}], ids=["int8", "tune"]
+)
+def test_what_was_saved_in_16_bits_goes_on_in_fp32(tiny_tokenizer, tmp_path, more):
+    tokenizer = tiny_tokenizer()
+    theirs(tokenizer).half().save_pretrained(tmp_path)
+    found = adapt(tmp_path, sentences(80), tokenizer, **BOUND, **more)
+    assert found.tagger.model.dtype == torch.float32
+    assert found.calibration.dial.dtype == ("int8" if "int8" in more else "float32")
+    kept = adapt(tmp_path, sentences(80), tokenizer, **BOUND)
+    assert kept.tagger.model.dtype == torch.float16
 
 
 def test_tuning_goes_on_after_a_kill(trained, tmp_path):

@@ -117,20 +117,29 @@ def load_tagger(
     if "revision" in settings and Path(model).exists():
         got = settings["revision"]
         raise ValueError(f"got --revision {got} for a folder, {model}; expected a name on the hub")
-    try:
+    with device_errors(settings.get("device")):
         return Tagger.from_pretrained(
             model, int8, dtypes.get(dtype), batch_size=batch_size, **settings
         )
-    except AssertionError as error:  # as torch says that it was built without that
-        raise ValueError(f"--device is {settings.get('device')!r}: {error}") from None
+
+
+@contextmanager
+def device_errors(device: str | None):
+    """A ValueError in place of what torch says of a device that it was built without."""
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(f"--device is {device!r}: {error}") from None
 
 
 def check_model_name(name: str):
-    """Raise FileNotFoundError at once if no model has this name; loading would try for long."""
+    """Raise OSError at once if no model has this name; loading would try for long."""
     import huggingface_hub
 
-    if Path(name).exists():
+    if Path(name).is_dir():
         return
+    if Path(name).exists():
+        raise NotADirectoryError(f"{name} is a file; expected a model's folder, or its hub name")
     try:
         if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
             huggingface_hub.HfApi().model_info(name, timeout=10)

@@ -36,6 +36,7 @@ from tokenexit.cli.options import (
     be_quiet,
     check_heads,
     check_model_name,
+    device_errors,
     dial_table,
     err,
     load_tagger,
@@ -166,6 +167,7 @@ def _planned(
 ):  # fmt: skip
     """What trains a model as the options say; these are checked now, before any work."""
     from tokenexit.files import disk_errors
+    from tokenexit.int8 import dtype_of
     from tokenexit.models.checkpoint import check_output_folder
     from tokenexit.text.scoring import check_metric
     from tokenexit.training.trainer import (
@@ -206,6 +208,12 @@ def _planned(
                 f"the policy of before ({model.policy}) does not fit what is trained now: full "
                 "depth until the next `calibrate`"
             )
+        if model.dtype.itemsize < 4:
+            err.print(
+                f"the weights, in {dtype_of(model)}, are trained and saved in fp32: 16 bits lose "
+                "small steps"
+            )
+            model.float()
         model.policy = policy
         model.dial = model.config.temperatures = None
         arguments = training_arguments(
@@ -464,7 +472,7 @@ def adapt(
     tokenizer = load_tokenizer(model)
     sentences = read_texts(texts, format)
     annotated = data and read_data(data, column, None)
-    with progress_bars() as progress:
+    with progress_bars() as progress, device_errors(device):
         result = run(
             model,
             sentences,

@@ -171,6 +171,9 @@ def predict(
         raise ValueError(f"--spans excludes --output-format {output_format}; expected jsonl")
     if resume and output is None:
         raise ValueError("got --resume without --output; expected both or neither")
+    if output is not None and output.is_file() and Path(input).expanduser().exists():
+        if output.samefile(Path(input).expanduser()):
+            raise ValueError(f"--output is the input, {input}; expected another file")
     as_text = _as_spans if spans else formats[output_format]
     aside = nullcontext(None) if resume else _to(output)
     with _open(input) as lines, aside as write, _progress(output, lines) as step:

@@ -7,10 +7,11 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
+from numbers import Integral
 
 import torch
 from huggingface_hub import HfApi
@@ -135,9 +136,9 @@ class Tagger:
             None: each call by itself.
 
     Raises:
-        TypeError: another model.
-        ValueError: a tokenizer that is not fast or joins words; batch_size below 1; a speed that
-            the dial does not have; window_ms below 0.
+        TypeError: another model; a batch_size or overlap that is no int.
+        ValueError: a tokenizer that is not fast or joins words; batch_size below 1, overlap or
+            window_ms below 0; a speed that the dial does not have.
     """
 
     def __init__(
@@ -155,8 +156,11 @@ class Tagger:
                 f"got a {type(model).__name__}; expected a TokenExitForTokenClassification "
                 "(tokenexit.convert makes one of a Hugging Face token classifier)"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+        for name, value, least in (("batch_size", batch_size, 1), ("overlap", overlap, 0)):
+            if not isinstance(value, Integral):
+                raise TypeError(f"{name} is {value!r}; expected an int")
+            if value < least:
+                raise ValueError(f"{name} is {value}; expected {least} or more")
         self.model = model
         self._tokenizer = tokenizer
         self._words = WordTokenizer(tokenizer)
@@ -291,7 +295,7 @@ class Tagger:
             speed: likewise, by the model's dial.
 
         Raises:
-            TypeError: a text in place of a list of them.
+            TypeError: a text or a mapping in place of a list.
             ValueError: not as many policies or speeds as sentences; both.
         """
         return list(self.stream(sentences, policy, speed=speed))
@@ -312,6 +316,8 @@ class Tagger:
             raise ValueError(f"buffer is {buffer}; expected 1 or more")
         if isinstance(sentences, str):
             raise TypeError(f"got the text {sentences!r:.60}; expected a list of texts")
+        if isinstance(sentences, Mapping):  # whose names would be tagged
+            raise TypeError(f"got a {type(sentences).__name__}; expected a list of sentences")
         if policy is not None and speed is not None:
             raise ValueError(f"got both the policy {policy} and the speed {speed!r}; expected one")
         if isinstance(speed, Sequence) and not isinstance(speed, str):

@@ -41,6 +41,7 @@ from tokenexit.training.heads import distill_heads
 from tokenexit.training.self_sampling import SelfSampling
 from tokenexit.training.trainer import (
     ExitTrainer,
+    check_run,
     check_same_run,
     last_checkpoint,
     training_arguments,
@@ -120,7 +121,8 @@ def adapt(
         tune: train encoder and classifier as well, by self-sampling on the labels that the model
             gives the texts; takes longer, goes faster, and full depth is no longer the model.
         int8: give the result 8-bit weights, for the CPU; all that is measured and promised is of
-            these, held against the labels of the model as it was.
+            these, held against the labels of the model as it was. With this or `tune`, one that
+            was saved in 16 bits goes on in fp32: 16 bits lose the small steps of training.
         max_disagreement, confidence, per_layer, per_type: of the promise, see `make_dial`: labels
             are held against the model's.
         annotated: sentences with `words` and `labels`, to score each speed on, and to fit the
@@ -137,10 +139,11 @@ def adapt(
         resume: of `tune`: go on from the last of them.
 
     Raises:
-        ValueError: a model without a trained classifier; too few texts for the promise; see also
-            `tokenexit.convert`.
+        ValueError: epochs or a seed out of range; a model without a trained classifier; too few
+            texts for the promise; see also `tokenexit.convert`.
         TypeError: a model without its tokenizer.
     """
+    check_run(epochs, seed)
     checkpoint = None if checkpoints is None else last_checkpoint(checkpoints)
     if resume and checkpoint is None:
         raise ValueError(f"got resume, but no complete checkpoint is in {checkpoints}")
@@ -161,6 +164,8 @@ def adapt(
             "expected a token classifier that was fine-tuned"
         )
     adapted.eval()
+    if (tune or int8) and adapted.dtype.itemsize < 4:
+        adapted.float()
     if device is not None:
         adapted.to(device)
     if int8:

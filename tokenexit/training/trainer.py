@@ -328,11 +328,8 @@ def training_arguments(
         epochs = min(20, max(3, math.ceil(500 / steps)))
     if learning_rate is None:
         learning_rate = 5e-5 * (768 / hidden_size) ** 2
-    if not 0 < epochs <= 10_000:
-        raise ValueError(f"epochs is {epochs}; expected more than 0 and at most 10000")
+    check_run(epochs, seed)
     check_rate("learning_rate", learning_rate)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; expected 0 to {2**32 - 1}")
     defaults = {
         "lr_scheduler_type": "linear",
         "warmup_steps": 0.1,  # a share of all steps
@@ -365,6 +362,14 @@ def _wants_best(settings) -> bool:
         or settings.get("save_strategy") == "best"
         or settings.get("lr_scheduler_type") == "reduce_lr_on_plateau"
     )
+
+
+def check_run(epochs: float | None, seed: int):
+    """Raise ValueError unless there can be so many epochs, and such a seed."""
+    if epochs is not None and not 0 < epochs <= 10_000:
+        raise ValueError(f"epochs is {epochs}; expected more than 0 and at most 10000")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; expected 0 to {2**32 - 1}")
 
 
 def check_rate(name: str, rate: float | None):
