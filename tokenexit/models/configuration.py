@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -125,6 +126,8 @@ def settings_of(config: TokenExitConfig) -> Mapping[str, object]:
     Hugging Face's configurations make a call in Python of each attribute that is read; a model of
     one sentence would wait for a dozen of them.
     """
+    if torch.compiler.is_compiling():  # which traces that call, and no other way around it
+        return config.__dict__
     return object.__getattribute__(config, "__dict__")
 
 
