@@ -244,6 +244,8 @@ def test_pareto_front():
 
 def test_evaluation(setting):
     tagger, data = setting
+    with pytest.raises(ValueError, match="timing_runs is -1; expected 0 or more"):
+        evaluate(tagger, data, timing_runs=-1)
     never = evaluate(tagger, data, ExitPolicy.never(), timing_runs=1)
     words = sum(map(len, data["words"]))
     assert never.score == 1 and never.mean_exit_layer == 4 and never.flops_speedup == 1

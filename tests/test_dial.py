@@ -361,6 +361,27 @@ def test_too_little_is_refused_with_how_much_would_do(tagger, found):
             calibrate(tagger, data, max_disagreement=0.1, **other)
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"policies": []}, "got no policies; expected at least one"),
+        ({"timing_runs": -1}, "timing_runs is -1; expected 0 or more"),
+        ({"reference": [["a"]]}, "got labels of 1 sentences for 200"),
+        ({"reference": [["a"]] * 200, "known": [["a"]]}, "expected known_reference if known and"),
+        ({"known_reference": [["a"]]}, "expected known_reference if known and"),
+    ],
+    ids=str,
+)
+def test_what_a_dial_is_not_made_of(tagger, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        make_dial(tagger, sentences(200), 0.3, **wrong)
+
+
+def test_a_dial_is_no_dict(tagger):
+    with pytest.raises(TypeError, match="dial is a dict; expected a Dial"):
+        tagger.model.dial = DIAL.to_dict()
+
+
 def test_no_exits_that_hold_are_full_depth(tagger):
     """Where more text would not help, there is nothing to refuse."""
     bold = [ExitPolicy(threshold=1.0, window=0)]

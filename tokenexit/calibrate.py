@@ -16,7 +16,14 @@ import torch
 
 from tokenexit import flops, promise
 from tokenexit.dial import Dial, Speed
-from tokenexit.evaluate import Outcome, check_annotated, evaluate, tag_windows, time_policies
+from tokenexit.evaluate import (
+    Outcome,
+    check_annotated,
+    check_timing_runs,
+    evaluate,
+    tag_windows,
+    time_policies,
+)
 from tokenexit.int8 import dtype_of
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
@@ -112,6 +119,14 @@ def policy_grid(
     if sentence:
         grid += [base.replace(level="sentence", threshold=t) for t in thresholds]
     return grid
+
+
+def _to_try(policies: Iterable[ExitPolicy] | None, **options) -> list[ExitPolicy]:
+    """The policies, or the grid with these options."""
+    policies = policy_grid(**options) if policies is None else list(policies)
+    if not policies:
+        raise ValueError("got no policies; expected at least one")
+    return policies
 
 
 def calibrate(
@@ -214,7 +229,7 @@ def calibrate(
             "expected sentences with entities, or the metric accuracy"
         )
     _check_trained(tagger)
-    policies = policy_grid() if policies is None else list(policies)
+    policies = _to_try(policies)
 
     sweep = Sweep(tagger, data, policies[0].criterion, metric)
     full, theirs = sweep.point(ExitPolicy.never()), None
@@ -354,6 +369,12 @@ def make_dial(
             tagger does not know; classifiers never trained.
     """
     promise.check_share("max_disagreement", max_disagreement)
+    check_timing_runs(timing_runs)
+    if (known is not None and reference is not None) != (known_reference is not None):
+        raise ValueError("expected known_reference if known and reference are given, and only then")
+    for its, labels in ((sentences, reference), (known, known_reference)):
+        if labels is not None and len(labels) != len(its):
+            raise ValueError(f"got labels of {len(labels)} sentences for {len(its)} of them")
     least = promise.needed(max_disagreement, confidence)
     _check_trained(tagger)
     type_of = chosen_types(tagger, per_type)
@@ -380,8 +401,7 @@ def make_dial(
         words, cut = [list(known[i]) for i in first] + words, len(first)
         if labels is not None:
             labels = [list(known_reference[i]) for i in first] + labels
-    if policies is None:
-        policies = policy_grid(thresholds=FINE)
+    policies = _to_try(policies, thresholds=FINE)
     full = policies[0].replace(level="token", threshold=0.0, schedule="constant", min_active=1)
     whole = labels or tag_windows(tagger, tagger.windows(words), full).labels
     check_types(whole[cut:], type_of, max_disagreement, confidence, given)

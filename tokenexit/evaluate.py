@@ -75,6 +75,7 @@ def evaluate(
         ValueError: no sentences; no labels; a metric that does not fit them.
     """
     config = tagger.model.config
+    check_timing_runs(timing_runs)
     metric = check_annotated(tagger, data, metric)
     policy = tagger.model.policy if policy is None else policy
     outcome = tag_windows(tagger, tagger.windows(data["words"]), policy)
@@ -142,6 +143,12 @@ def check_annotated(tagger: Tagger, data: Dataset, metric: str = "auto") -> str:
             f"as wrong: {shown(unknown)}"
         )
     return choose_metric(metric, known.union(counts))
+
+
+def check_timing_runs(runs: int):
+    """Raise ValueError unless something can be timed so often."""
+    if runs < 0:
+        raise ValueError(f"timing_runs is {runs}; expected 0 or more")
 
 
 def time_evaluations(

@@ -1,6 +1,8 @@
 """Texts in, spans out: words, places, confidences; and callers of several threads together."""
 
+import copy
 import html
+import pickle
 import re
 import threading
 
@@ -97,6 +99,10 @@ def test_texts_are_tagged_as_their_words(tagger):
         tagger.tag("a text")
     with pytest.raises(TypeError, match="got a dict; expected a list of sentences"):
         tagger.tag({"words": [words]})
+    with pytest.raises(TypeError, match="got the text 'a text'; expected a list of texts"):
+        tagger.split("a text")
+    with pytest.raises(TypeError, match="sentence 1 is {'words': .*; expected a list of words"):
+        tagger.split(["a text", {"words": words}])
 
 
 def test_confidences_are_those_of_the_layer_left_at(tagger):
@@ -200,6 +206,14 @@ def test_callers_of_many_threads_go_through_the_model_together(tiny_tokenizer):
     assert together.tag([]) == []
     with pytest.raises(ValueError, match="window_ms is -1"):
         Tagger(alone.model, tokenizer, window_ms=-1)
+
+
+def test_copies_of_one_that_waits_for_others(tagger):
+    one = Tagger(tagger.model, tagger.tokenizer, window_ms=0)
+    expected = one.tag([TEXT])
+    for other in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert other.tag([TEXT]) == expected
+        assert other._together._work.__self__ is other
 
 
 def test_an_error_is_only_its_callers():

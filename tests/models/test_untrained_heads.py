@@ -112,3 +112,13 @@ def test_what_no_layers_are_is_refused(tmp_path, value):
     (tmp_path / "config.json").write_text(json.dumps({**config, "untrained_heads": value}))
     with pytest.raises(ValueError, match="config.untrained_heads is .*; expected numbers from 1"):
         TokenExitForTokenClassification.from_pretrained(tmp_path)
+
+
+def test_heads_that_did_not_fit_are_new(tmp_path):
+    model = tokenexit.convert(random_classifier())
+    step(model)
+    model.save_pretrained(tmp_path)
+    load = TokenExitForTokenClassification.from_pretrained
+    assert load(tmp_path).untrained_heads() == []
+    other = load(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert other.untrained_heads() == [1, 2, 3, 4]

@@ -613,6 +613,8 @@ def test_label_names():
         label_names(dataset, ["O", "b"])
     with pytest.raises(ValueError, match="expected each once"):
         check_labels(dataset, ["O", "A", "b", "b"])
+    with pytest.raises(TypeError, match="got a list; expected a data set"):
+        label_names([{"words": ["a"], "labels": ["O"]}])
     with pytest.raises(ValueError, match="expected 'labels'"):
         label_names(dataset.select_columns("words"))
     with pytest.raises(ValueError, match="sentences without a word only"):

@@ -139,6 +139,22 @@ def test_states_that_do_not_fit_are_left_out(tiny_tokenizer, monkeypatch):
         distill_heads(one, windows)
 
 
+@pytest.mark.parametrize("set_default", [torch.set_default_dtype, torch.set_default_device])
+def test_defaults_of_the_user_change_nothing(tiny_tokenizer, set_default):
+    tokenizer = tiny_tokenizer()
+    hf, texts = theirs(tokenizer), sentences(80)
+    expected = adapt(hf, texts, tokenizer, **BOUND)
+    set_default(torch.float64 if set_default is torch.set_default_dtype else "meta")
+    try:
+        got = adapt(hf, texts, tokenizer, **BOUND)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for value, other in zip(*(x.tagger.model.parameters() for x in (got, expected)), strict=True):
+        assert torch.equal(value, other)
+    assert got.calibration.dial == expected.calibration.dial
+
+
 def test_adapts_in_a_mode_without_gradients(tiny_tokenizer):
     tokenizer, found = tiny_tokenizer(), []
     hf = theirs(tokenizer)
@@ -245,6 +261,10 @@ def test_what_can_not_be_done_is_told_before_the_work(trained, tiny_tokenizer, m
     monkeypatch.setattr("tokenexit.training.adapt.distill_heads", work)
     with pytest.raises(ValueError, match="too few sentences with a word of PER"):
         adapt(trained, [["the", "red"]] * 200, per_type=["PER"], **BOUND)
+    with pytest.raises(ValueError, match="timing_runs is -1"):
+        adapt(trained, sentences(80), **{**BOUND, "timing_runs": -1})
+    with pytest.raises(TypeError, match="sentence 0 is {'words': .*; expected a list of words"):
+        adapt(trained, data(80), **BOUND)
     with pytest.raises(ValueError, match="epochs is 0; expected more than 0"):
         adapt(trained, sentences(80), tune=True, epochs=0, **BOUND)
     tokenizer = tiny_tokenizer()

@@ -49,6 +49,10 @@ class MicroBatcher(Generic[_In, _Out]):
         self._waiting: list[Job] = []
         self._busy = False
 
+    def __reduce__(self):
+        """Copies and pickles start with nobody waiting."""
+        return type(self), (self._work, self._window, self._most)
+
     def __call__(self, wanted: _In, size: int = 1) -> _Out:
         """The result of `work` for one caller, from any thread."""
         job, jobs, leads = Job(wanted, size), [], False

@@ -30,6 +30,8 @@ from tokenexit.models.translation import (
 from tokenexit.policy import ExitPolicy
 from tokenexit.text.vocabulary import marks_of, token_kinds
 
+_HEAD = "encoder.heads.{}.weight"
+
 
 def load_tagger(
     cls: type,
@@ -57,7 +59,9 @@ def load_tagger(
             check_dtype_of_int8(kwargs.get("dtype"))
             kwargs["dtype"] = torch.float32
         model, info = load_whole(load_saved, name, (), False, *args, **kwargs)
-        model.mark_untrained(model.config.untrained_heads or ())
+        other = {key for key, *_ in info["mismatched_keys"]}  # of which new ones were made
+        new = {n for n in range(1, len(model.exit_heads) + 1) if _HEAD.format(n - 1) in other}
+        model.mark_untrained(sorted(new.union(model.config.untrained_heads or ())))
     else:
         check_supported(config)
         new = family_of(config).new_head

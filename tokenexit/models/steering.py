@@ -71,6 +71,8 @@ class Steered:
 
     @dial.setter
     def dial(self, dial: Dial | None):
+        if not isinstance(dial, (Dial, type(None))):
+            raise TypeError(f"dial is a {type(dial).__name__}; expected a Dial or None")
         self.config.dial = None if dial is None else dial.to_dict()
 
     def speed(self, speed: float | str) -> Speed:

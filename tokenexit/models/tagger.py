@@ -28,7 +28,15 @@ from tokenexit.models.checkpoint import check_dtype_of_int8
 from tokenexit.models.evaluation import evaluating
 from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
 from tokenexit.policy import ExitPolicy
-from tokenexit.text.encoding import Window, WordTokenizer, collate, encode, load_tokenizer, merge
+from tokenexit.text.encoding import (
+    Window,
+    WordTokenizer,
+    as_words,
+    collate,
+    encode,
+    load_tokenizer,
+    merge,
+)
 from tokenexit.text.scoring import detect_metric, spans
 from tokenexit.text.splitting import Splitter
 
@@ -110,6 +118,14 @@ class Tagged:
             end = stop
         shown.append(html.escape(text[end:]))
         return f'<div style="line-height: 1.8">{"".join(shown)}</div>'
+
+
+def _check_sentences(sentences: Iterable[Sequence[str] | str]):
+    """Raise TypeError for what would be read letter by letter, or by its columns' names."""
+    if isinstance(sentences, str):
+        raise TypeError(f"got the text {sentences!r:.60}; expected a list of texts")
+    if isinstance(sentences, Mapping):
+        raise TypeError(f"got a {type(sentences).__name__}; expected a list of sentences")
 
 
 def _places(words: Sequence[str]) -> list[tuple[int, int]]:
@@ -314,10 +330,7 @@ class Tagger:
         """
         if buffer < 1:
             raise ValueError(f"buffer is {buffer}; expected 1 or more")
-        if isinstance(sentences, str):
-            raise TypeError(f"got the text {sentences!r:.60}; expected a list of texts")
-        if isinstance(sentences, Mapping):  # whose names would be tagged
-            raise TypeError(f"got a {type(sentences).__name__}; expected a list of sentences")
+        _check_sentences(sentences)
         if policy is not None and speed is not None:
             raise ValueError(f"got both the policy {policy} and the speed {speed!r}; expected one")
         if isinstance(speed, Sequence) and not isinstance(speed, str):
@@ -428,9 +441,15 @@ class Tagger:
         return [list(islice(rest, len(its_windows))) for its_windows, _, _ in wanted]
 
     def split(self, sentences: Iterable[Sequence[str] | str]) -> list[list[str]]:
-        """The words of sentences, each a text or a sequence of words."""
+        """The words of sentences, each a text or a sequence of words.
+
+        Raises:
+            TypeError: a text or a mapping in place of a list; what is neither a text nor words.
+        """
+        _check_sentences(sentences)
         return [
-            self._splitter.words(one) if isinstance(one, str) else list(one) for one in sentences
+            self._splitter.words(one) if isinstance(one, str) else as_words(one, number)
+            for number, one in enumerate(sentences)
         ]
 
     def windows(self, sentences: Sequence[Sequence[str]]) -> list[Window]:

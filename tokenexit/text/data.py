@@ -239,8 +239,11 @@ def label_lists(dataset: Dataset) -> Iterator[list[str]]:
     """Yield the labels of one sentence after another.
 
     Raises:
+        TypeError: no data set.
         ValueError: no labels; more or fewer than words; no word in any sentence.
     """
+    if not hasattr(dataset, "column_names"):
+        raise TypeError(f"got a {type(dataset).__name__}; expected a data set of `datasets`")
     if "labels" not in dataset.column_names:
         raise ValueError(f"the data set has the columns {dataset.column_names}; expected 'labels'")
     words = dataset["words"] if "words" in dataset.column_names else repeat(None)

@@ -211,7 +211,7 @@ def encode(
         )
 
     windows = []
-    sentences = [_words(words, number) for number, words in enumerate(sentences)]
+    sentences = [as_words(words, number) for number, words in enumerate(sentences)]
     for number, (ids, word_ids) in enumerate(tokenizer.pieces(sentences)):
         words = sentences[number]
         if len(ids) <= room and len(set(word_ids)) == len(words):
@@ -361,7 +361,8 @@ class _Frame:
         )
 
 
-def _words(words: Sequence[str], number: int) -> list[str]:
+def as_words(words: Sequence[str], number: int) -> list[str]:
+    """The words of sentence `number`; TypeError or ValueError if it is no list of them."""
     if (
         not isinstance(words, Sequence)
         or isinstance(words, str)

@@ -29,7 +29,7 @@ from tokenexit.calibrate import (
     chosen_types,
     make_dial,
 )
-from tokenexit.evaluate import check_annotated, evaluate
+from tokenexit.evaluate import check_annotated, check_timing_runs, evaluate
 from tokenexit.int8 import quantize
 from tokenexit.models.convert import convert
 from tokenexit.models.modeling import TokenExitForTokenClassification
@@ -144,6 +144,7 @@ def adapt(
         TypeError: a model without its tokenizer.
     """
     check_run(epochs, seed)
+    check_timing_runs(timing_runs)
     checkpoint = None if checkpoints is None else last_checkpoint(checkpoints)
     if resume and checkpoint is None:
         raise ValueError(f"got resume, but no complete checkpoint is in {checkpoints}")

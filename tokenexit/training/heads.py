@@ -84,7 +84,8 @@ def distill_heads(
         scales.append(values.std(0, correction=0).clamp(min=1e-3))
         layer.copy_((values - means[-1]) / scales[-1])
     mean, scale = torch.stack(means)[:, None], torch.stack(scales)[:, None]
-    weight = torch.zeros(below, d, labels, device=device, requires_grad=True)
+    # Whatever the user's default dtype is.
+    weight = torch.zeros(below, d, labels, dtype=torch.float32, device=device, requires_grad=True)
     bias = wanted.mean(0).clamp(min=1e-6).log().expand(below, 1, labels).clone().requires_grad_()
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     steps = math.ceil(count / batch_size)
