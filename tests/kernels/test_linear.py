@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from assertions import assert_as_exact
 from tokenexit.kernels import linear as module
 from tokenexit.kernels import trials
-from tokenexit.kernels.linear import linear, linear_, query_key_value
+from tokenexit.kernels.linear import descriptor, is_wide, linear, linear_, query_key_value
 
 from tokenexit import reference
 
@@ -251,6 +251,15 @@ def test_query_key_value(make, device, lengths):
     truth = reference.query_key_value(*(a.double() if a.is_floating_point() else a for a in args))
     torch.testing.assert_close(folded.double(), truth[2], atol=1e-5, rtol=1e-5)
     assert q[len(active) :].isnan().all() and kv[len(seen) :].isnan().all()
+
+
+def test_copies_by_tiles_want_rows_on_16_bytes(device):
+    flat = torch.zeros(40 * 72 + 8, dtype=torch.float16, device=device)
+    for start, width, fits in ((0, 72, True), (8, 72, True), (1, 72, False), (0, 70, False)):
+        rows = flat[start : start + 40 * width].view(40, width)
+        assert (descriptor(rows, 16, 16) is not None) == (fits and is_wide(flat))
+        assert descriptor(rows.float(), 16, 16) is None
+    assert descriptor(flat[:0].view(0, 72), 16, 16) is None
 
 
 def test_all_rows_are_those_listed(make, device):
