@@ -39,6 +39,7 @@ __all__ = [
     "ExitTrainer",
     "RichProgress",
     "check_rate",
+    "check_run",
     "check_same_run",
     "last_checkpoint",
     "training_arguments",
