@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -222,6 +222,20 @@ def _owned(make: Callable[[], Path]) -> Iterator[Path]:
             if path.exists():
                 yield path
                 return
+
+
+def check_same_record(folder: str | os.PathLike, before: Mapping, record: Mapping):
+    """Raise ValueError if the run whose record lies in a folder is another than `record` says."""
+    other = [
+        f"{name.replace('_', ' ')} {before.get(name)}, now {value}"
+        for name, value in record.items()
+        if before.get(name) != value
+    ]
+    if other:
+        raise ValueError(
+            f"the run in {folder} was started otherwise: {'; '.join(other)}; expected the same to "
+            "go on with it, or the folder removed to start anew"
+        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tokenexit.files import only_one, write_aside
+from tokenexit.files import check_same_record, only_one, write_aside
 
 
 @contextmanager
@@ -33,17 +33,7 @@ def partial_results(output: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
         if about.exists():
-            before = json.loads(about.read_text(encoding="utf-8"))
-            other = [
-                f"{name} {before.get(name)}, now {value}"
-                for name, value in record.items()
-                if before.get(name) != value
-            ]
-            if other:
-                raise ValueError(
-                    f"the run in {folder} was started otherwise: {'; '.join(other)}; expected the "
-                    "same to go on with it, or the folder removed to start anew"
-                )
+            check_same_record(folder, json.loads(about.read_text(encoding="utf-8")), record)
         else:
             rows.unlink(missing_ok=True)  # of nobody knows what
             with write_aside(about) as aside:

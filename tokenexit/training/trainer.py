@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from tokenexit.evaluate import check_annotated, evaluate
-from tokenexit.files import write_aside
+from tokenexit.files import check_same_record, write_aside
 from tokenexit.int8 import is_quantized
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagger
@@ -395,16 +395,7 @@ def check_same_run(folder: str | os.PathLike, record: dict[str, object]):
     except (OSError, json.JSONDecodeError):
         logger.warning("%s does not say with which data and settings its run was started", folder)
         return
-    other = [
-        f"{name.replace('_', ' ')} {before.get(name)}, now {value}"
-        for name, value in record.items()
-        if before.get(name) != value
-    ]
-    if other:
-        raise ValueError(
-            f"the run in {folder} was started otherwise: {'; '.join(other)}; expected the same to "
-            "go on with it, or the folder removed to start anew"
-        )
+    check_same_record(folder, before, record)
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path | None:
