@@ -156,6 +156,29 @@ def test_train_calibrate_evaluate(trained, folder, capsys):
     assert code == 0 and "full depth" in out and "mean exit layer" in out
 
 
+def test_decoding(trained, folder, capsys, tmp_path):
+    tagger = Tagger.from_pretrained(trained)
+    with torch.no_grad():  # of all words
+        tagger.model.exit_heads[-1].bias[tagger.label_names.index("I-PER")] += 50
+    tagger.save_pretrained(tmp_path / "tagger")
+    source = tmp_path / "in.txt"
+    source.write_text("john smith\nparis\n")
+    labels, counts = {}, {}
+    for decoding in ("argmax", "constrained"):
+        given = ("--full-depth", "--decoding", decoding)
+        code, out, err = call(capsys, "predict", tmp_path / "tagger", source, *given)
+        assert code == 0, err
+        labels[decoding] = [json.loads(line)["labels"] for line in out.splitlines()]
+        data = ("-d", folder / "test.conll", "--timing-runs", 0)
+        _, out, _ = call(capsys, "evaluate", tmp_path / "tagger", *data, *given, "--json")
+        counts[decoding] = json.loads(out)["broken_labels"]
+        code, out, _ = call(capsys, "evaluate", tmp_path / "tagger", *data, *given)
+        assert re.search(rf"labels that cannot stand\W+{counts[decoding]}\b", out)
+    assert labels == {"argmax": [["I-PER"] * 2, ["I-PER"]], "constrained": labels["constrained"]}
+    assert labels["constrained"][0] == ["B-PER", "I-PER"] and counts["constrained"] == 0
+    assert labels["constrained"][1][0] in ("B-LOC", "B-PER", "O") and counts["argmax"] == 32
+
+
 def test_predict_keeps_order_in_every_format(trained, folder, capsys, tmp_path):
     text = tmp_path / "in.txt"
     text.write_text("john smith lives in paris\n\nnew york\n")
@@ -447,6 +470,7 @@ def test_predict_goes_on_with_the_same_only(trained, capsys, tmp_path, monkeypat
     for other, message in (
         (("--threshold", 0.2), "was started otherwise: policy .*; expected the same"),
         (("--spans",), "was started otherwise: results _as_json, now _as_spans"),
+        (("--decoding", "constrained"), "otherwise: decoding argmax, now constrained; expected"),
     ):
         code, _, err = call(capsys, *predict, *other)
         assert code == 1 and re.search(message, err), err
@@ -876,6 +900,9 @@ def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, com
          "max_loss is nan"),
         (["predict", "{exits}", "--full-depth", "--window", "2"], "excludes --window"),
         (["evaluate", "{exits}", "-d", "{folder}/missing.conll"], "missing.conll"),
+        (["evaluate", "{exits}", "-d", "{folder}/missing.conll", "--decoding", "x"],
+         r"decoding is 'x'; expected one of \('argmax', 'constrained'\)"),
+        (["predict", "{exits}", "{folder}/missing.conll", "--decoding", "x"], "decoding is 'x'"),
         (["evaluate", "{exits}", "-d", "{folder}/cars.conll", "--metric", "word_f1"], "not fit"),
         (["evaluate", "{exits}", "-d", "{folder}/cars.conll", "--metric", "f1"], "metric is 'f1'"),
         (["evaluate", "{exits}", "-d", "{folder}/test.conll", "--column", "5"], "column"),

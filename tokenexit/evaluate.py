@@ -15,6 +15,7 @@ from tokenexit import flops
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 from tokenexit.text.data import label_lists
+from tokenexit.text.decoding import broken, decode
 from tokenexit.text.encoding import Window, merge
 from tokenexit.text.scoring import check_metric, choose_metric, score, shown, warn_once
 
@@ -36,6 +37,7 @@ class Evaluation:
         wall_speedup: time of full depth over time, medians of alternating runs on this machine;
             None if not measured.
         words_per_second: likewise.
+        broken_labels: those that cannot stand where they do, see `tokenexit.text.decoding.broken`.
     """
 
     policy: ExitPolicy
@@ -45,6 +47,7 @@ class Evaluation:
     flops_speedup: float
     wall_speedup: float | None = None
     words_per_second: float | None = None
+    broken_labels: int = 0
 
     @property
     def score(self) -> float:
@@ -63,7 +66,7 @@ def evaluate(
     metric: str = "auto",
     timing_runs: int = 0,
 ) -> Evaluation:
-    """Tag annotated sentences under a policy and score the result.
+    """Tag annotated sentences under a policy, by the tagger's decoding, and score the result.
 
     Args:
         data: sentences with `words` and `labels`.
@@ -79,13 +82,21 @@ def evaluate(
     metric = check_annotated(tagger, data, metric)
     policy = tagger.model.policy if policy is None else policy
     outcome = tag_windows(tagger, tagger.windows(data["words"]), policy)
+    gold, names = list(data["labels"]), tagger.label_names
+    if tagger.decoding == "constrained":
+        if wrong := broken(gold, sorted({*names, *(x for labels in gold for x in labels)})):
+            warn_once(
+                f"{wrong} annotated labels cannot stand where they do, as in IOB1, which is read "
+                "as IOB2; constrained decoding gives none like them"
+            )
     exits = torch.tensor([x for sentence in outcome.exits for x in sentence], device="cpu")
     result = Evaluation(
         policy=policy,
-        scores=score(list(data["labels"]), outcome.labels, metric),
+        scores=score(gold, outcome.labels, metric),
         mean_exit_layer=float(exits.double().mean()),
         exits_per_layer=exits.bincount(minlength=config.num_hidden_layers + 1)[1:].tolist(),
         flops_speedup=outcome.speedup,
+        broken_labels=broken(outcome.labels, names),
     )
     if not timing_runs:
         return result
@@ -107,17 +118,23 @@ class Outcome:
 
 
 def tag_windows(tagger: Tagger, windows: Sequence[Window], policy: ExitPolicy) -> Outcome:
-    """Tag sentences, given as all their windows, under a policy."""
-    config = tagger.model.config
-    labels, layers = [None] * len(windows), [None] * len(windows)
+    """Tag sentences, given as all their windows, under a policy, by the tagger's decoding."""
+    config, constrained = tagger.model.config, tagger.decoding == "constrained"
+    labels, layers, scores = ([None] * len(windows) for _ in range(3))
     active, tokens = [], []
     for indices, output, firsts in tagger.run(windows, policy):
         for index, words in zip(indices, tagger.words(output, firsts), strict=True):
             labels[index], layers[index] = words
+        if constrained:
+            for index, its_scores in zip(indices, tagger.scores(output, firsts), strict=True):
+                scores[index] = its_scores
         active.append(flops.active_tokens(output.exit_layers, config.num_hidden_layers).cpu())
         tokens.append((output.exit_layers > 0).sum(1).cpu())
+    labels = merge(windows, labels)
+    if constrained:
+        labels = decode(merge(windows, scores), tagger.label_names, labels)
     return Outcome(
-        labels=merge(windows, labels),
+        labels=labels,
         exits=merge(windows, layers),
         speedup=flops.speedup(torch.cat(active), torch.cat(tokens), config),
     )

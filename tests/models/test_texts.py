@@ -6,17 +6,22 @@ import pickle
 import re
 import threading
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from random_models import random_classifier
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
 import tokenexit
 from tokenexit import ExitPolicy, Span, Tagged, Tagger
+from tokenexit.evaluate import evaluate, tag_windows
 from tokenexit.models.batching import MicroBatcher
 from tokenexit.reference import uncertainty
-from tokenexit.text.scoring import spans
+from tokenexit.text.decoding import broken, decode
+from tokenexit.text.encoding import merge
+from tokenexit.text.scoring import score, spans, warn_once
 from tokenexit.text.splitting import Splitter
 
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -118,6 +123,80 @@ def test_confidences_are_those_of_the_layer_left_at(tagger):
     assert [tagged.confidences[i] for i in left_first] == pytest.approx(
         [first[i] for i in left_first]
     )
+
+
+LONG = f"{TEXT} " * 40  # of several windows
+
+
+def test_constrained_decoding(tiny_tokenizer):
+    """Over whole sentences, by probabilities as confidences tell them; the rest stays."""
+    tokenizer = tiny_tokenizer()
+    _, tagger = tagger_of(tokenizer)
+    tagger.model.policy = ExitPolicy(threshold=0.8, window=0)
+    tagger.model.config.temperatures = [0.5, 3.0, 1.5, 1.0]
+    texts = [TEXT, "", "john", "Paris!", "the red john", "new york", LONG]
+    before = tagger.tag(texts)
+    assert tagger.decoding == "argmax" and len({x for t in before for x in t.exit_layers}) > 1
+    wrong = [broken([tagged.labels], NAMES) for tagged in before]
+    assert wrong[0] and wrong[-1] and not all(wrong)
+    windows = tagger.windows([tagged.words for tagged in before])
+    assert len(windows) > len(texts)
+    scores = [None] * len(windows)
+    for indices, output, firsts in tagger.run(windows):
+        each = torch.tensor([1.0, *tagger.model.config.temperatures])[output.exit_layers]
+        for i, row, its in zip(indices, output.logits / each[..., None], firsts, strict=True):
+            scores[i] = [*row[its].log_softmax(-1).numpy()]
+    scores = merge(windows, scores)
+
+    together = Tagger(tagger.model, tokenizer, window_ms=0, decoding="constrained")
+    tagger.decoding = "constrained"
+    after = tagger.tag(texts)
+    assert after == together.tag(texts) == copy.deepcopy(tagger).tag(texts)
+    assert [tagged.labels for tagged in after] == decode(scores, NAMES)
+    for old, new, its_scores, was_wrong in zip(before, after, scores, wrong, strict=True):
+        assert not broken([new.labels], NAMES) and new.exit_layers == old.exit_layers
+        assert (old == new) == (not was_wrong)
+        sure = [np.exp(s[NAMES.index(x)]) for x, s in zip(new.labels, its_scores, strict=True)]
+        assert new.confidences == pytest.approx(sure, rel=1e-4)
+        rows = zip(old.labels, new.labels, old.confidences, new.confidences, strict=True)
+        assert all(p == q for a, b, p, q in rows if a == b)
+    outcome = tag_windows(tagger, windows, tagger.model.policy)
+    assert outcome.labels == [tagged.labels for tagged in after]
+    with pytest.raises(ValueError, match="decoding is 'viterbi'; expected one of "):
+        tagger.decoding = "viterbi"
+    with pytest.raises(ValueError, match="decoding is None"):
+        Tagger(tagger.model, tokenizer, decoding=None)
+
+
+def test_labels_of_no_chunks_are_decoded_word_by_word(tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    tagger = Tagger(tokenexit.convert(random_classifier(vocab_size=len(tokenizer))), tokenizer)
+    expected = tagger.tag([TEXT, LONG])
+    tagger.decoding = "constrained"
+    assert tagger.tag([TEXT, LONG]) == expected
+
+
+def test_evaluations_go_by_the_decoding(caplog, tiny_tokenizer):
+    warn_once.cache_clear()
+    _, tagger = tagger_of(tiny_tokenizer())
+    tagger.model.policy = ExitPolicy(threshold=0.8, window=0)
+    words = tagger.split([TEXT, "the red", "new york john"])
+    free = [tagged.labels for tagged in tagger.tag(words)]
+    tagger.decoding = "constrained"
+    gold = [tagged.labels for tagged in tagger.tag(words)]
+    data = Dataset.from_dict({"words": words, "labels": gold})
+    kept = evaluate(tagger, data)
+    assert kept.scores == score(gold, gold) and kept.broken_labels == 0
+    tagger.decoding = "argmax"
+    result = evaluate(tagger, data)
+    assert result.scores == score(gold, free) != kept.scores
+    assert result.broken_labels == broken(free, NAMES) > 0
+    first = Dataset.from_dict({"words": words, "labels": [["I-PER"] * len(its) for its in words]})
+    evaluate(tagger, first)
+    assert not caplog.records
+    tagger.decoding = "constrained"
+    evaluate(tagger, first)
+    assert "3 annotated labels cannot stand where they do, as in IOB1" in caplog.text
 
 
 def test_shown_in_a_notebook(tagger):

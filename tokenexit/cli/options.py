@@ -76,6 +76,13 @@ PerType = Annotated[
         help="Promise it of the words of each type by themselves, too: 'all', or some as 'PER,LOC'."
     ),
 ]
+Decoding = Annotated[
+    str,
+    typer.Option(
+        help="argmax: each word's best label; constrained: the best labels of a sentence that can "
+        "stand beside each other."
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="To run on, as cuda. Default: the CPU.")]
 Revision = Annotated[
     str | None, typer.Option(help="Of a tagger on the hub: a branch, a tag or a commit.")

@@ -24,6 +24,7 @@ from tokenexit.cli.options import (
     BatchSize,
     Column,
     Data,
+    Decoding,
     Device,
     Dtype,
     Format,
@@ -62,6 +63,7 @@ def evaluate(
     min_active: MinActive = None,
     speed: Speed = None,
     full_depth: FullDepth = False,
+    decoding: Decoding = "argmax",
     int8: Int8 = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -80,11 +82,14 @@ def evaluate(
     Example: `tokenexit evaluate tagger -d test.conll`
     """
     from tokenexit.evaluate import evaluate as run
+    from tokenexit.text.decoding import check_decoding
     from tokenexit.text.scoring import check_metric
 
     need_stdout()
     check_metric(metric)
-    tagger = load_tagger(model, batch_size, int8, dtype, device=device, revision=revision)
+    check_decoding(decoding)
+    settings = {"device": device, "revision": revision, "decoding": decoding}
+    tagger = load_tagger(model, batch_size, int8, dtype, **settings)
     policy = _policy(tagger.model, threshold, window, level, min_active, speed, full_depth)
     check_heads(tagger.model, model, policy)
     result = run(
@@ -98,6 +103,7 @@ def evaluate(
     for name, value in result.scores.items():
         shown = f"{value:.4f}" if isinstance(value, float) else json.dumps(value)
         table.add_row(name, shown)
+    table.add_row("labels that cannot stand", str(result.broken_labels))
     table.add_row("mean exit layer", f"{result.mean_exit_layer:.2f}")
     table.add_row("words leaving at layer 1, 2, ...", " ".join(map(str, result.exits_per_layer)))
     table.add_row("speed-up, multiply-adds", f"{result.flops_speedup:.2f}")
@@ -136,6 +142,7 @@ def predict(
     min_active: MinActive = None,
     speed: Speed = None,
     full_depth: FullDepth = False,
+    decoding: Decoding = "argmax",
     int8: Int8 = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -163,7 +170,9 @@ def predict(
     `tokenexit predict tagger news.jsonl --spans --speed 2.5`
     """
     from tokenexit.text.data import stream_rows
+    from tokenexit.text.decoding import check_decoding
 
+    check_decoding(decoding)
     formats = {"jsonl": _as_json, "conll": _as_conll}
     if output_format not in formats:
         raise ValueError(f"--output-format is {output_format!r}; expected jsonl or conll")
@@ -178,7 +187,8 @@ def predict(
     aside = nullcontext(None) if resume else _to(output)
     with _open(input) as lines, aside as write, _progress(output, lines) as step:
         rows = stream_rows(lines, format)
-        tagger = load_tagger(model, batch_size, int8, dtype, device=device, revision=revision)
+        settings = {"device": device, "revision": revision, "decoding": decoding}
+        tagger = load_tagger(model, batch_size, int8, dtype, **settings)
         policy = _policy(tagger.model, threshold, window, level, min_active, speed, full_depth)
         check_heads(tagger.model, model, policy)
 
@@ -199,6 +209,7 @@ def predict(
         else:
             record = {"model": model, "revision": revision, "policy": policy.to_dict()}
             record |= {"int8": int8, "dtype": dtype, "results": as_text.__name__}
+            record |= {"decoding": decoding}
             mark = 0
             for part in tagger.model.exit_heads.parameters():  # all training changes these
                 mark = zlib.crc32(part.detach().float().cpu().numpy(), mark)

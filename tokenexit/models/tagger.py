@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from numbers import Integral
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
@@ -28,6 +29,7 @@ from tokenexit.models.checkpoint import check_dtype_of_int8
 from tokenexit.models.evaluation import evaluating
 from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
 from tokenexit.policy import ExitPolicy
+from tokenexit.text.decoding import check_decoding, decode
 from tokenexit.text.encoding import (
     Window,
     WordTokenizer,
@@ -45,6 +47,9 @@ logger = logging.getLogger(__name__)
 # Sentences after which exits are compared with those of calibration; and the share of all layers by
 # which means of so many differ only if the text does.
 _COMPARED, _APART = 500, 0.1
+
+# Of a word its label, layer and confidence, and the scores of all labels where they are asked for.
+_Found = tuple[str, int, float, np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -150,11 +155,15 @@ class Tagger:
         window_ms: sentences that several threads ask for within so many milliseconds go through
             the model together, with the same results; 0: those that come while others are at work.
             None: each call by itself.
+        decoding: "argmax": each word has the best label of the classifier of the layer it left at;
+            "constrained": labels that cannot stand beside each other (I-PER after O) are replaced
+            by the best of the whole sentence that can, see `tokenexit.text.decoding.decode`. May
+            be assigned at any time.
 
     Raises:
         TypeError: another model; a batch_size or overlap that is no int.
         ValueError: a tokenizer that is not fast or joins words; batch_size below 1, overlap or
-            window_ms below 0; a speed that the dial does not have.
+            window_ms below 0; a speed that the dial does not have; an unknown decoding.
     """
 
     def __init__(
@@ -165,6 +174,7 @@ class Tagger:
         overlap: int = 32,
         speed: float | str | None = None,
         window_ms: float | None = None,
+        decoding: str = "argmax",
     ):
         inner = model.modules() if isinstance(model, nn.Module) else ()
         if not any(isinstance(part, TokenExitForTokenClassification) for part in inner):
@@ -184,6 +194,7 @@ class Tagger:
         self.batch_size = batch_size
         self.overlap = overlap
         self.speed = speed
+        self.decoding = decoding
         self._seen: dict[ExitPolicy, tuple[int, int, int]] = {}
         self._together = None
         if window_ms is not None:
@@ -201,6 +212,16 @@ class Tagger:
         if speed is not None:
             self.model.speed(speed)  # told now, if there is none
         self._speed = speed
+
+    @property
+    def decoding(self) -> str:
+        """How labels are found, "argmax" or "constrained"; evaluations go by it, too."""
+        return self._decoding
+
+    @decoding.setter
+    def decoding(self, decoding: str):
+        check_decoding(decoding)
+        self._decoding = decoding
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -350,6 +371,7 @@ class Tagger:
         depth = self.model.config.num_hidden_layers
         while chunk := list(islice(sentences, buffer)):
             given = self._policy_now() if policy is None else policy
+            constrained = self.decoding == "constrained"
             if isinstance(policy, Sequence):
                 given = policy[done : done + len(chunk)]
                 if len(given) < len(chunk):
@@ -363,16 +385,19 @@ class Tagger:
             ]
             windows = self.windows(words)
             if self._together is None:
-                results = self._results(windows, given)
+                results = self._results(windows, given, constrained)
             else:
-                results = self._together((windows, given, len(chunk)), len(chunk))
+                wanted = windows, given, constrained, len(chunk)
+                results = self._together(wanted, len(chunk))
             merged = merge(windows, results)
             if isinstance(given, ExitPolicy):
                 self._compare(given, merged)
+            if constrained:
+                merged = self._constrained(merged)
             rows = zip(words, merged, texts, offsets, strict=True)
             for its_words, found, text, places in rows:
-                labels, layers, sure = (
-                    map(list, zip(*found, strict=True)) if found else ([], [], [])
+                labels, layers, sure, _ = (
+                    map(list, zip(*found, strict=True)) if found else ([], [], [], [])
                 )
                 places = (places or []) if text is not None else None
                 yield Tagged(list(its_words), labels, layers, sure, text, places, scheme, depth)
@@ -383,7 +408,7 @@ class Tagger:
         speed = self._speed
         return self.model.policy if speed is None else self.model.speed(speed).policy
 
-    def _compare(self, policy: ExitPolicy, results: Sequence[Sequence[tuple[str, int, float]]]):
+    def _compare(self, policy: ExitPolicy, results: Sequence[Sequence[_Found]]):
         """Say once where words leave elsewhere than in the text that the dial was made with."""
         sentences, words, layers = self._seen.get(policy, (0, 0, 0))
         dial = self.model.dial if sentences < _COMPARED else None
@@ -392,7 +417,7 @@ class Tagger:
             return
         sentences += len(results)
         words += sum(map(len, results))
-        layers += sum(layer for sentence in results for _, layer, _ in sentence)
+        layers += sum(layer for sentence in results for _, layer, _, _ in sentence)
         self._seen[policy] = sentences, words, layers
         if sentences < _COMPARED or not words:
             return
@@ -407,26 +432,54 @@ class Tagger:
                 speed.mean_exit_layer,
             )
 
-    def _results(
-        self, windows: Sequence[Window], policy: ExitPolicy | Sequence[ExitPolicy]
-    ) -> list[list[tuple[str, int, float]]]:
-        """Label, layer and confidence of each word of each window."""
-        results, temperatures = [[]] * len(windows), self.model.config.temperatures
-        for indices, output, firsts in self.run(windows, policy):
-            logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
-            if temperatures is not None:
-                each = logits.new_tensor([1.0, *temperatures])  # of padding, of layer 1, ...
-                logits = logits / each[output.exit_layers][..., None]
-            sure = logits.softmax(-1).amax(-1).cpu()
-            found = zip(indices, self.words(output, firsts), sure, firsts, strict=True)
-            for index, (labels, layers), its_sure, places in found:
-                results[index] = [*zip(labels, layers, its_sure[places].tolist(), strict=True)]
+    def _constrained(self, sentences: Sequence[Sequence[_Found]]) -> list[list[_Found]]:
+        """The same with labels that can stand, and the confidences of these."""
+        names = self.label_names
+        labels = [[word[0] for word in sentence] for sentence in sentences]
+        scores = [[word[3] for word in sentence] for sentence in sentences]
+        results = [*sentences]
+        for i, decoded in enumerate(decode(scores, names, labels)):
+            if decoded == labels[i]:
+                continue
+            results[i] = []
+            for label, (before, layer, sure, its_scores) in zip(decoded, sentences[i], strict=True):
+                if label != before:
+                    sure = float(torch.from_numpy(its_scores).softmax(-1)[names.index(label)])
+                results[i].append((label, layer, sure, None))
         return results
 
+    def _results(
+        self,
+        windows: Sequence[Window],
+        policy: ExitPolicy | Sequence[ExitPolicy],
+        with_scores: bool,
+    ) -> list[list[_Found]]:
+        """What is found of each word of each window."""
+        results = [[]] * len(windows)
+        for indices, output, firsts in self.run(windows, policy):
+            sure = self._logits(output).softmax(-1).amax(-1).cpu()
+            scores = ([None] * len(places) for places in firsts)
+            if with_scores:
+                scores = self.scores(output, firsts)
+            found = zip(indices, self.words(output, firsts), sure, firsts, scores, strict=True)
+            for index, (labels, layers), its_sure, places, its_scores in found:
+                columns = labels, layers, its_sure[places].tolist(), its_scores
+                results[index] = [*zip(*columns, strict=True)]
+        return results
+
+    def _logits(self, output: TokenExitOutput) -> torch.Tensor:
+        """`[B, N, C]`, fp32 or wider, at the temperature of the layer that each word left at."""
+        logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+        if (temperatures := self.model.config.temperatures) is not None:
+            each = logits.new_tensor([1.0, *temperatures])  # of padding, of layer 1, ...
+            logits = logits / each[output.exit_layers][..., None]
+        return logits
+
     def _results_together(self, wanted: Sequence[tuple]) -> list[list]:
-        """`_results` for several callers at once: of each windows, policies and their number."""
+        """`_results` for several callers at once, of each what it wants and how many sentences."""
         windows, policies, results = [], [], []
-        for its_windows, policy, count in wanted:
+        with_scores = any(constrained for _, _, constrained, _ in wanted)
+        for its_windows, policy, _, count in wanted:
             before = len(policies)
             policies += policy if isinstance(policy, Sequence) else [policy] * count
             windows += [replace(w, sentence=before + w.sentence) for w in its_windows]
@@ -434,11 +487,11 @@ class Tagger:
         results = [[]] * len(windows)
         for kind in sorted(set(kinds)):  # policies of one batch share these
             mine = [i for i, window in enumerate(windows) if kinds[window.sentence] == kind]
-            found = self._results([windows[i] for i in mine], policies)
+            found = self._results([windows[i] for i in mine], policies, with_scores)
             for i, its_results in zip(mine, found, strict=True):
                 results[i] = its_results
         rest = iter(results)
-        return [list(islice(rest, len(its_windows))) for its_windows, _, _ in wanted]
+        return [list(islice(rest, len(its_windows))) for its_windows, *_ in wanted]
 
     def split(self, sentences: Iterable[Sequence[str] | str]) -> list[list[str]]:
         """The words of sentences, each a text or a sequence of words.
@@ -451,6 +504,12 @@ class Tagger:
             self._splitter.words(one) if isinstance(one, str) else as_words(one, number)
             for number, one in enumerate(sentences)
         ]
+
+    @property
+    def label_names(self) -> list[str]:
+        """The labels, in the order of their numbers."""
+        config = self.model.config
+        return [config.id2label[i] for i in range(config.num_labels)]
 
     def windows(self, sentences: Sequence[Sequence[str]]) -> list[Window]:
         """The model's inputs for some sentences: a window each, more for long ones."""
@@ -466,6 +525,18 @@ class Tagger:
         for row, positions in enumerate(firsts):
             labels = [names[i] for i in best[row, positions].tolist()]
             yield labels, layers[row, positions].tolist()
+
+    def scores(
+        self, output: TokenExitOutput, firsts: Sequence[torch.Tensor]
+    ) -> Iterator[list[np.ndarray]]:
+        """What `decode` takes of the words of each window of a batch, as `run` yields it.
+
+        That is of each word `[C]`, the logits of the layer it left at, at that layer's temperature
+        where one was fitted: probabilities of different layers are weighed as confidences are.
+        """
+        logits = self._logits(output).cpu().numpy()
+        for row, positions in enumerate(firsts):
+            yield [*logits[row, positions.numpy()]]
 
     @torch.inference_mode()
     def run(

@@ -198,7 +198,7 @@ def _chunks(sentences: Sequence[Sequence[str]], metric: str) -> list[tuple[str, 
     for number, labels in enumerate(sentences):
         last, last_kind = "O", ""
         for label in labels:
-            tag, kind = _iobes(label, metric, number)
+            tag, kind = iobes(label, metric, number)
             if tag != "O" and (tag in "BS" or last in "ESO" or kind != last_kind):
                 chunks.append([kind, place, place])
             elif tag != "O":
@@ -207,8 +207,12 @@ def _chunks(sentences: Sequence[Sequence[str]], metric: str) -> list[tuple[str, 
     return [tuple(chunk) for chunk in chunks]
 
 
-def _iobes(label: str, metric: str, sentence: int) -> tuple[str, str]:
-    """Letter of IOBES and type of a label; `_` without one."""
+def iobes(label: str, metric: str, sentence: int = 0) -> tuple[str, str]:
+    """Letter of IOBES and type of a label of chunks; `_` without one.
+
+    Raises:
+        ValueError: a label that does not fit the metric.
+    """
     if not _LABEL[metric].fullmatch(label):
         raise ValueError(
             f"sentence {sentence}: got the label {label!r}; expected {_EXAMPLE[metric]}"
