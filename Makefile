@@ -32,11 +32,13 @@ SETS = $(shell $(BIN)/python tests/matrix.py sets)
 PRODUCTS := tests/kernels/test_linear.py tests/kernels/test_attention.py
 OPS := $(addprefix tests/ops/test_,exit_layer.py exit_attention.py absorbed_attention.py linear.py \
 	norm_and_gelu.py add_layer_norm.py exit_decision.py) tests/loops/test_cpu.py tests/test_int8.py
+# Tests of what is alike on all of them.
+ALIKE := export or opcheck or gradcheck or compile or more_keys_than_fit
 test-matrix: $(VENV)/.installed
 	for core in $(CORES); do echo "OPENBLAS_CORETYPE=$$core" && OPENBLAS_CORETYPE=$$core \
 		$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PRODUCTS) -k in_the_interpreter || exit; done
 	for set in $(SETS); do echo "TOKENEXIT_CPU=$$set" && TOKENEXIT_CPU=$$set \
-		$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(OPS) || exit; done
+		$(BIN)/python -m pytest -q -n 2 --dist worksteal -k "not ($(ALIKE))" $(OPS) || exit; done
 
 lint: $(VENV)/.installed docs
 	$(BIN)/ruff check .

@@ -9,14 +9,16 @@ import numpy
 sys.path.append(str(Path(__file__).parent / "ops"))
 
 # Cores that NumPy's OpenBLAS has kernels for, and the flag of the processor that each needs.
-CORES = {"Haswell": "avx2", "Zen": "avx2", "SkylakeX": "avx512bw"}
+CORES = {"Haswell": "avx2", "SkylakeX": "avx512bw"}
+SAME = {"Zen": "Haswell"}  # products by the same code
 
 
 def cores() -> list[str]:
     """Those that this processor can run, but for the one that is taken anyhow."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text().split() if info.exists() else []
-    return [core for core, flag in CORES.items() if flag in flags and core != taken()]
+    here = SAME.get(taken(), taken())
+    return [core for core, flag in CORES.items() if flag in flags and core != here]
 
 
 def taken() -> str | None:

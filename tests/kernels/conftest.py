@@ -48,7 +48,12 @@ class InterpretedRun(pytest.Item):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", self.path],
             cwd=self.config.rootpath,
-            env={**env, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"},
+            env={
+                **env,
+                "TRITON_INTERPRET": "1",
+                "PYTHONSAFEPATH": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
