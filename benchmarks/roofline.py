@@ -58,7 +58,11 @@ def peak_gflops(quick: bool = False, dtype: torch.dtype = torch.float32) -> floa
 
 
 def peak_gops8(quick: bool = False) -> float:
-    """The same of bytes, as the fastest of torch's libraries here does them."""
+    """The same of bytes, as the fastest of torch's libraries here does them.
+
+    That is the bare product of two matrices of bytes where a library has it, which does not pay
+    for rounding activations.
+    """
     rows, d, f = (64, 64, 64) if quick else (1024, 768, 3072)
     x, w = torch.randn(rows, d), torch.randn(f, d)
     w = torch.quantize_per_channel(
@@ -71,6 +75,8 @@ def peak_gops8(quick: bool = False) -> float:
         run = torch.ops.quantized.linear_dynamic
         times += [harness.time_ms(lambda: run(x, packed)) for _ in range(20)]  # noqa: B023
     torch.backends.quantized.engine = before
+    left, right = (torch.randint(-128, 128, (n, d), dtype=torch.int8) for n in (rows, f))
+    times += [harness.time_ms(lambda: torch._int_mm(left, right.T)) for _ in range(20)]
     return 2 * rows * d * f / min(times) / 1e6
 
 

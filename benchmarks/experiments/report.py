@@ -19,6 +19,7 @@ def write(document: Path = DOCUMENT):
     rows = harness.read("experiments")
     for data in dict.fromkeys(row["data"] for row in rows):
         mine = [row for row in rows if row["data"] == data]
+        harness.between(document, f"{data}: scores", at_speeds(mine))
         harness.between(document, f"{data}: speeds", speeds(mine))
         harness.between(document, f"{data}: layers", layers(mine))
         draw(mine, data, document.with_name(f"{data}.png"))
@@ -26,6 +27,31 @@ def write(document: Path = DOCUMENT):
         times = [row for row in harness.read("gpu_check") if row["stage"] == "evidence"]
         parts = scores(on_gpu), clocks(times), steps(times)
         harness.between(document, "gpu", "\n\n".join(parts))
+
+
+def at_speeds(rows: Sequence[dict]) -> str:
+    """A table of scores on test data: a line for each system and kind of policy, a column a speed.
+
+    An encoder of fewer layers at its full depth stands below the speed that it has against the
+    deepest.
+    """
+    fewer = _fewer_layers(rows)
+    found: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for row in rows:
+        speed = fewer[_system(row)] if row["target"] is None else row["target"]
+        of_kind = found.setdefault((_system(row), row["kind"]), {})
+        of_kind.setdefault(speed, []).append(row["test"])
+    columns = sorted({speed for of_kind in found.values() for speed in of_kind})
+    lines = [
+        f"| run | policy | {' | '.join(f'{speed:g}x' for speed in columns)} |",
+        f"| --- | --- |{' --: |' * len(columns)}",
+    ]
+    for (system, kind), of_kind in sorted(
+        found.items(), key=lambda item: item[0][1] != "full depth"
+    ):
+        cells = [spread(of_kind[speed]) if speed in of_kind else "" for speed in columns]
+        lines.append(f"| {system} | {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def speeds(rows: Sequence[dict]) -> str:

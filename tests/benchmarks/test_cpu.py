@@ -311,6 +311,16 @@ def test_goals_of_processors_that_multiply_bytes_and_bf16():
     assert goals["eta, strong exits, bf16"] == 0.8
     assert goals[f"int8, strong exits, {peer}"] is None
     assert f"| bf16, full depth, {peer} | >= 1 | 1.25 | yes |" in report.tables(measured)
+    case = {"device": "d", "text": report.CONLL, "sentences": 32, "dtype": "bf16", "share": 0.01}
+    floors = {report.FULL: 20.0, report.STRONG: 8.0}
+    roof = [
+        {**case, "exits": exits, "phase": "layers", "floor_ms": ms, "measured_ms": 50.0}
+        for exits, ms in floors.items()
+    ]
+    allowed = {g.text: g.allowed for g in report.goals_of_today(report.Rows(measured), roof)}
+    assert allowed[f"bf16, full depth, {peer}"] == pytest.approx(50 / 20)
+    assert allowed["eta, strong exits, bf16"] == pytest.approx(20 / 8 * 0.25)
+    assert allowed[f"int8, full depth, {peer}"] is None
 
 
 def test_what_a_sentence_waits_for():

@@ -178,14 +178,27 @@ def test_tables_average_over_seeds():
     assert "| one | full depth |  | 50.00 | 25.00 | 2.00 | 2.00 |  | 1 |" in (
         report.speeds([*rows, one])  # of half the layers
     )
+    faster = [
+        {**row(1, 0.5), "kind": "token", "target": speed, "test_layers": None} for speed in (2, 3)
+    ]
+    assert report.at_speeds([*faster, *rows, one]).splitlines() == [
+        "| run | policy | 1x | 2x | 3x |",
+        "| --- | --- | --: | --: | --: |",
+        "| joint | full depth | 62.50 ± 17.68 |  |  |",
+        "| one | full depth |  | 25.00 |  |",
+        "| joint | token |  | 50.00 | 50.00 |",
+    ]
 
 
 def test_the_document_has_a_place_for_each_table(tmp_path):
     document = tmp_path / "results.md"
     document.write_text(report.DOCUMENT.read_text(encoding="utf-8"), encoding="utf-8")
-    for marker in ("gpu", "conll: speeds", "conll: layers"):
+    markers = [
+        f"{data}: {part}" for data in ("conll", "ark") for part in ("scores", "speeds", "layers")
+    ]
+    for marker in ("gpu", *markers):
         report.harness.between(document, marker, f"table of {marker}")
-    assert document.read_text(encoding="utf-8").count("\ntable of") == 3
+    assert document.read_text(encoding="utf-8").count("\ntable of") == 7
 
 
 def test_a_run_says_what_it_does_not_know():
