@@ -28,7 +28,7 @@ from tokenexit.files import cache_folder
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 
-ROWS = "experiments"
+ROWS, DECODED = "experiments", "decoding"
 TEXTS = "Folder of sets that no package has, or what `pack` wrote."
 # With which the program for a GPU is tried: of the large tagger, of data, of training.
 TINY_SHAPE = dict(hidden_size=64, num_hidden_layers=12, num_attention_heads=4, intermediate_size=64)
@@ -87,7 +87,6 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
 
     def row_of(kind: str, target: float | None, on_dev, wall: float | None = None, **more) -> dict:
         on_test = evaluate(tagger, splits.test, on_dev.policy)
-        labels = reading.predicted(tagger, splits.test, on_dev.policy)
         return {
             "kind": kind,
             "target": target,
@@ -99,7 +98,7 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
             "flops_speedup": round(on_test.flops_speedup, 3),
             "layer_speedup": round(reading.layer_speedup(on_test), 3),
             "wall_speedup": wall,
-            "broken": reading.broken(labels),
+            "broken": on_test.broken_labels,
             **more,
             **common,
         }
@@ -186,6 +185,37 @@ def retime(
             print(f"{one.name}, {row['kind']}, {row['target']:g}x: {wall:.2f}x", flush=True)
             row["wall_speedup"] = wall
         harness.write_anew(ROWS, rows)
+
+
+@app.command()
+def decode(
+    plan: Annotated[Path, typer.Argument(help="A YAML file, see `runs_of`.")],
+    texts: Annotated[Path | None, typer.Option(help=TEXTS)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    kind: Annotated[list[str] | None, typer.Option(help="Of policy. Default: all.")] = None,
+    dev_sentences: Annotated[int, typer.Option(help="Those that chose policies.", min=1)] = 1000,
+):
+    """Decode what a plan has read both ways, word by word and under constraints, once."""
+    known = {(row["run"], row["kind"], row["target"]) for row in harness.read(DECODED)}
+    for one in runs_of(plan):
+        folder = cache_folder() / "experiments" / one.name / "tagger"
+        mine = [row for row in harness.read(ROWS) if row["run"] == one.name]
+        mine = [row for row in mine if (row["run"], row["kind"], row["target"]) not in known]
+        mine = [row for row in mine if not kind or row["kind"] in kind]
+        if not mine or not folder.is_dir():
+            continue
+        tagger = Tagger.from_pretrained(folder, dtype=getattr(torch, one.dtype))
+        tagger.model.to(device)
+        splits = sources.splits(one.data, texts)
+        parts = {"dev": splits.dev.take(min(dev_sentences, len(splits.dev))), "test": splits.test}
+        for row in mine:
+            found = {name: row[name] for name in ("run", "data", "kind", "target", "policy")}
+            for name, data in parts.items():
+                policy = ExitPolicy.from_dict(row["policy"])
+                found[name] = reading.both_decodings(tagger, data, policy)
+                print(f"{one.name}, {row['kind']}, {row['target']}, {name}: {found[name]}")
+            found |= {"computed_on": reading.device_of(tagger), **harness.origin()}
+            harness.write(DECODED, [found])
 
 
 @app.command()

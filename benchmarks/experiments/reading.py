@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from tokenexit.calibrate import Sweep
 from tokenexit.evaluate import Evaluation, evaluate, time_policies
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
+from tokenexit.text.decoding import broken, decode
 from tokenexit.text.encoding import merge
 from tokenexit.text.scoring import score
 
@@ -102,29 +104,34 @@ def layer_speedup(result: Evaluation) -> float:
     return len(result.exits_per_layer) / result.mean_exit_layer
 
 
-def broken(sentences: Sequence[Sequence[str]]) -> int:
-    """Labels that cannot stand where they do, such as I- that nothing begins.
+def both_decodings(tagger: Tagger, data: Dataset, policy: ExitPolicy) -> dict:
+    """What decoding under constraints makes of a policy's labels, and the time that it takes.
 
-    Counted for chunks in IOB2 and for BMES (a B that ends at once, too); else 0.
+    One pass gives the scores that both decodings go by.
+
+    Returns:
+        Of each decoding the `score` and the labels that cannot stand, `broken`; `tag_s`, of the
+        model, and `decode_ms`, of what constrained decoding does beside it.
     """
-    names = {label for labels in sentences for label in labels}
-    count = 0
-    if names <= set("BMES"):
-        after = {"B": "ME", "M": "ME", "E": "BS", "S": "BS", "": "BS"}
-        for labels in sentences:
-            for before, label in zip(["", *labels], [*labels, ""], strict=True):
-                count += label not in after[before] if label else before in ("B", "M")
-    elif any(name.startswith("B-") for name in names):
-        for labels in sentences:
-            for before, label in zip(["O", *labels], labels, strict=False):
-                if label.startswith("I-"):
-                    count += before[2:] != label[2:]
-    return count
-
-
-def predicted(tagger: Tagger, data: Dataset, policy: ExitPolicy) -> list[list[str]]:
-    """Labels of each sentence."""
-    return [tagged.labels for tagged in tagger.tag(data["words"], policy)]
+    names, windows = tagger.label_names, tagger.windows(data["words"])
+    labels, scores, clock = [None] * len(windows), [None] * len(windows), time.perf_counter
+    decode_s, start = 0.0, clock()
+    for indices, output, firsts in tagger.run(windows, policy):
+        for index, (its_labels, _) in zip(indices, tagger.words(output, firsts), strict=True):
+            labels[index] = its_labels
+        before = clock()
+        for index, its_scores in zip(indices, tagger.scores(output, firsts), strict=True):
+            scores[index] = its_scores
+        decode_s += clock() - before
+    tag_s, free = clock() - start - decode_s, merge(windows, labels)
+    before = clock()
+    found = decode(merge(windows, scores), names, free)
+    decode_s += clock() - before
+    result = {"tag_s": round(tag_s, 2), "decode_ms": round(1000 * decode_s, 1)}
+    for name, its in (("argmax", free), ("constrained", found)):
+        its_score = score(list(data["labels"]), its)["score"]
+        result[name] = {"score": its_score, "broken": broken(its, names)}
+    return result
 
 
 def device_of(tagger: Tagger) -> str:

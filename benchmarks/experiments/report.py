@@ -23,6 +23,10 @@ def write(document: Path = DOCUMENT):
         harness.between(document, f"{data}: speeds", speeds(mine))
         harness.between(document, f"{data}: layers", layers(mine))
         draw(mine, data, document.with_name(f"{data}.png"))
+    both = harness.read("decoding")
+    for data in dict.fromkeys(row["data"] for row in both):
+        mine = [row for row in both if row["data"] == data]
+        harness.between(document, f"{data}: decoding", decodings(mine))
     if on_gpu := harness.read("gpu_scores"):
         times = [row for row in harness.read("gpu_check") if row["stage"] == "evidence"]
         parts = scores(on_gpu), clocks(times), steps(times)
@@ -95,6 +99,29 @@ def layers(rows: Sequence[dict]) -> str:
         each = zip(*(row["test_layers"] for row in group), strict=True)
         cells = [f"{100 * statistics.mean(scores):.1f}" for scores in each]
         lines.append(f"| {system} | " + " | ".join(cells + [""] * (most - len(cells))) + " |")
+    return "\n".join(lines)
+
+
+def decodings(rows: Sequence[dict]) -> str:
+    """A table of scores word by word and under constraints, and of test data what was broken."""
+    lines = [
+        "| run | policy | asked | dev | constrained | test | constrained | broken | constrained "
+        "| decoding, ms |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        target = "" if row["target"] is None else f"{row['target']:g}x"
+        pair = [
+            f"{100 * row[part][way]['score']:.2f}"
+            for part in ("dev", "test")
+            for way in ("argmax", "constrained")
+        ]
+        test = row["test"]
+        pair += [str(test[way]["broken"]) for way in ("argmax", "constrained")]
+        lines.append(
+            f"| {row['run']} | {row['kind']} | {target} | {' | '.join(pair)} "
+            f"| {test['decode_ms']:.0f} |"
+        )
     return "\n".join(lines)
 
 

@@ -125,20 +125,6 @@ def test_plan_goes_on_from_runs_of_the_same_seed(tmp_path):
             runs_of(plan)
 
 
-@pytest.mark.parametrize(
-    "labels, count",
-    [
-        (["O", "B-X", "I-X", "O"], 0),
-        (["I-X", "I-X", "B-X", "I-Y"], 2),
-        (["S", "B", "M", "E"], 0),
-        (["B", "S", "M", "E", "B"], 3),
-        (["N", "V"], 0),
-    ],
-)
-def test_broken_labels(labels, count):
-    assert reading.broken([labels]) == count
-
-
 def test_policies_are_chosen_by_real_exits(monkeypatch):
     """Simulation is off by a third here; the first threshold really fast enough is found."""
 
@@ -196,9 +182,9 @@ def test_the_document_has_a_place_for_each_table(tmp_path):
     markers = [
         f"{data}: {part}" for data in ("conll", "ark") for part in ("scores", "speeds", "layers")
     ]
-    for marker in ("gpu", *markers):
+    for marker in ("gpu", "conll: decoding", *markers):
         report.harness.between(document, marker, f"table of {marker}")
-    assert document.read_text(encoding="utf-8").count("\ntable of") == 7
+    assert document.read_text(encoding="utf-8").count("\ntable of") == 8
 
 
 def test_a_run_says_what_it_does_not_know():
@@ -366,6 +352,19 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
     assert done.exit_code == 0 and "joint-1, sentence, 2x: 3.00x" in done.output, done.output
     first, *others = harness.read("experiments")
     assert first == {**rows[0], "wall_speedup": 3.0} and others == rows[1:]
+
+    rows[0]["data"], free = "wnut", {row["test"] for row in full}
+    harness.write_anew("experiments", rows)
+    for _ in range(2):
+        same = ["--texts", str(texts), "--kind", "full depth", "--kind", "sentence"]
+        done = CliRunner().invoke(app, ["decode", str(plan), *same])
+        assert done.exit_code == 0, done.output
+        decoded = harness.read("decoding")
+        assert [row["kind"] for row in decoded] == ["sentence", "full depth", "full depth"]
+    for row in decoded:
+        assert row["test"]["constrained"]["broken"] == 0 and row["test"]["decode_ms"] > 0
+    assert {row["test"]["argmax"]["score"] for row in decoded[1:]} == free
+    assert report.decodings(decoded).count("\n| joint-1 | ") == 2
 
 
 def test_all_that_a_gpu_is_asked_runs_without_one(tmp_path):
