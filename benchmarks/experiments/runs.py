@@ -49,7 +49,8 @@ class Run:
         freeze_words: word embeddings stay as they are.
         seed: of everything random.
         read: names of `KINDS` of policies whose speeds are read; () for full depth only.
-        dtype: "float32" or "bfloat16", that the tagger is read in; it trains in float32.
+        dtype: "float32" or "bfloat16", that the tagger and a teacher are read in; it trains in
+            float32.
         settings: more fields of `transformers.TrainingArguments`.
     """
 
@@ -236,6 +237,9 @@ def train(
         **run.settings,
     )
     deadline = _Deadline(end, run.seconds)
+    teacher = None
+    if run.teacher is not None:
+        teacher = _load(finished[run.teacher], device).model.to(getattr(torch, run.dtype))
     trainer = _Trainer(
         model,
         arguments,
@@ -245,7 +249,7 @@ def train(
         head_learning_rate=run.head_learning_rate,
         run=run,
         deadline=deadline,
-        teacher=None if run.teacher is None else _load(finished[run.teacher], device).model,
+        teacher=teacher,
     )
     checkpoint = last_checkpoint(checkpoints)
     spent = seconds_trained(folder)

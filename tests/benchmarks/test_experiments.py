@@ -316,7 +316,8 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
     plan.write_text(
         f"defaults: {{data: wnut, encoder: {whole}, dtype: bfloat16, "
         "settings: {max_steps: 1, save_strategy: 'no'}}\n"
-        "runs: [{name: joint, read: [sentence, token]}, {name: last, loss: last}]\n"
+        "runs: [{name: joint, read: [sentence, token]}, {name: last, loss: last}, "
+        "{name: one, layers: 1, loss: distilled, teacher: last, distill_last: true}]\n"
     )
     for name in ("write", "write_anew", "read"):
         monkeypatch.setattr(harness, name, partial(getattr(harness, name), folder=tmp_path))
@@ -331,8 +332,15 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
         computed.add(tagger.model.dtype)
         return evaluate(tagger, *args)
 
+    teachers, compute_loss = [], runs._Trainer.compute_loss
+
+    def followed(self, *args, **kwargs):
+        teachers.append(self.teacher and self.teacher.dtype)
+        return compute_loss(self, *args, **kwargs)
+
     monkeypatch.setattr("experiments.__main__.evaluate", kept)
     monkeypatch.setattr(reading, "choose", noted)
+    monkeypatch.setattr(runs._Trainer, "compute_loss", followed)
     # As if joint-1 had been cut off before the row of full depth; then all is there.
     old = {"run": "joint-1", "kind": "sentence", "target": 2.0, "dtype": "bfloat16"}
     harness.write("experiments", [{**old, "policy": ExitPolicy.sentence().to_dict()}])
@@ -341,10 +349,11 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
         assert done.exit_code == 0 and "all runs of the plan are done" in done.output, done.output
         rows = harness.read("experiments")
         full = [row for row in rows if row["kind"] == "full depth"]
-        assert [row["run"] for row in full] == ["joint-1", "last-1"]
+        assert [row["run"] for row in full] == ["joint-1", "last-1", "one-1"]
         assert chosen == [ExitPolicy()]  # of tokens
     assert {row["dtype"] for row in rows} == {"bfloat16"} and computed == {torch.bfloat16}
-    assert [len(row["test_layers"]) for row in full] == [2, 2]
+    assert [len(row["test_layers"]) for row in full] == [2, 2, 1]
+    assert teachers == [None, None, torch.bfloat16]
 
     times = lambda tagger, windows, policies, runs: [[6.0, 5, 6], [2, 2, 2]]  # noqa: E731
     monkeypatch.setattr(reading, "time_policies", times)
@@ -360,7 +369,7 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
         done = CliRunner().invoke(app, ["decode", str(plan), *same])
         assert done.exit_code == 0, done.output
         decoded = harness.read("decoding")
-        assert [row["kind"] for row in decoded] == ["sentence", "full depth", "full depth"]
+        assert [row["kind"] for row in decoded] == ["sentence", *["full depth"] * 3]
     for row in decoded:
         assert row["test"]["constrained"]["broken"] == 0 and row["test"]["decode_ms"] > 0
     assert {row["test"]["argmax"]["score"] for row in decoded[1:]} == free

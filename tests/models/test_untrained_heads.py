@@ -27,6 +27,16 @@ def test_convert_leaves_the_last(tmp_path):
     assert again.untrained_heads() == [1, 2, 3]
 
 
+def test_heads_that_were_cut_off_are_nobodys(tmp_path):
+    """As a student has that keeps the first layers."""
+    model = tokenexit.convert(random_classifier())
+    model.encoder.layers, model.encoder.heads = model.encoder.layers[:2], model.encoder.heads[:2]
+    model.config.num_hidden_layers = 2
+    assert model.untrained_heads() == [1, 2]
+    model.save_pretrained(tmp_path)
+    assert TokenExitForTokenClassification.from_pretrained(tmp_path).untrained_heads() == [1, 2]
+
+
 def test_an_encoder_has_none_trained(tmp_path):
     random_classifier().bert.save_pretrained(tmp_path)
     model = TokenExitForTokenClassification.from_pretrained(tmp_path)

@@ -112,7 +112,8 @@ class Steered:
         Args:
             policy: only those that decide labels under it. None: all.
         """
-        weights = {number: self.exit_heads[number - 1].weight for number in self._new_heads}
+        there = (number for number in self._new_heads if number <= len(self.exit_heads))
+        weights = {number: self.exit_heads[number - 1].weight for number in there}
         heads = [
             number
             for number, weight in weights.items()
