@@ -383,6 +383,9 @@ void choose(Work& w, const std::vector<Sentence>& sentences, const std::vector<d
 void run_group(Work& w, bool all_active) {
   static thread_local Scratch scratch;
   const int64_t d = w.d, row = d * LANES, panels = w.panels();
+  if (w.numbers == Numbers::fp32) {
+    w.unit = cpu() >= Cpu::avx512 && turns(w.rows) ? TURNED : WHOLE_TILES;
+  }
   const int64_t keys = w.keys.size(), key_panels = panels_of(keys);
   const int64_t absorbed = w.lanes.size();
   const bool shared = all_active && !absorbed;  // every key is a query: one packing does
@@ -550,9 +553,8 @@ void exit_layer(
   w.wide = panels_of(w.d) * LANES;
   w.inner = weights[2 * UP + 1].numel();
   if (scales || call.bf16) w.numbers = scales ? Numbers::int8 : Numbers::bf16;
-  w.unit = WHOLE_TILES;
   if (w.numbers != Numbers::fp32) {
-    w.unit = std::max(w.unit, engine(w.int8() ? Kind::int8 : Kind::bf16).rows);
+    w.unit = std::max(WHOLE_TILES, engine(w.int8() ? Kind::int8 : Kind::bf16).rows);
   }
   w.state = w.bf16() ? w.d / 2 : w.d;
   w.attends_in_bf16 = w.numbers != Numbers::fp32 && cpu() >= Cpu::amx && w.dim % 2 == 0;

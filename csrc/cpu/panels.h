@@ -60,9 +60,10 @@ struct Strided {
 };
 
 // sums[r][v] += sum over k of a(r, k) * b[k * ldb + v * ldv], a vector; a few rows against up to 16
-// lanes, or as many of two panels. `next` is what the following tile reads, `next_row` apart: it is
-// asked for from memory meanwhile.
-template <class S, int R, int VECS, bool PREFETCH = false>
+// lanes, or as many of two panels. `next` is what the following tile reads, rows of `depth`, `next_row`
+// apart: it is asked for from memory meanwhile, LINES with each line of depth, into the first-level cache
+// (3) or the second (2).
+template <class S, int R, int VECS, int LINES = 0, int CACHE = 3>
 INLINE void tile(
     typename S::Vec (&sums)[R][VECS], Strided a, const float* b, int64_t ldb, int64_t depth,
     int64_t ldv = S::WIDTH, const float* next = nullptr, int64_t next_row = 0) {
@@ -80,10 +81,10 @@ INLINE void tile(
   const int64_t lines = depth / 16;  // of memory, 16 floats each
   int64_t line = 0, k = 0;
   for (; k + 16 <= depth; k += 16) {
-    if (PREFETCH) {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        __builtin_prefetch(next + line * 16);
+    if (LINES) {
+#pragma GCC unroll 32
+      for (int i = 0; i < LINES; ++i) {
+        __builtin_prefetch(next + line * 16, 0, CACHE);
         if (++line == lines) {
           next += next_row;
           line = 0;
@@ -97,13 +98,15 @@ INLINE void tile(
 }
 
 // row(r)[lane] (+)= sum over k of a(r, k) * b[k * ldb + lane], for `rows` <= R rows from r0 and VECS
-// vectors.
-template <class S, int R, int VECS, class Row>
+// vectors; `next` as above.
+template <class S, int R, int VECS, int LINES = 0, class Row>
 INLINE void some_rows(
     Strided a, const float* b, int64_t ldb, const Row& row, int64_t r0, int64_t rows,
-    int64_t depth, bool add) {
+    int64_t depth, bool add, const float* next = nullptr, int64_t next_row = 0) {
   if constexpr (R > 1) {
-    if (rows < R) return some_rows<S, R - 1, VECS>(a, b, ldb, row, r0, rows, depth, add);
+    if (rows < R) {
+      return some_rows<S, R - 1, VECS, LINES>(a, b, ldb, row, r0, rows, depth, add, next, next_row);
+    }
   }
   typename S::Vec sums[R][VECS];
 #pragma GCC unroll 24
@@ -113,7 +116,8 @@ INLINE void some_rows(
       sums[i][v] = add ? S::load(row(r0 + i) + v * S::WIDTH) : typename S::Vec{};
     }
   }
-  tile<S, R, VECS>(sums, {a.data + r0 * a.row, a.row, a.col}, b, ldb, depth);
+  const Strided from = {a.data + r0 * a.row, a.row, a.col};
+  tile<S, R, VECS, LINES, 2>(sums, from, b, ldb, depth, S::WIDTH, next, next_row);
 #pragma GCC unroll 24
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
@@ -247,7 +251,7 @@ INLINE void finish(const Factors& f, int64_t feature, int64_t at, typename S::Ve
 
 // R output features from n against the first VECS vectors of a panel, or those of two panels.
 // `rows` has their weights.
-template <class S, int R, int VECS, bool PREFETCH = false>
+template <class S, int R, int VECS, int LINES = 0, int CACHE = 3>
 INLINE void product_tile(
     const Factors& f, Strided rows, int64_t n, int64_t panel, const float* next = nullptr) {
   constexpr bool PAIR = VECS > S::VECS;
@@ -265,7 +269,7 @@ INLINE void product_tile(
   }
   const float* x = f.x + (panel * f.depth + f.from) * LANES;
   const int64_t ldv = PAIR ? f.depth * LANES : S::WIDTH;
-  tile<S, R, VECS, PREFETCH>(sums, rows, x, LANES, f.to - f.from, ldv, next, f.depth);
+  tile<S, R, VECS, LINES, CACHE>(sums, rows, x, LANES, f.to - f.from, ldv, next, f.depth);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -347,9 +351,93 @@ INLINE int64_t few_rows(const Factors& f, int64_t rows, int64_t n0, int64_t n1) 
   return n;
 }
 
+// Four neighbors in each of 16 rows, `row` apart, become four rows of 16, `to_row` apart.
+template <class S>
+INLINE void turn(const float* from, int64_t row, float* to, int64_t to_row) {
+  typename S::Vec x[4], y[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    Eight half[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const float* at = from + (i + j * 8) * row;
+      half[j] = __builtin_shufflevector(
+          *reinterpret_cast<const Four*>(at), *reinterpret_cast<const Four*>(at + 4 * row), 0, 1, 2,
+          3, 4, 5, 6, 7);
+    }
+    x[i] = __builtin_shufflevector(
+        half[0], half[1], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    y[i] = __builtin_shufflevector(
+        x[2 * i], x[2 * i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    y[i + 2] = __builtin_shufflevector(
+        x[2 * i], x[2 * i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+    S::store(to + i * to_row, __builtin_shufflevector(
+        y[i], y[i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29));
+    S::store(to + (i + 1) * to_row, __builtin_shufflevector(
+        y[i], y[i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+  }
+}
+
+// Whether a product of so many rows goes by turned_rows where a vector is 16 wide, and the features
+// that go together there.
+constexpr bool turns(int64_t rows) { return rows <= LANES * 3 / 2; }
+constexpr int64_t TURNED = 2 * LANES;
+
+// Features n0 .. n1 - 1 but a rest of less than TURNED; returns where it starts. Weights are turned, a
+// piece of depth at a time, so that features lie beside each other: that takes as long as some five
+// rows do, but lanes of a panel that are not there take no time. The sums are those of product_tile,
+// added in the same order.
+template <class S>
+INLINE int64_t turned_rows(const Factors& f, int64_t rows, int64_t n0, int64_t n1) {
+  constexpr int64_t PIECE = 64, R = LANES / 2;
+  alignas(64) float w[PIECE * TURNED], sums[2 * LANES * TURNED] = {}, four[4 * LANES];
+  int64_t n = n0;
+  for (; n + TURNED <= n1; n += TURNED) {
+    for (int64_t from = 0, size; from < f.depth; from += size) {
+      const float* at = f.weight + n * f.depth + from;
+      size = std::min(PIECE, f.depth - from);
+      int64_t k = 0;
+      for (; k + 4 <= size; k += 4) {
+        turn<S>(at + k, f.depth, w + k * TURNED, TURNED);
+        turn<S>(at + LANES * f.depth + k, f.depth, w + k * TURNED + LANES, TURNED);
+      }
+      for (; k < size; ++k) {
+        for (int64_t j = 0; j < TURNED; ++j) w[k * TURNED + j] = at[j * f.depth + k];
+      }
+      const float* next = from + size < f.depth ? at + size
+          : n + 2 * TURNED <= n1                ? f.weight + (n + TURNED) * f.depth
+                                                : at;
+      const auto add = [&]<int LINES>(int64_t r) __attribute__((always_inline)) {
+        some_rows<S, R, 2, LINES>(
+            {f.x + (r / LANES * f.depth + from) * LANES + r % LANES, 1, LANES}, w, TURNED,
+            [&](int64_t i) { return sums + (r + i) * TURNED; }, 0, std::min(R, rows - r), size,
+            from > 0, next + r / R * LINES * f.depth, f.depth);
+      };
+      rows > R ? add.template operator()<TURNED / 2>(0) : add.template operator()<TURNED>(0);
+      if (rows > R) add.template operator()<TURNED / 2>(R);
+      if (rows > 2 * R) add.template operator()<0>(2 * R);
+    }
+    for (int64_t at = 0; at < panels_of(rows) * TURNED; at += 4) {
+      const int64_t p = at / TURNED, j = at % TURNED;
+      turn<S>(sums + p * LANES * TURNED + j, TURNED, four, LANES);
+      for (int64_t i = 0; i < 4; ++i) {
+        finish<S>(f, n + j + i, (p * f.out + n + j + i) * LANES, S::load(four + i * LANES));
+      }
+    }
+  }
+  return n;
+}
+
 // Output features n0 .. n1 - 1 of `weight` [*, depth] times `rows` rows, x [panels][depth][16], into
 // y [panels][out][16]. Weights are read once and as they lie, a few features against all panels,
-// while the next few come from memory. A last panel of at most 8 rows costs half of one.
+// while the next few come from memory. A last panel of at most 8 rows costs half of one where a vector
+// is 8 wide.
 template <class S, int R = S::ROWS>
 INLINE void product(
     const float* weight, int64_t depth, const float* x, int64_t rows, float* y, int64_t out,
@@ -362,7 +450,11 @@ INLINE void product(
   constexpr int64_t MOST = 768;
   const int64_t parts = (depth + MOST - 1) / MOST;
   const int64_t part = ((depth + parts - 1) / parts + 15) / 16 * 16;
+  const bool far = part * 2 * LANES > 12288;  // two panels leave no room in the first-level cache
   Factors f = {weight, x, y, depth, out, 0, 0, epilogue};
+  if constexpr (R == S::ROWS && S::VECS == 1) {
+    if (turns(rows)) n0 = turned_rows<S>(f, rows, n0, n1);
+  }
   int64_t n = n0;
   if constexpr (R == S::ROWS && S::WIDTH >= 8) {
     if (rows <= LANES / 2) {
@@ -379,7 +471,10 @@ INLINE void product(
           : f.to == depth                 ? at
                                           : weight + n0 * depth + f.to;
       const auto tiles = [&]<int VECS>(int64_t p) __attribute__((always_inline)) {
-        if (p == 0) return product_tile<S, R, VECS, true>(f, {at, depth, 1}, n, p, next);
+        if constexpr (S::VECS == 1) {
+          if (p == 0 && far) return product_tile<S, R, VECS, R, 2>(f, {at, depth, 1}, n, p, next);
+        }
+        if (p == 0) return product_tile<S, R, VECS, R>(f, {at, depth, 1}, n, p, next);
         product_tile<S, R, VECS>(f, {at, depth, 1}, n, p);
       };
       int64_t p = 0;
@@ -390,7 +485,7 @@ INLINE void product(
       if constexpr (HALF > 0) {
         if (!half) continue;
         if (!panels) {  // the weights' way from memory is what takes time
-          product_tile<S, R, HALF, true>(f, {at, depth, 1}, n, 0, next);
+          product_tile<S, R, HALF, R>(f, {at, depth, 1}, n, 0, next);
         } else if ((n - n0) / R % 2 == 1) {
           // Half as wide, so twice as many features fill the registers.
           const float* both = at - R * depth;

@@ -202,6 +202,16 @@ def test_same_bits_alone_in_any_order_and_on_any_number_of_threads(way, dtype):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17, 23, 24, 25, 32, 33])
+def test_few_rows_have_the_bits_that_many_have(rows):
+    layer = make_layer(72, 2, 134)  # whole and broken tiles of features, and pieces of depth
+    h, both = make_batch([(rows, rows), (50, 50)], 72)
+    _, alone = make_batch([(rows, rows)], 72)
+    h = h.float()
+    got = run(layer, h[:rows], alone, PROJECTED)
+    assert torch.equal(got, run(layer, h, both, PROJECTED)[:rows])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_same_bits_in_another_order_of_a_batch_of_several_groups(way, dtype):
