@@ -11,7 +11,15 @@ from random_models import random_classifier
 import tokenexit
 import tokenexit.calibrate
 from tokenexit import ExitPolicy, Tagger
-from tokenexit.calibrate import Point, calibrate, pareto_front, plot, policy_grid
+from tokenexit.calibrate import (
+    Point,
+    Sweep,
+    calibrate,
+    learn_thresholds,
+    pareto_front,
+    plot,
+    policy_grid,
+)
 from tokenexit.evaluate import Evaluation, evaluate, time_evaluations
 from tokenexit.text.scoring import warn_once
 
@@ -234,6 +242,27 @@ def test_progress_and_plot(setting, tmp_path, monkeypatch):
     plot(result, tmp_path / "curve.png", "title", [result.full_depth])
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert result.to_dict()["chosen"]["policy"] == result.chosen.policy.to_dict()
+
+
+def test_a_layer_that_is_sure_and_wrong_learns_to_wait(setting):
+    """Half of the words leave by it, wrong; by the next all could leave, right and no later."""
+    sweep = Sweep(*setting, "entropy", "auto")
+    gold = sweep.best[-1].clone()
+    sweep.best[:] = gold
+    sweep.best[0] = (gold + 1) % 3
+    half = torch.arange(len(gold)) % 2 == 0
+    sweep.uncertainty[:] = 0.2
+    sweep.uncertainty[0] = torch.where(half, 0.1, 0.9)
+    policy = ExitPolicy(window=0, threshold=0.06, schedule="doubling")
+    assert learn_thresholds(sweep, policy) == policy  # nobody leaves: no error to save
+    policy = policy.replace(threshold=0.12, schedule="constant")
+    assert (sweep.exits(policy) == torch.where(half, 1, 4)).all()
+    learned = learn_thresholds(sweep, policy, rounds=1)
+    assert (sweep.labels(sweep.exits(learned)) == gold).all()
+    assert sweep.speedup(sweep.exits(learned)) >= sweep.speedup(sweep.exits(policy))
+    assert learned.threshold[0] < 0.1 and learned.window == 0
+    with pytest.raises(ValueError, match="one criterion in a sweep"):
+        learn_thresholds(sweep, policy.replace(criterion="max_prob"))
 
 
 def test_pareto_front():

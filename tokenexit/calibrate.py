@@ -661,30 +661,100 @@ class Sweep:
         self.tokens = torch.tensor([len(w.input_ids) for w in self.windows], device="cpu")
         self.pieces = torch.cat([_pieces(w) for w in self.windows])
 
-    def point(self, policy: ExitPolicy) -> Point:
-        """The policy's simulated score and speed-up."""
+    def exits(self, policy: ExitPolicy) -> torch.Tensor:
+        """The layer `[W]` that each word of each window would leave at."""
         if policy.criterion != self.criterion:
             raise ValueError(
                 f"got policies of criterion {self.criterion!r} and {policy.criterion!r}; "
                 "expected one criterion in a sweep"
             )
-        num_layers = self.config.num_hidden_layers
-        schedule = Schedule.of(policy, num_layers, len(self.windows), self.uncertainty)
-        exits = simulate_exits(self.uncertainty, self.cu_words, schedule)
-        labels = [
-            [self.names[i] for i in chosen.tolist()]
-            for chosen in self.best.gather(0, exits[None] - 1)[0].split(
-                self.cu_words.diff().tolist()
-            )
-        ]
-        result = score(self.gold, merge(self.windows, labels), self.metric)
-        active = torch.zeros_like(self.tokens)[:, None].repeat(1, num_layers)
-        layers = torch.arange(1, num_layers + 1, device="cpu")
+        layers = self.config.num_hidden_layers
+        schedule = Schedule.of(policy, layers, len(self.windows), self.uncertainty)
+        return simulate_exits(self.uncertainty, self.cu_words, schedule)
+
+    def labels(self, exits: torch.Tensor) -> torch.Tensor:
+        """The numbers `[W]` of the labels that words have there."""
+        return self.best.gather(0, exits[None] - 1)[0]
+
+    def speedup(self, exits: torch.Tensor) -> float:
+        """In multiply-adds over full depth."""
+        layers = torch.arange(1, self.config.num_hidden_layers + 1, device="cpu")
+        active = torch.zeros_like(self.tokens)[:, None].repeat(1, len(layers))
         still = (exits[:, None] >= layers).long()  # [W, L]
         active.index_add_(0, self.window_of_word, still * self.pieces[:, None])
         special = self.tokens.clone().index_add_(0, self.window_of_word, -self.pieces)
         active += (active > 0) * special[:, None]
-        return Point(policy, result["score"], flops.speedup(active, self.tokens, self.config))
+        return flops.speedup(active, self.tokens, self.config)
+
+    def point(self, policy: ExitPolicy) -> Point:
+        """The policy's simulated score and speed-up."""
+        exits = self.exits(policy)
+        of_windows = self.labels(exits).split(self.cu_words.diff().tolist())
+        labels = [[self.names[i] for i in chosen.tolist()] for chosen in of_windows]
+        result = score(self.gold, merge(self.windows, labels), self.metric)
+        return Point(policy, result["score"], self.speedup(exits))
+
+
+def learn_thresholds(
+    sweep: Sweep,
+    policy: ExitPolicy,
+    rounds: int = 2,
+    factors: Sequence[float] = (0.25, 0.5, 0.7, 1.4, 2.0, 4.0),
+) -> ExitPolicy:
+    """A threshold for each layer in place of a policy's, as fast in simulation, with fewer errors.
+
+    Coordinate descent: in turn each layer's threshold is multiplied by each factor, and all by a
+    common one, so that the speed-up stays. What labels most words as annotated is kept.
+
+    Args:
+        sweep: of annotated data, with the policy's criterion.
+        rounds: times that each layer has its turn.
+
+    Returns:
+        The policy with a tuple of thresholds; itself, if no other makes fewer errors.
+    """
+    depth, names = sweep.config.num_hidden_layers, {n: i for i, n in enumerate(sweep.names)}
+    gold = torch.tensor(
+        [
+            names.get(label, -1)
+            for w in sweep.windows
+            for label in sweep.gold[w.sentence][w.first_word : w.first_word + w.n_words]
+        ],
+        device="cpu",
+    )
+
+    def found(thresholds: np.ndarray) -> tuple[int, ExitPolicy]:
+        mine = policy.replace(threshold=(*thresholds.tolist(), 0.0), schedule="constant")
+        exits = sweep.exits(mine)
+        fast = sweep.speedup(exits) >= fastest
+        return (int((sweep.labels(exits) == gold).sum()) if fast else -1), mine
+
+    def as_fast(thresholds: np.ndarray, low: float = -3.0, high: float = 3.0):
+        """With the least common factor, of powers of two, that is fast enough."""
+        for _ in range(7):
+            middle = (low + high) / 2
+            right, _ = found(np.clip(thresholds * 2**middle, 0, 1))
+            low, high = (low, middle) if right >= 0 else (middle, high)
+        thresholds = np.clip(thresholds * 2**high, 0, 1)
+        return thresholds, *found(thresholds)
+
+    exits = sweep.exits(policy)
+    fastest, best = sweep.speedup(exits), (int((sweep.labels(exits) == gold).sum()), policy)
+    thresholds = np.array(policy.thresholds(depth)[:-1])
+    for _ in range(rounds):
+        before = best
+        for layer in range(depth - 1):
+            tried = []
+            for factor in factors:
+                other = thresholds.copy()
+                other[layer] *= factor
+                tried.append(as_fast(other))
+            chosen, right, mine = max(tried, key=lambda found: found[1])
+            if right > best[0]:
+                thresholds, best = chosen, (right, mine)
+        if best == before:
+            break
+    return best[1]
 
 
 def _pieces(window: Window) -> torch.Tensor:

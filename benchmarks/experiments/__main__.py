@@ -29,6 +29,7 @@ from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 
 ROWS, DECODED = "experiments", "decoding"
+FULL = "full depth"
 TEXTS = "Folder of sets that no package has, or what `pack` wrote."
 # With which the program for a GPU is tried: of the large tagger, of data, of training.
 TINY_SHAPE = dict(hidden_size=64, num_hidden_layers=12, num_attention_heads=4, intermediate_size=64)
@@ -72,7 +73,7 @@ def runs_of(plan: Path) -> list[Run]:
 def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
     """Append the rows of a trained run: each kind of policy and target, full depth and its layers.
 
-    The row of full depth comes last, when all others are there. Kinds with rows are left alone.
+    Kinds with rows are left alone.
     """
     known = {row["kind"] for row in harness.read(ROWS) if row["run"] == run.name}
     dev = splits.dev.take(min(dev_sentences, len(splits.dev)))
@@ -111,6 +112,8 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
         if base.criterion not in sweeps:
             sweeps[base.criterion] = Sweep(tagger, dev, base.criterion, "auto")
         found = reading.choose(tagger, dev, sweeps[base.criterion], base, windows)
+        if kind.endswith("per layer"):
+            found = reading.choose_per_layer(tagger, dev, sweeps[base.criterion], found)
         walls = reading.wall_speedups(tagger, dev, [x.policy for x in found.values()])
         rows = [row_of(kind, *x, wall) for x, wall in zip(found.items(), walls, strict=True)]
         harness.write(ROWS, rows)
@@ -120,12 +123,14 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
                 f"wall clock {row['wall_speedup']:.2f}x",
                 flush=True,
             )
+    if FULL in known:
+        return
     full = evaluate(tagger, dev, ExitPolicy.never())
     layers = {
         name: [s["score"] for s in reading.read_layers(tagger, data)]
         for name, data in (("dev_layers", dev), ("test_layers", splits.test))
     }
-    harness.write(ROWS, [row_of("full depth", None, full, **layers)])
+    harness.write(ROWS, [row_of(FULL, None, full, **layers)])
 
 
 @app.command()
@@ -141,11 +146,12 @@ def run(
     end = time.monotonic() + 60 * budget
     work = cache_folder() / "experiments"
     finished: dict[str, Path] = {}
-    known = {row["run"] for row in harness.read(ROWS) if row["kind"] == "full depth"}
+    known = {(row["run"], row["kind"]) for row in harness.read(ROWS)}
     for one in runs_of(plan):
         folder = work / one.name
         finished[one.name] = folder / "tagger"
-        if only not in one.name or (one.name in known and finished[one.name].is_dir()):
+        read_all = {(one.name, kind) for kind in (*one.read, FULL)} <= known
+        if only not in one.name or (read_all and finished[one.name].is_dir()):
             continue
         if time.monotonic() > end:
             break
@@ -156,7 +162,7 @@ def run(
         except OutOfTime:
             print(f"{one.name}: out of time; the next call goes on", flush=True)
             break
-        if one.name not in known:
+        if not read_all:
             read(one, tagger, splits, dev_sentences, seconds_trained(folder))
     else:
         print("all runs of the plan are done")
@@ -174,7 +180,7 @@ def retime(
     rows = harness.read(ROWS)
     for one in runs_of(plan):
         folder = cache_folder() / "experiments" / one.name / "tagger"
-        mine = [row for row in rows if row["run"] == one.name and row["kind"] != "full depth"]
+        mine = [row for row in rows if row["run"] == one.name and row["kind"] != FULL]
         if not mine or not folder.is_dir():
             continue
         tagger = Tagger.from_pretrained(folder, dtype=getattr(torch, one.dtype))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from datasets import Dataset
 
-from tokenexit.calibrate import Sweep
+from tokenexit.calibrate import Point, Sweep, learn_thresholds
 from tokenexit.evaluate import Evaluation, evaluate, time_policies
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
@@ -22,6 +22,8 @@ THRESHOLDS = (
     *(0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.04, 0.055, 0.07, 0.085, 0.1, 0.125),
     *(0.15, 0.175, 0.2, 0.225, 0.25, 0.275, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9),
 )
+
+SCALES = tuple(2 ** (i / 8) for i in range(-12, 13))
 
 
 def choose(
@@ -49,26 +51,66 @@ def choose(
     found: dict[float, Evaluation] = {}
     for window in windows:
         policies = [base.replace(window=window, threshold=t) for t in THRESHOLDS]
-        points = [sweep.point(policy) for policy in policies]
         known: dict[int, Evaluation] = {}
+        points = [sweep.point(policy) for policy in policies]
         for target in targets:
-            at = next((i for i, p in enumerate(points) if p.speedup >= target), len(points) - 1)
-            low, high = -1, len(points)  # too slow up to here; fast enough from here
-            for _ in range(tries):
-                if at not in known:
-                    known[at] = evaluate(tagger, dev, policies[at])
-                if known[at].flops_speedup >= target:
-                    high, at = at, at - 1
-                else:
-                    low, at = at, at + 1
-                if high - low <= 1 or not low < at < high:
-                    break
-            if high == len(points):
-                continue
+            mine = _just_fast_enough(tagger, dev, policies, points, known, target, tries)
             best = found.get(target)
-            if best is None or known[high].score > best.score:
-                found[target] = known[high]
+            if mine is not None and (best is None or mine.score > best.score):
+                found[target] = mine
     return found
+
+
+def choose_per_layer(
+    tagger: Tagger,
+    dev: Dataset,
+    sweep: Sweep,
+    constant: Mapping[float, Evaluation],
+    tries: int = 6,
+) -> dict[float, Evaluation]:
+    """`learn_thresholds` from what `choose` gave; all of them then just as high as has to be."""
+    found = {}
+    for target, start in constant.items():
+        learned = learn_thresholds(sweep, start.policy)
+        thresholds = learned.thresholds(sweep.config.num_hidden_layers)[:-1]
+        policies = [
+            learned.replace(threshold=(*(min(1.0, t * scale) for t in thresholds), 0.0))
+            for scale in SCALES
+        ]
+        points = [sweep.point(policy) for policy in policies]
+        mine = _just_fast_enough(tagger, dev, policies, points, {}, target, tries)
+        if mine is not None:
+            found[target] = mine
+    return found
+
+
+def _just_fast_enough(
+    tagger: Tagger,
+    dev: Dataset,
+    policies: Sequence[ExitPolicy],
+    points: Sequence[Point],
+    known: dict[int, Evaluation],
+    target: float,
+    tries: int,
+) -> Evaluation | None:
+    """The real evaluation of the first of ever faster policies that reaches the target, if any.
+
+    Args:
+        points: what simulation says of them.
+        known: real evaluations by their number, to which those made are added.
+    """
+    at = next((i for i, p in enumerate(points) if p.speedup >= target), len(points) - 1)
+    low, high = -1, len(points)  # too slow up to here; fast enough from here
+    for _ in range(tries):
+        if at not in known:
+            known[at] = evaluate(tagger, dev, policies[at])
+        if known[at].flops_speedup >= target:
+            high, at = at, at - 1
+        else:
+            low, at = at, at + 1
+        if high - low <= 1 or not low < at < high:
+            break
+    return known.get(high)
 
 
 def read_layers(tagger: Tagger, data: Dataset) -> list[dict]:

@@ -105,6 +105,7 @@ KINDS: dict[str, tuple[ExitPolicy, tuple[int, ...]]] = {
     "token, pre_norm": (ExitPolicy(copy="pre_norm"), (0, 1, 2, 4)),
     "token, recompute": (ExitPolicy(neighbors="recompute"), (0, 1, 2, 4)),
     "token, doubling": (ExitPolicy(schedule="doubling"), (0, 1, 2, 4)),
+    "token, per layer": (ExitPolicy(), (0, 1, 2, 4)),  # thresholds are learned then
     "authors": (ExitPolicy.authors_code(), (0, 1, 2, 4)),
     "sentence": (ExitPolicy.sentence(), (0,)),
 }

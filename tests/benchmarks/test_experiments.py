@@ -147,6 +147,23 @@ def test_policies_are_chosen_by_real_exits(monkeypatch):
         assert (result.policy.window, result.policy.threshold) == (1, wanted)
 
 
+def test_learned_thresholds_are_as_high_as_has_to_be(monkeypatch):
+    def evaluate(tagger, data, policy):
+        return Evaluation(policy, {"score": 0.5}, 1.0, [], 1 + 10 * policy.threshold[0])
+
+    sweep = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=3))
+    sweep.point = lambda policy: SimpleNamespace(speedup=1 + 9 * policy.threshold[0])
+    learned = ExitPolicy(window=1, threshold=(0.1, 0.9, 0.0))
+    monkeypatch.setattr(reading, "evaluate", evaluate)
+    monkeypatch.setattr(reading, "learn_thresholds", lambda sweep, policy: learned)
+    start = Evaluation(ExitPolicy(), {"score": 0.5}, 1.0, [], 2.0)
+    found = reading.choose_per_layer(None, None, sweep, {2.0: start, 2.5: start, 9.0: start})
+    assert found.keys() == {2.0, 2.5}
+    assert found[2.0].policy == learned
+    scale = next(scale for scale in reading.SCALES if scale >= 1.5)
+    assert found[2.5].policy == learned.replace(threshold=(0.1 * scale, 1.0, 0.0))
+
+
 def test_tables_average_over_seeds():
     def row(seed, test):
         return {
@@ -350,7 +367,12 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
         rows = harness.read("experiments")
         full = [row for row in rows if row["kind"] == "full depth"]
         assert [row["run"] for row in full] == ["joint-1", "last-1", "one-1"]
-        assert chosen == [ExitPolicy()]  # of tokens
+        assert set(chosen) == {ExitPolicy()}  # of tokens, which reach no speed here
+    # A kind that the plan got later is read by itself.
+    plan.write_text(plan.read_text().replace("token]", "token, 'token, per layer']"))
+    done = CliRunner().invoke(app, ["run", str(plan), "--texts", str(texts)])
+    assert done.exit_code == 0 and len(chosen) == 4, done.output
+    assert [row for row in harness.read("experiments") if row["kind"] == "full depth"] == full
     assert {row["dtype"] for row in rows} == {"bfloat16"} and computed == {torch.bfloat16}
     assert [len(row["test_layers"]) for row in full] == [2, 2, 1]
     assert teachers == [None, None, torch.bfloat16]
