@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(tokenexit, m) {
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "embed(Tensor ids, Tensor positions, Tensor? types, Tensor word, Tensor? position, "
-      "Tensor? token_type) -> Tensor");
+      "Tensor? token_type, Tensor? scale=None) -> Tensor");
   m.def(
       "exit_decision(Tensor logits, Tensor words, Tensor uncertainty, Tensor exit_layer, "
       "Tensor cu_words, Tensor window, Tensor threshold, int layer, bool max_prob, "

@@ -187,7 +187,7 @@ def test_one_nan_of_a_row_is_enough(way, value, monkeypatch):
 @torch.inference_mode()
 def test_nan_is_not_rounded_away():
     tagger = tokenexit.quantize(random_tagger(dtype=torch.float32))
-    tagger.embeddings.word.weight[7] = float("nan")
+    tagger.embeddings.word.scale[7] = float("nan")
     with pytest.raises(ValueError, match="NaN logits at layer 1"):
         tagger(torch.tensor([[3, 7, 4]]))
 
@@ -250,7 +250,7 @@ def test_loading_8_bits_asks_for_no_other_dtype(tmp_path):
     # As a version reads it that knows of no 8 bits.
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "int8": False}))
-    with pytest.raises(ValueError, match="has 40 unknown weights"):
+    with pytest.raises(ValueError, match="has 41 unknown weights"):
         load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "int8": "yes"}))
     with pytest.raises(ValueError, match="config.int8 is 'yes'; expected true or false"):
@@ -269,3 +269,41 @@ def test_the_configuration_says_what_the_layers_are(tmp_path):
     made.load_state_dict(tagger.state_dict())
     rows = random_batch([5, 9])
     assert torch.equal(made(**rows).logits, tagger(**rows).logits)
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
+@torch.inference_mode()
+def test_the_table_of_words_is_rounded_row_by_row(family, tmp_path):
+    tagger, batch = random_tagger(family, dtype=torch.float32), random_batch([5, 17, 1])
+    whole = copy.deepcopy(tagger)
+    tokenexit.quantize(tagger), tokenexit.quantize(whole, embeddings=False)
+    table, words = tagger.embeddings.word, whole.embeddings.word.weight
+    assert table.weight.dtype == torch.int8 and table.weight.abs().amax() == 127
+    assert (
+        (table.weight * table.scale[:, None] - words).abs() <= 0.5001 * table.scale[:, None]
+    ).all()
+    whole.embeddings.word.weight.copy_(table.weight * table.scale[:, None])
+    ours, theirs = tagger(**batch), whole(**batch)
+    assert torch.equal(ours.logits, theirs.logits)
+    table.register_forward_hook(lambda *_: None)  # called as a module
+    assert torch.equal(tagger(**batch).logits, ours.logits)
+    for number, model in enumerate((tagger, whole)):
+        model.save_pretrained(tmp_path / str(number))
+        again = type(model).from_pretrained(tmp_path / str(number))
+        assert type(again.embeddings.word) is type(model.embeddings.word)
+        assert torch.equal(again(**batch).logits, ours.logits)
+    with pytest.raises(IndexError):
+        table(torch.tensor([60]))
+
+
+def test_a_table_that_was_changed_is_not_rounded():
+    for change in (
+        lambda word: word.register_forward_hook(lambda *_: None),
+        lambda word: setattr(word, "max_norm", 1.0),
+    ):
+        tagger = random_tagger(dtype=torch.float32)
+        change(tagger.embeddings.word)
+        with pytest.raises(ValueError, match="another table of words"):
+            tokenexit.quantize(tagger)
+        assert not tagger.config.int8 and not tokenexit.int8.is_quantized(tagger)
+        assert tokenexit.quantize(tagger, embeddings=False).config.int8

@@ -45,13 +45,9 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        weight = linear.weight.detach().float()
         if self.in_features % 4:
             raise ValueError(f"got {self.in_features} inputs; expected a multiple of 4 for int8")
-        if not weight.is_meta and not weight.isfinite().all():
-            raise ValueError("got a weight that is not finite; expected finite ones for int8")
-        scale = (weight.abs().amax(1) / largest()).clamp(min=torch.finfo(torch.float32).tiny)
-        rounded = (weight / scale[:, None]).round().to(torch.int8)
+        rounded, scale = _rounded(linear.weight, largest())
         self.register_buffer("weight", rounded)
         self.register_buffer("scale", scale)
         # What the bytes' zero point, 128, adds to a product; last, the largest weight, by which the
@@ -67,6 +63,42 @@ class Int8Linear(nn.Module):
         return F.linear(x, weight.to(x.dtype), self.bias.to(x.dtype))
 
 
+@passable
+class Int8Embedding(nn.Module):
+    """A table of embeddings in 8 bits, one scale a row: a fourth of the memory.
+
+    Args:
+        embedding: the table to round. Its weights are not kept. One on the meta device gives one
+            there, to be loaded.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+
+    max_norm = None
+
+    def __init__(self, embedding: nn.Embedding):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.weight.shape
+        self.padding_idx = embedding.padding_idx
+        weight, scale = _rounded(embedding.weight, 127)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[...] -> [..., d]` in fp32."""
+        return self.weight[ids] * self.scale[ids][..., None]
+
+
+def _rounded(weight: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes `[rows, columns]`, at most so large, and the scale of each row."""
+    weight = weight.detach().float()
+    if not weight.is_meta and not weight.isfinite().all():
+        raise ValueError("got a weight that is not finite; expected finite ones for int8")
+    scale = (weight.abs().amax(1) / most).clamp(min=torch.finfo(torch.float32).tiny)
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether `quantize` has been here."""
     return any(isinstance(part, Int8Linear) for part in model.modules())
@@ -77,15 +109,16 @@ def dtype_of(model: nn.Module) -> str:
     return "int8" if is_quantized(model) else str(model.dtype).removeprefix("torch.")
 
 
-def quantize(model: _Model) -> _Model:
-    """Round the products of a tagger's layers to 8 bits, in place: for inference on a CPU.
+def quantize(model: _Model, embeddings: bool = True) -> _Model:
+    """Round a tagger's products and its table of words to 8 bits, in place: for a CPU's inference.
 
-    Embeddings, LayerNorms, attention, convolutions and exit heads stay in fp32. The model takes a
-    fourth of the memory in its layers, in memory and on disk; saved, it is loaded as it is. It can
+    Other embeddings, LayerNorms, attention, convolutions and exit heads stay in fp32. The model
+    takes about a fourth of the memory, in memory and on disk; saved, it is loaded as it is. It can
     no longer be trained or converted to another dtype: keep the original for that.
 
     Args:
         model: a tagger, on the CPU, in fp32.
+        embeddings: whether the words' are rounded, too, which may be most of a model.
 
     Returns:
         The model.
@@ -101,7 +134,7 @@ def quantize(model: _Model) -> _Model:
         raise ValueError(f"got a model of {sorted(map(str, devices))}; expected fp32 on the CPU")
     if is_quantized(model):
         raise ValueError("got a model that is 8-bit already; expected one in fp32")
-    rounded = []
+    rounded, words = [], model.embeddings.word
     for number, layer in enumerate(dict.fromkeys(layers)):  # one may stand several times
         for name, part in layer.named_children():
             has_none = next(part.parameters(), None) is None  # as an activation that is a module
@@ -115,7 +148,15 @@ def quantize(model: _Model) -> _Model:
                     f"with; expected {failed} (merge adapters, remove hooks and pruning first)"
                 )
             rounded.append((layer, name, Int8Linear(part)))
+    if embeddings:
+        reads = Reads([words], [nn.Embedding], [words._parameters.get("weight")])
+        if (failed := unmet(CALLS, reads)) or words.max_norm is not None:
+            raise ValueError(
+                "got another table of words than the model was made with; expected "
+                f"{failed or 'one without max_norm'}, or quantize(model, embeddings=False)"
+            )
+        rounded.append((model.embeddings, "word", Int8Embedding(words)))
     for layer, name, part in rounded:  # only once all could be rounded
         setattr(layer, name, part)
-    model.config.int8 = True
+    model.config.int8, model.config.int8_embeddings = True, embeddings
     return model.eval()

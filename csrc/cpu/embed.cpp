@@ -59,24 +59,42 @@ void add(const uint16_t* a, const uint16_t* b, int64_t d, uint16_t* to) {
 Tensor embed(
     const Tensor& ids, const Tensor& positions, const std::optional<Tensor>& types,
     const Tensor& word, const std::optional<Tensor>& position,
-    const std::optional<Tensor>& token_type) {
-  check_cpu(ids, positions, types, word, position, token_type);
-  const ScalarType dtype = word.scalar_type();
+    const std::optional<Tensor>& token_type, const std::optional<Tensor>& scale) {
+  check_cpu(ids, positions, types, word, position, token_type, scale);
+  const ScalarType of_words = word.scalar_type(), dtype = scale ? ScalarType::Float : of_words;
+  const bool fits =
+      scale ? of_words == ScalarType::Char : of_words == ScalarType::Float || is_bf16(word);
   STD_TORCH_CHECK(
-      word.dim() == 2 && (dtype == ScalarType::Float || is_bf16(word)), "got a table of words of ",
-      word.dim(), " dimensions and dtype ", torch::headeronly::toString(dtype),
-      "; expected [V, d] of Float or BFloat16");
+      word.dim() == 2 && fits, "got a table of words of ", word.dim(), " dimensions and dtype ",
+      torch::headeronly::toString(of_words), "; expected [V, d] of ",
+      scale ? "Char, with a scale" : "Float or BFloat16");
   const int64_t tokens = ids.numel(), d = word.size(1), bytes = d * (is_bf16(word) ? 2 : 4);
   std::vector<Table> tables;
-  tables.emplace_back(word, ids, "ids", tokens, d, dtype);
+  tables.emplace_back(word, ids, "ids", tokens, d, of_words);
+  Tensor scales;
+  const float* scale_of = nullptr;
+  if (scale) {
+    STD_TORCH_CHECK(
+        scale->dim() == 1 && scale->size(0) == word.size(0) && scale->scalar_type() == dtype,
+        "got ", scale->numel(), " scales of ", scale->dim(), " dimensions; expected ",
+        word.size(0), " of Float");
+    scales = torch::stable::contiguous(*scale);
+    scale_of = scales.const_data_ptr<float>();
+  }
   if (position) tables.emplace_back(*position, positions, "positions", tokens, d, dtype);
   if (token_type) tables.emplace_back(*token_type, types, "types", tokens, d, dtype);
-  Tensor out = torch::stable::new_empty(tables[0].rows, {tokens, d});
+  Tensor out = torch::stable::new_empty(tables[0].rows, {tokens, d}, dtype);
   auto* to = static_cast<char*>(out.mutable_data_ptr());
   const auto sum = [&]<class T>(int64_t t, const T*) {
     auto* row = reinterpret_cast<T*>(to + t * bytes);
-    const auto* first = static_cast<const T*>(tables[0].of(t, bytes));
-    if (tables.size() == 1) std::copy_n(first, d, row);
+    const T* first = row;
+    if (scale_of) {
+      const auto* rounded = static_cast<const int8_t*>(tables[0].of(t, d));
+      for (int64_t c = 0; c < d; ++c) row[c] = rounded[c] * scale_of[tables[0].number[t]];
+    } else {
+      first = static_cast<const T*>(tables[0].of(t, bytes));
+      if (tables.size() == 1) std::copy_n(first, d, row);
+    }
     for (size_t i = 1; i < tables.size(); ++i) {
       add(i == 1 ? first : row, static_cast<const T*>(tables[i].of(t, bytes)), d, row);
     }

@@ -36,6 +36,22 @@ def test_same_bits(rows, d, has, dtype):
 
 
 @compiled
+@pytest.mark.parametrize("has", ["all", "types 0", "no types", "words and types", "words alone"])
+@pytest.mark.parametrize(("rows", "d"), [(0, 4), (1, 1), (63, 24), (129, 1025)])
+def test_a_table_of_bytes(rows, d, has):
+    ids, positions, types, word, *others = inputs(rows, d, has)
+    scale = word.abs().amax(1) / 127
+    given = ids, positions, types, (word / scale[:, None]).round().char(), *others, scale
+    got, expected = embed(*given), embed(*given, backend="reference")
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
+    for wrong, message in ((scale[1:], "49 scales of 1 dimensions; expected 50"), (None, "Char")):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.tokenexit.embed(*given[:-1], wrong)
+    with pytest.raises(RuntimeError, match="expected \\[V, d\\] of Char, with a scale"):
+        torch.ops.tokenexit.embed(ids, positions, types, word, *others, scale)
+
+
+@compiled
 def test_strides():
     ids, positions, types, *tables = inputs(40, 24)
     given = ids[::2], positions[::2], types[::2], *(table.T.contiguous().T for table in tables)

@@ -33,9 +33,9 @@ def embed(call, embeddings, packed, ids, positions, types=None, words=None) -> t
     read = embeddings.tensors(ids.device)
     if read is None:
         return call_it()
-    *tables, weight, bias = read
+    *tables, scale, weight, bias = read
     try:
-        h = sum_of_embeddings(ids, positions, types, *tables)
+        h = sum_of_embeddings(ids, positions, types, *tables, scale)
     except RuntimeError:  # the module tells what does not fit
         return call_it()
     parts = embeddings._modules

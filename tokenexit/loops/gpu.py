@@ -128,7 +128,8 @@ def embed(call, embeddings, packed, ids, positions, types=None, words=None) -> t
     if projection is not None:
         check_loaded(projection, ids.device)
     count = packed.cu_tokens[-1:]
-    h = launch(ids, positions, types, *read, embeddings.norm.eps, count)
+    *tables, _, weight, bias = read
+    h = launch(ids, positions, types, *tables, weight, bias, embeddings.norm.eps, count)
     return h if projection is None else projection(h)
 
 

@@ -48,7 +48,8 @@ class TokenExitConfig(PreTrainedConfig):
         dial: fields of the `Dial` that calibration with a promise made.
         untrained_heads: layers, from 1, whose classifiers were never trained; see
             `TokenExitForTokenClassification.untrained_heads`.
-        int8: whether the layers' products have 8-bit weights, see `tokenexit.quantize`.
+        int8, int8_embeddings: whether the layers' products have 8-bit weights, and whether the
+            table of words is of 8 bits, too, see `tokenexit.quantize`.
         made_from: the model it was converted from: a name on the hub, or "./" and the name of a
             folder.
         temperatures: for each layer what logits are divided by for the confidences of a `Tagger`,
@@ -109,6 +110,7 @@ class TokenExitConfig(PreTrainedConfig):
     dial: dict | None = None
     untrained_heads: list[int] | None = None
     int8: bool = False
+    int8_embeddings: bool = False
     made_from: str | None = None
     temperatures: list[float] | None = None
 
@@ -165,8 +167,9 @@ def check_config(config: TokenExitConfig):
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"config.{name} is {value!r}; expected a number from 0 to 1")
-    if not isinstance(config.int8, bool):
-        raise ValueError(f"config.int8 is {config.int8!r}; expected true or false")
+    for name in ("int8", "int8_embeddings"):
+        if not isinstance(value := getattr(config, name), bool):
+            raise ValueError(f"config.{name} is {value!r}; expected true or false")
     warmth, layers = config.temperatures, config.num_hidden_layers
     if warmth is not None and not (
         isinstance(warmth, list)

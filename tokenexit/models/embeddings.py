@@ -12,6 +12,7 @@ from tokenexit.conditions import passable
 from tokenexit.models.configuration import TokenExitConfig, settings_of
 from tokenexit.packing import Packed
 
+_PLAIN = {nn.Parameter, torch.Tensor}
 _TABLES = ("word", "position", "token_type")
 RELATIVE_REACH = 128  # relative positions beyond it share a bucket (T5's max_distance)
 
@@ -58,20 +59,24 @@ class ExitEmbeddings(nn.Module):
 
     def tensors(self, device: torch.device) -> list[torch.Tensor | None] | None:
         """What an op may read in place of a call: the tables of words, positions and types, the
-        LayerNorm's weight and bias, each or None.
+        scales of a table of words in 8 bits, the LayerNorm's weight and bias, each or None.
 
         None if a call would do more, or they are not all contiguous, of one dtype and there. It
         asks for no hooks.
         """
         parts = self._modules  # Module.__getattr__ takes as long as a look at all of this
         norm, tables = parts["norm"], [parts.get(name) for name in _TABLES]
-        found = [None if part is None else part.weight for part in (*tables, norm)] + [norm.bias]
+        found = [None if part is None else part.weight for part in tables]
+        scales = tables[0]._buffers.get("scale")
+        found += [scales, norm.weight, norm.bias]
         given = [x for x in found if x is not None]
+        numbers = found if scales is None else found[1:]
         plain = (
             not parts["dropout"].training
             and all([part is None or part.max_norm is None for part in tables])
-            and all([type(x) is nn.Parameter and x.is_contiguous() for x in given])
-            and all([(x.dtype, x.device) == (given[-1].dtype, device) for x in given])
+            and all([type(x) in _PLAIN and x.is_contiguous() for x in given])
+            and all([x.device == device for x in given])
+            and all([x is None or x.dtype == norm.weight.dtype for x in numbers])
         )
         return found if plain else None
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from tokenexit.int8 import Int8Linear
+from tokenexit.int8 import Int8Embedding, Int8Linear
 
-_OF_NO_MODE = {nn.Linear, nn.LayerNorm, nn.Embedding, Int8Linear}
+_OF_NO_MODE = {nn.Linear, nn.LayerNorm, nn.Embedding, Int8Linear, Int8Embedding}
 
 
 @contextmanager

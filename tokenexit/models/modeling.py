@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tokenexit.files import write_folder_aside
-from tokenexit.int8 import is_quantized, quantize
+from tokenexit.int8 import Int8Embedding, is_quantized, quantize
 from tokenexit.layers import ExitHead
 from tokenexit.loops import BACKENDS, tell
 from tokenexit.loops.eager import ExitEncoder, padded_logits
@@ -87,7 +87,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         self.policy = self.policy
         self.post_init()
         if config.int8:
-            quantize(self)
+            quantize(self, config.int8_embeddings)
             self.all_tied_weights_keys = other_names(self, buffers=False)
 
     @property
@@ -188,6 +188,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         failure leaves no half-written file.
         """
         self.config.int8 = is_quantized(self)
+        self.config.int8_embeddings = isinstance(self.embeddings.word, Int8Embedding)
         self.config.exit_policy = self.policy.to_dict()
         self.config.untrained_heads = self.untrained_heads()
         if kwargs.get("push_to_hub"):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tokenexit.conditions import Reads
+from tokenexit.int8 import Int8Embedding
 from tokenexit.loops import LOOPS, Call, Loop, cannot, choose
 from tokenexit.loops.eager import Trace, Unmet, explain_nan
 from tokenexit.loops.gpu import fell_back
@@ -64,7 +65,9 @@ def call_of(model, schedule: Schedule, rows: Rows | None = None, **wants: bool) 
 def _around(model) -> Reads:
     """What a recorded loop does not call anew, besides layers and heads."""
     kinds = {model.embeddings: ExitEmbeddings}
+    words = Int8Embedding if model.config.int8_embeddings else nn.Embedding
     classes = {"norm": nn.LayerNorm, "dropout": nn.Dropout, "projection": nn.Linear}
+    classes["word"] = words
     for name, part in model.embeddings.named_children():
         kinds[part] = classes.get(name, nn.Embedding)
     if model.relative_bias is not None:
