@@ -3,10 +3,11 @@
     PYTHONPATH=benchmarks python -m roofline          (part of make bench)
 
 The floor of a phase is `max(operations / peak, weight bytes / bandwidth)` in each layer, with peaks
-and bandwidth measured here. With 8-bit weights, products have the peak of bytes and a fourth of the
-bytes; all else is fp32, or bf16 where attention is. A layer is one op, which is called with what
-each layer gets in a pass; its feed-forward part is what it saves when its inner width is next to
-nothing. Exit heads and embeddings are watched through hooks on their modules.
+and bandwidth measured here: a peak is that of the best product known, a library's or ours. With
+8-bit weights, products have the peak of bytes and a fourth of the bytes; all else is fp32, or bf16
+where attention is. A layer is one op, which is called with what each layer gets in a pass; its
+feed-forward part is what it saves when its inner width is next to nothing. Exit heads and
+embeddings are watched through hooks on their modules.
 
 What exits cost where nobody leaves is the loop that users meet, asked in vain and not asked.
 """
@@ -58,11 +59,7 @@ def peak_gflops(quick: bool = False, dtype: torch.dtype = torch.float32) -> floa
 
 
 def peak_gops8(quick: bool = False) -> float:
-    """The same of bytes, as the fastest of torch's libraries here does them.
-
-    That is the bare product of two matrices of bytes where a library has it, which does not pay
-    for rounding activations.
-    """
+    """The same of bytes, as the fastest of torch's libraries here does them."""
     rows, d, f = (64, 64, 64) if quick else (1024, 768, 3072)
     x, w = torch.randn(rows, d), torch.randn(f, d)
     w = torch.quantize_per_channel(
@@ -75,8 +72,6 @@ def peak_gops8(quick: bool = False) -> float:
         run = torch.ops.quantized.linear_dynamic
         times += [harness.time_ms(lambda: run(x, packed)) for _ in range(20)]  # noqa: B023
     torch.backends.quantized.engine = before
-    left, right = (torch.randint(-128, 128, (n, d), dtype=torch.int8) for n in (rows, f))
-    times += [harness.time_ms(lambda: torch._int_mm(left, right.T)) for _ in range(20)]
     return 2 * rows * d * f / min(times) / 1e6
 
 
@@ -271,6 +266,14 @@ def bookkeeping(model, call, rounds: int) -> list[dict]:
     ]
 
 
+def peak_of_ours(model, call, rounds: int = ROUNDS) -> float:
+    """Operations a second of our layers' feed-forward part, in 10^9."""
+    inputs = layer_inputs(model, call)[:3]
+    times, share = layer_times(inputs, rounds)
+    f, d = inputs[0][0].up.weight.shape
+    return sum(4 * len(h) * d * f for _, h, _ in inputs) / (times * share) / 1e6
+
+
 def phases(model, call, machine: Machine, rounds: int = ROUNDS) -> list[dict]:
     """Rows of one batch: each phase's floor, each part's time."""
     out = model(**call)
@@ -316,17 +319,24 @@ def main(arguments: Sequence[str] | None = None):
     torch.set_num_threads(args.threads)
     theirs, _, cases, _ = cpu.random_bert(args.quick)
     model = tokenexit.convert(theirs)
-    gflops, gbs = peak_gflops(args.quick), bandwidth_gbs(args.quick)
-    gflops16 = peak_gflops(args.quick, torch.bfloat16)
+    ours = cpu.forms(model)
+    large = max((texts.batch(case.sentences) for case in cases), key=lambda b: b.input_ids.numel())
+    call = {"input_ids": large.input_ids, "attention_mask": large.attention_mask}
+    best = dict.fromkeys(("fp32", "bf16", "int8"), 0.0)
+    if DEVICES:
+        best |= {name: peak_of_ours(each, call) for name, each in ours.items()}
+    gbs = bandwidth_gbs(args.quick)
+    gflops = max(best["fp32"], peak_gflops(args.quick))
+    gflops16 = max(best["bf16"], peak_gflops(args.quick, torch.bfloat16))
+    gops8 = max(best["int8"], peak_gops8(args.quick))
     rest = gflops16 if instruction_set() == "amx" else gflops  # of attention
     machines = {
         "fp32": Machine(gflops, gflops, gbs),
         "bf16": Machine(gflops16, rest, gbs, weight_bytes=2),
-        "int8": Machine(peak_gops8(args.quick), rest, gbs, weight_bytes=1),
+        "int8": Machine(gops8, rest, gbs, weight_bytes=1),
     }
-    ours = cpu.forms(model)
     common = {"model": report.BASE, "peak_gflops": round(gflops, 1)}
-    common |= {"peak_gops8": round(machines["int8"].products, 1)}
+    common |= {"peak_gops8": round(gops8, 1)}
     common |= {"peak_gflops16": round(gflops16, 1)}
     common |= {"bandwidth_gbs": round(gbs, 1), **harness.origin()}
     wanted = (
