@@ -196,12 +196,10 @@ def test_tables_average_over_seeds():
 def test_the_document_has_a_place_for_each_table(tmp_path):
     document = tmp_path / "results.md"
     document.write_text(report.DOCUMENT.read_text(encoding="utf-8"), encoding="utf-8")
-    markers = [
-        f"{data}: {part}" for data in ("conll", "ark") for part in ("scores", "speeds", "layers")
-    ]
+    markers = [f"conll: {part}" for part in ("scores", "speeds", "layers")]
     for marker in ("gpu", "conll: decoding", *markers):
         report.harness.between(document, marker, f"table of {marker}")
-    assert document.read_text(encoding="utf-8").count("\ntable of") == 8
+    assert document.read_text(encoding="utf-8").count("\ntable of") == 5
 
 
 def test_a_run_says_what_it_does_not_know():
