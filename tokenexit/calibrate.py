@@ -723,23 +723,25 @@ def learn_thresholds(
         device="cpu",
     )
 
+    def right(exits: torch.Tensor) -> int:
+        return int((sweep.labels(exits) == gold).sum())
+
     def found(thresholds: np.ndarray) -> tuple[int, ExitPolicy]:
         mine = policy.replace(threshold=(*thresholds.tolist(), 0.0), schedule="constant")
         exits = sweep.exits(mine)
-        fast = sweep.speedup(exits) >= fastest
-        return (int((sweep.labels(exits) == gold).sum()) if fast else -1), mine
+        return (right(exits) if sweep.speedup(exits) >= fastest else -1), mine
 
     def as_fast(thresholds: np.ndarray, low: float = -3.0, high: float = 3.0):
         """With the least common factor, of powers of two, that is fast enough."""
         for _ in range(7):
             middle = (low + high) / 2
-            right, _ = found(np.clip(thresholds * 2**middle, 0, 1))
-            low, high = (low, middle) if right >= 0 else (middle, high)
+            count, _ = found(np.clip(thresholds * 2**middle, 0, 1))
+            low, high = (low, middle) if count >= 0 else (middle, high)
         thresholds = np.clip(thresholds * 2**high, 0, 1)
         return thresholds, *found(thresholds)
 
     exits = sweep.exits(policy)
-    fastest, best = sweep.speedup(exits), (int((sweep.labels(exits) == gold).sum()), policy)
+    fastest, best = sweep.speedup(exits), (right(exits), policy)
     thresholds = np.array(policy.thresholds(depth)[:-1])
     for _ in range(rounds):
         before = best
@@ -749,9 +751,9 @@ def learn_thresholds(
                 other = thresholds.copy()
                 other[layer] *= factor
                 tried.append(as_fast(other))
-            chosen, right, mine = max(tried, key=lambda found: found[1])
-            if right > best[0]:
-                thresholds, best = chosen, (right, mine)
+            chosen, count, mine = max(tried, key=lambda found: found[1])
+            if count > best[0]:
+                thresholds, best = chosen, (count, mine)
         if best == before:
             break
     return best[1]

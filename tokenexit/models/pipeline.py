@@ -65,9 +65,9 @@ def call_of(model, schedule: Schedule, rows: Rows | None = None, **wants: bool) 
 def _around(model) -> Reads:
     """What a recorded loop does not call anew, besides layers and heads."""
     kinds = {model.embeddings: ExitEmbeddings}
-    words = Int8Embedding if model.config.int8_embeddings else nn.Embedding
     classes = {"norm": nn.LayerNorm, "dropout": nn.Dropout, "projection": nn.Linear}
-    classes["word"] = words
+    if model.config.int8_embeddings:
+        classes["word"] = Int8Embedding
     for name, part in model.embeddings.named_children():
         kinds[part] = classes.get(name, nn.Embedding)
     if model.relative_bias is not None:
