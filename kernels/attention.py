@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from tokenexit.kernels import autograd
-from tokenexit.kernels.trials import begin, begins
+from tokenexit.kernels.dependent import begin, begins
 from torch.library import triton_op, wrap_triton
 
 _LOG2_E = tl.constexpr(1.4426950408889634)

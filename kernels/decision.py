@@ -8,8 +8,8 @@ sentence are decided in any order.
 import torch
 import triton
 import triton.language as tl
+from tokenexit.kernels.dependent import begin, begins
 from tokenexit.kernels.linear import load_row, load_stats, mean_rstd, stats_block
-from tokenexit.kernels.trials import begin, begins
 from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 

@@ -20,9 +20,8 @@ by programs that have no tile left.
 import torch
 import triton
 import triton.language as tl
-from tokenexit.kernels import trials
+from tokenexit.kernels.dependent import begin, begins
 from tokenexit.kernels.norm import gelu, gelu_tanh
-from tokenexit.kernels.trials import begin, begins
 from torch import Tensor
 from torch.library import custom_op
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -56,24 +55,6 @@ def tiles_of(x, num_rows, n, k):
     if n < k:
         return 1, _options(64, 256, 64, 8, 5)
     return 2, _options(128, 128, 64, 4, 3)  # of which one computes while the other ends a tile
-
-
-def few_of(x, num_rows, k, *columns):
-    """Tiles of few rows of a larger capacity, see `trials`: options of a kernel; FEW 0: none."""
-    few = trials.FEW_ROWS and num_rows > _SMALL and x.element_size() == 2 and is_wide(x)
-    tiles = trials.FEW_TILES
-    few_tiles = {f"FEW_{axis}": tiles[f"BLOCK_{axis}"] for axis in "MNK"}
-    return dict(
-        FEW=trials.FEW_ROWS if few else 0, FEW_EVEN=is_even(tiles, k, *columns), **few_tiles
-    )  # fmt: skip
-
-
-def few_descriptors(few, x, *weights):
-    """Of x and of weights, for tiles of few rows."""
-    if not few["FEW"]:
-        return None, *[None] * len(weights)
-    m, n, k = (few[f"FEW_{axis}"] for axis in "MNK")
-    return descriptor(x, m, k), *(descriptor(weight, n, k) for weight in weights)
 
 
 def _options(rows, columns, depth, warps, stages, flatten=False):
@@ -169,43 +150,20 @@ def _product(
 
 
 @triton.jit
-def _store_stats(
-    acc, stats_ptr, offs_m, mask_m, block, N,
-    STATS_N: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Stats of a tile that spans several blocks of columns, from that block on."""
-    blocks = block + tl.arange(0, PARTS)
-    size = tl.minimum(N - blocks * STATS_N, STATS_N)
-    mask_n = (tl.arange(0, STATS_N)[None, :] < size[:, None])[None, :, :]
-    x = tl.reshape(acc, (BLOCK_M, PARTS, STATS_N))
-    total = tl.sum(tl.where(mask_n, x, 0.0), 2)
-    mean = total / tl.maximum(size, 1).to(tl.float32)[None, :]
-    apart = tl.where(mask_n, x - mean[:, :, None], 0.0)
-    at = stats_ptr + (offs_m[:, None] * tl.cdiv(N, STATS_N) + blocks[None, :]) * 2
-    mask = mask_m[:, None] & (size > 0)[None, :]
-    tl.store(at, total, mask=mask)
-    tl.store(at + 1, tl.sum(apart * apart, 2), mask=mask)
-
-
-@triton.jit
-def few_or_many(count, FEW: tl.constexpr):
-    """The count as that of rows in large tiles, and in small ones, one of which is 0."""
-    if FEW == 0:
-        return count, count
-    else:
-        return tl.where(count > FEW, count, 0), tl.where(count > FEW, 0, count)
-
-
-@triton.jit
-def _linear_tiles(
-    x_ptr, x_desc, w_ptr, w_desc, bias_ptr, out_ptr, count,
+def _linear_kernel(
+    x_ptr, x_desc, w_ptr, w_desc, bias_ptr, out_ptr, count_ptr,
     residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
-    stats_ptr, N, K, stride_xm, stride_rm, stride_om, num_stats,
+    stats_ptr, num_rows, N, K, stride_xm, stride_rm, stride_om, num_stats,
     EPS: tl.constexpr, NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, NORM_OUT: tl.constexpr,
     ACTIVATION: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, S: tl.constexpr, STATS_N: tl.constexpr,
+    BLOCK_S: tl.constexpr, S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    begin(DEPENDENT)
+    count = num_rows
+    if count_ptr is not None:
+        count = tl.minimum(tl.load(count_ptr), num_rows).to(tl.int32)
     num_blocks = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(count, BLOCK_M) * num_blocks
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -250,55 +208,16 @@ def _linear_tiles(
         elif ACTIVATION == "gelu_tanh":
             acc = gelu_tanh(acc)
         if stats_ptr is not None:
-            if STATS_N == BLOCK_N:
-                total = tl.sum(tl.where(mask_n[None, :], acc, 0.0), 1)
-                mean = total / tl.minimum(N - pid_n * BLOCK_N, BLOCK_N)
-                apart = tl.where(mask_n[None, :], acc - mean[:, None], 0.0)
-                at = stats_ptr + (offs_m * num_blocks + pid_n) * 2
-                tl.store(at, total, mask=mask_m)
-                tl.store(at + 1, tl.sum(apart * apart, 1), mask=mask_m)
-            else:
-                _store_stats(
-                    acc, stats_ptr, offs_m, mask_m, pid_n * (BLOCK_N // STATS_N), N, STATS_N,
-                    BLOCK_M, BLOCK_N // STATS_N,
-                )  # fmt: skip
+            total = tl.sum(tl.where(mask_n[None, :], acc, 0.0), 1)
+            mean = total / tl.minimum(N - pid_n * BLOCK_N, BLOCK_N)
+            apart = tl.where(mask_n[None, :], acc - mean[:, None], 0.0)
+            at = stats_ptr + (offs_m * num_blocks + pid_n) * 2
+            tl.store(at, total, mask=mask_m)
+            tl.store(at + 1, tl.sum(apart * apart, 1), mask=mask_m)
         if NORM_OUT:
             acc *= load_row(norm_weight_ptr, cols, mask_n)
         at = out_ptr + first.to(tl.int64) * stride_om + (own * stride_om + cols[None, :])
         tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
-
-
-@triton.jit
-def _linear_kernel(
-    x_ptr, x_desc, w_ptr, w_desc, bias_ptr, out_ptr, count_ptr,
-    residual_ptr, residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
-    stats_ptr, x_few_desc, w_few_desc, num_rows, N, K, stride_xm, stride_rm, stride_om, num_stats,
-    EPS: tl.constexpr, NORM_X: tl.constexpr, NORM_RESIDUAL: tl.constexpr, NORM_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, S: tl.constexpr, STATS_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
-    FEW: tl.constexpr, FEW_EVEN: tl.constexpr,
-    FEW_M: tl.constexpr, FEW_N: tl.constexpr, FEW_K: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    begin(DEPENDENT)
-    count = num_rows
-    if count_ptr is not None:
-        count = tl.minimum(tl.load(count_ptr), num_rows).to(tl.int32)
-    many, few = few_or_many(count, FEW)
-    _linear_tiles(
-        x_ptr, x_desc, w_ptr, w_desc, bias_ptr, out_ptr, many, residual_ptr, residual_gather_ptr,
-        stats_in_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr, stats_ptr, N, K, stride_xm,
-        stride_rm, stride_om, num_stats, EPS, NORM_X, NORM_RESIDUAL, NORM_OUT, ACTIVATION, EVEN,
-        PRECISION, BLOCK_S, S, STATS_N, BLOCK_M, BLOCK_N, BLOCK_K, FLATTEN,
-    )  # fmt: skip
-    if FEW > 0:
-        _linear_tiles(
-            x_ptr, x_few_desc, w_ptr, w_few_desc, bias_ptr, out_ptr, few, residual_ptr,
-            residual_gather_ptr, stats_in_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
-            stats_ptr, N, K, stride_xm, stride_rm, stride_om, num_stats, EPS, NORM_X, NORM_RESIDUAL,
-            NORM_OUT, ACTIVATION, FEW_EVEN, PRECISION, BLOCK_S, S, STATS_N, FEW_M, FEW_N, FEW_K,
-            False,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -329,7 +248,7 @@ def _dealt(before, programs):
 
 
 @triton.jit
-def _project_tiles(
+def _project(
     h_ptr, h_desc, rows_ptr, count, w_ptr, w_desc, bias_ptr, out_ptr, before, N, K, stride_hm,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -375,50 +294,26 @@ def _project_tiles(
 
 
 @triton.jit
-def _project(
-    h_ptr, h_desc, h_few_desc, rows_ptr, count, w_ptr, w_desc, w_few_desc, bias_ptr, out_ptr,
-    before, N, K, stride_hm, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    FEW: tl.constexpr, FEW_EVEN: tl.constexpr,
-    FEW_M: tl.constexpr, FEW_N: tl.constexpr, FEW_K: tl.constexpr,
-):  # fmt: skip
-    """`F.linear(h[rows], w, bias)`; how many tiles have been dealt with it."""
-    many, few = few_or_many(count, FEW)
-    dealt = _project_tiles(
-        h_ptr, h_desc, rows_ptr, many, w_ptr, w_desc, bias_ptr, out_ptr, before, N, K, stride_hm,
-        EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    if FEW > 0:
-        dealt = _project_tiles(
-            h_ptr, h_few_desc, rows_ptr, few, w_ptr, w_few_desc, bias_ptr, out_ptr, dealt, N, K,
-            stride_hm, FEW_EVEN, PRECISION, FEW_M, FEW_N, FEW_K,
-        )  # fmt: skip
-    return dealt
-
-
-@triton.jit
 def _query_key_value_kernel(
     h_ptr, h_desc, wq_ptr, wq_desc, bq_ptr, wkv_ptr, wkv_desc, bkv_ptr, q_ptr, kv_ptr,
-    h_few_desc, wq_few_desc, wkv_few_desc, active_ptr, num_active_ptr, seen_ptr, num_seen_ptr,
+    active_ptr, num_active_ptr, seen_ptr, num_seen_ptr,
     up_ptr, up_bias_ptr, norm_weight_ptr, norm_bias_ptr, folded_ptr,
     num_q, num_kv, Nq, Nkv, Nup, K, stride_hm,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, FOLD_N: tl.constexpr, FOLD_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    FEW: tl.constexpr, FEW_EVEN: tl.constexpr,
-    FEW_M: tl.constexpr, FEW_N: tl.constexpr, FEW_K: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     begin(DEPENDENT)
     dealt = _project(
-        h_ptr, h_desc, h_few_desc, seen_ptr,
+        h_ptr, h_desc, seen_ptr,
         tl.minimum(tl.load(num_seen_ptr), num_kv).to(tl.int32),
-        wkv_ptr, wkv_desc, wkv_few_desc, bkv_ptr, kv_ptr, 0, Nkv, K, stride_hm,
-        EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, FEW, FEW_EVEN, FEW_M, FEW_N, FEW_K,
+        wkv_ptr, wkv_desc, bkv_ptr, kv_ptr, 0, Nkv, K, stride_hm,
+        EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     dealt = _project(
-        h_ptr, h_desc, h_few_desc, active_ptr,
+        h_ptr, h_desc, active_ptr,
         tl.minimum(tl.load(num_active_ptr), num_q).to(tl.int32),
-        wq_ptr, wq_desc, wq_few_desc, bq_ptr, q_ptr, dealt, Nq, K, stride_hm,
-        EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, FEW, FEW_EVEN, FEW_M, FEW_N, FEW_K,
+        wq_ptr, wq_desc, bq_ptr, q_ptr, dealt, Nq, K, stride_hm,
+        EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     for fold in range(_dealt(dealt, tl.num_programs(0)), tl.cdiv(Nup, FOLD_N), tl.num_programs(0)):
         _fold_norm(
@@ -490,31 +385,22 @@ def linear_(
         return
     held, tiles = tiles_of(x, num_rows, n, k)
     block_m, block_n, block_k = (tiles[f"BLOCK_{axis}"] for axis in "MNK")
-    few = few_of(x, num_rows, k, n)
     num_stats = norm_stats.shape[1] if reads else 1
     _launch(
-        _linear_kernel, x, held, _most_tiles(num_rows, n, tiles, few),
+        _linear_kernel, x, held, _most_tiles(num_rows, n, tiles),
         x, descriptor(x, block_m, block_k), weight, descriptor(weight, block_n, block_k),
         bias, out, count, residual, residual_gather, norm_stats, norm_weight, norm_bias, folded,
-        stats, *few_descriptors(few, x, weight), num_rows, n, k, x.stride(0),
+        stats, num_rows, n, k, x.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), num_stats, eps,
         norm_on == "x", norm_on == "residual", norm_on == "out",
         activation, is_even(tiles, k, n), precision, stats_block(norm_stats, of) if reads else 1,
-        triton.next_power_of_2(num_stats), _stats_columns(tiles, few), **tiles, **few,
-        **begins(x),
+        triton.next_power_of_2(num_stats), **tiles, **begins(x),
     )  # fmt: skip
 
 
-def _stats_columns(tiles, few):
-    """Of which blocks stats are: whole tiles' columns, of whichever tiles are taken."""
-    return few["FEW_N"] if few["FEW"] else tiles["BLOCK_N"]
-
-
-def _most_tiles(num_rows, n, tiles, few):
+def _most_tiles(num_rows, n, tiles):
     """How many tiles there may be."""
-    most = triton.cdiv(num_rows, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"])
-    rows = min(num_rows, few["FEW"])
-    return max(most, triton.cdiv(rows, few["FEW_M"]) * triton.cdiv(n, few["FEW_N"]))
+    return triton.cdiv(num_rows, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"])
 
 
 def linear(x, weight, bias=None, count=None, want_stats=False, **options):
@@ -522,7 +408,7 @@ def linear(x, weight, bias=None, count=None, want_stats=False, **options):
     num_rows, n = len(x), len(weight)
     out = x.new_empty(num_rows, n)
     tiles = tiles_of(x, num_rows, *weight.shape)[1]
-    blocks = triton.cdiv(n, _stats_columns(tiles, few_of(x, num_rows, weight.shape[1], n)))
+    blocks = triton.cdiv(n, tiles["BLOCK_N"])
     stats = x.new_empty(num_rows, blocks, 2, dtype=torch.float32) if want_stats else None
     linear_(out, stats, x, weight, bias, count, **options)
     return (out, stats) if want_stats else out
@@ -556,21 +442,20 @@ def query_key_value(
     """
     q, kv, folded = _empty(h, query_weight, key_value_weight, active, seen, up_weight)
     (num_q, n), (num_kv, m), (f, k) = q.shape, kv.shape, up_weight.shape
-    held, tiles = tiles_of(h, max(num_q, num_kv), k, k)
+    rows = max(num_q, num_kv)
+    held, tiles = tiles_of(h, rows, k, k)
     tiles.pop("FLATTEN")  # its loops are not alone within another
     block_m, block_n, block_k = (tiles[f"BLOCK_{axis}"] for axis in "MNK")
-    few, rows = few_of(h, max(num_q, num_kv), k, n, m), max(num_q, num_kv)
     fold = 2 * tiles["num_warps"], _FOLD_K  # 16 numbers of a thread
-    most = sum(_most_tiles(rows, size, tiles, few) for size in (n, m)) + triton.cdiv(f, fold[0])
+    most = sum(_most_tiles(rows, size, tiles) for size in (n, m)) + triton.cdiv(f, fold[0])
     _launch(
         _query_key_value_kernel, h, held, most,
         h, descriptor(h, block_m, block_k),
         query_weight, descriptor(query_weight, block_n, block_k), query_bias,
         key_value_weight, descriptor(key_value_weight, block_n, block_k), key_value_bias, q, kv,
-        *few_descriptors(few, h, query_weight, key_value_weight),
         active, cu_active[-1:], seen, cu_seen[-1:], up_weight, up_bias, norm_weight, norm_bias,
         folded, num_q, num_kv, n, m, f, k, h.stride(0), is_even(tiles, k, n, m), precision, *fold,
-        **tiles, **few, **begins(h),
+        **tiles, **begins(h),
     )  # fmt: skip
     return q, kv, folded
 

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from assertions import assert_as_exact
 from tokenexit.kernels import linear as module
-from tokenexit.kernels import trials
 from tokenexit.kernels.linear import descriptor, is_wide, linear, linear_, query_key_value
 
 from tokenexit import reference
@@ -115,35 +114,6 @@ def test_layer_norm_on_the_way(make, device, rows, d, gamma_scale):
         return h + F.linear(F.gelu(F.linear(h, up, bias)), down)
 
     check(ours[:rows], exact, context, h, output, up, bias, down, gamma, beta)
-
-
-@pytest.fixture
-def tiles_by_count(monkeypatch):
-    """Up to 100 rows of a capacity of more than 16 take small tiles."""
-    monkeypatch.setattr(module, "_SMALL", 16)
-    monkeypatch.setattr(trials, "FEW_ROWS", 100)
-    monkeypatch.setattr(trials, "FEW_TILES", dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32))
-
-
-@pytest.mark.parametrize("rows", [70, 130])
-@pytest.mark.parametrize("d", [24, 150, 200])
-def test_tiles_that_follow_the_count(make, device, monkeypatch, tiles_by_count, rows, d):
-    taken, launch = [], module._launch
-
-    def seen(*args, **options):
-        taken.append(options["FEW"])
-        launch(*args, **options)
-
-    monkeypatch.setattr(module, "_launch", seen)
-    context = make(rows, d)
-    linear(F.pad(context, (0, 0, 0, 70)), make(d, d), count=number(rows, device), want_stats=True)
-    assert taken == [100 if context.element_size() == 2 else 0]
-    test_layer_norm_on_the_way(make, device, rows, d, 1)
-
-
-@pytest.mark.parametrize("lengths", [[63, 29], [140]])
-def test_query_key_value_by_count(make, device, tiles_by_count, lengths):
-    test_query_key_value(make, device, lengths)
 
 
 @pytest.mark.parametrize("shift", [0, 5])

@@ -116,16 +116,16 @@ def test_other_dtypes_fit(tmp_path):
     check(compile_all(tmp_path, CASES))
 
 
-TRIED = """
+DEPENDENT = """
 import re, sys
-from tokenexit.kernels import report, trials
+from tokenexit.kernels import dependent, report
 code, read = [], report._nvidia
 def kept(compiled):
     code.append(read(compiled))
     return code[-1]
 report._nvidia = kept
-trials.DEPENDENT, trials.FEW_ROWS = True, 512
-kernels = ["exit_attention_fwd", "linear_up_large", "query_key_value", "exit_step_9"]
+dependent.is_possible, dependent._MOST_ROWS = lambda x: True, 1 << 20
+kernels = ["exit_attention_fwd", "linear_up_small", "query_key_value_small", "exit_step_9"]
 for kernel in kernels:
     assert report.main(["--arch", "sm_90", "--kernel", kernel]) == 0
 for _, _, text in code:
@@ -139,8 +139,8 @@ assert len(code) >= len(kernels), len(code)
 
 
 @pytest.mark.slow
-def test_what_is_tried_compiles_and_waits_before_it_reads():
-    done = run("-c", TRIED)
+def test_dependent_launches_wait_before_they_read():
+    done = run("-c", DEPENDENT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
