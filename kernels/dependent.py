@@ -25,7 +25,7 @@ def begin(DEPENDENT: tl.constexpr):
 
 def is_possible(x):
     """Whether x is on a GPU that has such launches; not where a call is only traced."""
-    there = type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cuda
+    there = type(x) is torch.Tensor and x.is_cuda and not torch.version.hip
     return there and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 

@@ -28,33 +28,52 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 _FOLD_K = 256  # columns of a weight, folded at a time
-_SMALL = 512  # rows, up to which tiles are small: they have to spread over the GPU
+_SMALL = 512  # rows, up to which tiles of other GPUs are small: they have to spread
 
 
 def is_wide(x):
-    """Whether tiles are as measured on an H100, by TMA; so they are without a GPU, too."""
-    cuda = x.device.type == "cuda"
-    return not cuda or torch.cuda.get_device_capability(x.device)[0] == 9
+    """Whether tiles are as measured on Hopper, by TMA; so they are without a GPU, too."""
+    if x.device.type != "cuda":
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
-def tiles_of(x, num_rows, n, k):
+def tiles_of(x, num_rows, n, k, alone=True):
     """Of products of up to so many rows, in the dtype of x: programs of a multiprocessor, options.
 
-    Those for Hopper are the fastest of 17 on an H100, for 400 to 8192 rows of BERT-base.
+    Those for Hopper are the fastest of 17 on an H100, for 400 to 8192 rows of BERT-base; and of 12
+    on an H200 for up to 1344 rows, where the smallest win of which a GPU computes all at once.
+
+    Args:
+        alone: whether the loop over depth stands alone in that over tiles; they can be made one.
     """
     size, stages = x.element_size(), 2 if torch.version.hip else 3
+    if size == 2 and is_wide(x):
+        return _wide_tiles(num_rows, n, k, alone, multiprocessors(x))
     if num_rows <= _SMALL:
-        rows, stages, held = (64, 4, 2) if is_wide(x) and size == 2 else (32, stages, 4)
-        return held, _options(rows, 32, 256 // size, 4, stages)
+        return 4, _options(32, 32, 256 // size, 4, stages)
     if size == 4:  # 128 rows would not fit the registers of sm_100 beside a residual's LayerNorm
         return 1, _options(64, 128, 32, 8, stages)
-    if not is_wide(x):
-        return 1, _options(128, 128, 64, 8, stages)
+    return 1, _options(128, 128, 64, 8, stages)
+
+
+def _wide_tiles(num_rows, n, k, alone, places):
+    """`tiles_of` for Hopper, that has so many multiprocessors."""
+    square, deep = _options(64, 64, 128, 4, 3), _options(64, 128, 64, 4, 6)
+    two = _options(128, 128, 64, 4, 3)  # of which one computes while the other ends a tile
+    if num_rows <= 128:
+        return 2, _options(64, 32, 128, 4, 4)
     if n > k:  # its loop is short, and its end hides behind the start of the next tile's
-        return 1, _options(128, 256, 64, 8, 4, flatten=True)
-    if n < k:
-        return 1, _options(64, 256, 64, 8, 5)
-    return 2, _options(128, 128, 64, 4, 3)  # of which one computes while the other ends a tile
+        some = [(2, square), (2, _options(64, 128, 64, 4, 4)), (2, two)]
+        last = (1, _options(128, 256, 64, 8, 4, flatten=True)) if alone else (2, two)
+    elif n < k:
+        some, last = [(1, square), (1, deep)], (1, _options(64, 256, 64, 8, 5))
+    else:
+        some, last = [(2, square)], (2, two)
+    for held, tiles in some:
+        if _most_tiles(num_rows, n, tiles) <= places * held:
+            return held, tiles
+    return last
 
 
 def _options(rows, columns, depth, warps, stages, flatten=False):
@@ -443,8 +462,8 @@ def query_key_value(
     q, kv, folded = _empty(h, query_weight, key_value_weight, active, seen, up_weight)
     (num_q, n), (num_kv, m), (f, k) = q.shape, kv.shape, up_weight.shape
     rows = max(num_q, num_kv)
-    held, tiles = tiles_of(h, rows, k, k)
-    tiles.pop("FLATTEN")  # its loops are not alone within another
+    held, tiles = tiles_of(h, rows, n + m, k, alone=False)
+    tiles.pop("FLATTEN")
     block_m, block_n, block_k = (tiles[f"BLOCK_{axis}"] for axis in "MNK")
     fold = 2 * tiles["num_warps"], _FOLD_K  # 16 numbers of a thread
     most = sum(_most_tiles(rows, size, tiles) for size in (n, m)) + triton.cdiv(f, fold[0])

@@ -88,7 +88,10 @@ def calls(hidden, num_heads, dtype):
         numbers(4 * hidden, hidden),
         numbers(hidden, 4 * hidden),
     )
-    for size, rows in (("small", 256), ("large", 8192)):
+    sizes = {"small": 256, "large": 8192}
+    if linear.is_wide(x) and x.element_size() == 2:
+        sizes |= {"tiny": 64, "low": 512, "middle": 1024}
+    for size, rows in sizes.items():
         h, index, bias = x[:rows], i[:rows], up[:, 0].contiguous()
         packed = h, square, bias, numbers(2 * hidden, hidden), bias, index, cu, index, cu
         yield size, linear.query_key_value, (*packed, bias, bias, up, bias)
