@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py [STAGE ...] [--out FOLDER] [--budget SECONDS]
 
-Stages, in this order; all but the last five where none is named:
+Stages, in this order; all but the last four where none is named:
 
     env       versions, the GPU, its rate of products
     build     the package with its CUDA op, aside; tokenexit/_C.abi3.so as it is if that serves here
@@ -14,12 +14,11 @@ Stages, in this order; all but the last five where none is named:
     peers     packed with varlen or flexible attention, Hugging Face in a CUDA graph, torch.compile
     goals     one sentence of 32 tokens, 256 x 128, sentences of many lengths, a training step
     sizes     few sentences, long ones, bf16
-    trials    what no GPU has measured and is off (kernels/trials.py), beside what is on
     teach     trains a tagger into build/gpu-tagger; wants build/gpu-evidence, which
               `python -m experiments pack PLAN FOLDER` makes
     evidence  what that tagger's exits are worth
     sanitize  the CUDA op, a product and an exit step under compute-sanitizer, all at once
-    warm      compiles what speed, goals, trials and peers launch; times nothing
+    warm      compiles what speed, goals and peers launch; times nothing
 
 Stages joined by + run at once (`build tests+warm+sanitize speed`): what is timed runs alone.
 A stage gets what its own limit and the budget leave; one that fails or is cut off keeps no other
@@ -59,14 +58,13 @@ LIMITS = {
     "peers": (150, 1100),
     "goals": (110, 1600),
     "sizes": (60, 600),
-    "trials": (90, 2500),
     "teach": (80, 1500),
     "evidence": (60, 6000),
     "sanitize": (150, 300),
     "warm": (150, 600),
 }
 GOALS = ("one", "large", "ragged", "train")  # parts of one process, which imports once
-WARMED = ("speed", *GOALS, "trials", "peers")
+WARMED = ("speed", *GOALS, "peers")
 LEAST = 8  # seconds, for which no stage begins
 SANITIZED = [
     ("memcheck", "tests/ops/test_compact_active.py", "cuda and (no_sentences or matches_a_loop)"),
@@ -243,16 +241,13 @@ class Check:
     def run_sizes(self, limit):
         return self.probes("sizes", limit, "sizes")
 
-    def run_trials(self, limit):
-        return self.probes("trials", limit, "trials")
-
     def run_peers(self, limit):
         return self.probes("peers", limit, "peers")
 
     def run_warm(self, limit):
         """As two processes, so that the longest compilations are not behind one another."""
         return self.at_once(
-            lambda part: self.probes("warm", limit, *part, "--warm"), (WARMED[:-2], WARMED[-2:])
+            lambda part: self.probes("warm", limit, *part, "--warm"), (WARMED[:-1], WARMED[-1:])
         )
 
     @staticmethod
@@ -345,7 +340,7 @@ def main(arguments=None) -> int:
     options.out = options.out.resolve()
     with tempfile.TemporaryDirectory() as work:
         check = Check(options, Path(work))
-        for joined in options.stages or list(LIMITS)[:-5]:
+        for joined in options.stages or list(LIMITS)[:-4]:
             check.stages(joined)
         print(f"==== summary after {options.budget - check.left():.0f} s\n{check.summary()}")
     return int(bool(check.failed))

@@ -9,7 +9,6 @@ programs in gpu_check.jsonl. What fails is told, and the rest goes on. What is w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import faulthandler
 import functools
@@ -34,15 +33,6 @@ from tokenexit.ops.pack_tokens import pack
 STARTED = time.perf_counter()
 TINY = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128)
 GRAPHS = ["tokenexit graph", "layers, graph"]
-# Graphs of the layers with what `tokenexit.kernels.trials` leaves off.
-NARROW = dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=128)
-TRIED = {
-    "layers, dependent": dict(DEPENDENT=True),
-    "layers, few 512": dict(FEW_ROWS=512),
-    "layers, few 1024": dict(FEW_ROWS=1024),
-    "layers, few 512 narrow": dict(FEW_ROWS=512, FEW_TILES=NARROW),
-    "layers, dependent few": dict(DEPENDENT=True, FEW_ROWS=512),
-}
 IN_A_GRAPH = 10  # products, so that what starts it is not what is timed
 # After these nothing runs in the process any more.
 BROKEN = ("an illegal memory access", "device-side assert", "unspecified launch failure",
@@ -281,10 +271,10 @@ class Bench:
             made = [texts.uniform(1, m, self.vocab, seed)[0] for seed, m in enumerate(lengths)]
         return texts.batch(made)
 
-    def ragged(self, mean=36):
+    def ragged(self):
         """Lengths of sentences as text has them: most are short, the longest is the limit."""
         g = torch.Generator().manual_seed(0)
-        lengths = 6 + (mean - 6) * torch.empty(self.size[0]).exponential_(generator=g)
+        lengths = 6 + 30 * torch.empty(self.size[0]).exponential_(generator=g)
         return [self.size[1], *lengths.clamp(max=self.size[1]).long().tolist()[1:]]
 
     def exits(self, batch, rate, kind):
@@ -298,7 +288,7 @@ class Bench:
         order = torch.randperm(len(place), generator=torch.Generator().manual_seed(0))
         return each[place.long()][order][:, None] * batch.real
 
-    def case(self, sentences, n, rate, kind, systems, lengths=None, theirs=True):
+    def case(self, sentences, n, rate, kind, systems, lengths=None):
         """Check and time; the systems are names of `of`. Milliseconds by name."""
         if not time_for(f"{sentences} x {n}{' ragged' * bool(lengths)}, exits {rate} {kind}"):
             return {}
@@ -314,7 +304,7 @@ class Bench:
         )
         if truth is None or same is None:
             return {}
-        found = {gpu.HF: gpu.judges(self.model, batch, layers)[gpu.HF]} if theirs else {}
+        found = {gpu.HF: gpu.judges(self.model, batch, layers)[gpu.HF]}
         for name in systems:
             run = attempt(f"making {name}", lambda name=name: self.of(name, batch, layers))
             got = None if run is None else attempt(name, run)
@@ -330,9 +320,6 @@ class Bench:
     def of(self, name, batch, layers):
         """What gives the logits; of our own ways, once it is sure that they are taken."""
         model = self.model
-        if name in TRIED:
-            with tried(**TRIED[name]):
-                return self.of("layers, graph", batch, layers)
         if name == "Hugging Face, graph":
             return theirs_graph(model, batch)
         if name == "layers, graph":
@@ -356,19 +343,6 @@ class Bench:
             if gpu_loop.FALLBACKS:
                 raise RuntimeError(f"a slower path served: {dict(gpu_loop.FALLBACKS)}")
         return run
-
-
-@contextlib.contextmanager
-def tried(**values):
-    """What is launched meanwhile, or recorded, goes by these of `tokenexit.kernels.trials`."""
-    from tokenexit.kernels import trials
-
-    before = {name: getattr(trials, name) for name in values}
-    vars(trials).update(values)
-    try:
-        yield
-    finally:
-        vars(trials).update(before)
 
 
 def on_device(batch):
@@ -527,99 +501,12 @@ def training_step(model, sentences: int, length: int, share: float, warm: bool =
     return table(title, found, "full depth", sentences * length, **facts)
 
 
-def trials():
-    """What no GPU has measured and is off: `tokenexit.kernels.trials`, absorbed attention, FP8."""
-    text, n = bench().ragged(21), bench().size[1]  # 64 sentences of text, some 1,350 tokens
-    for size, rate, kind, lengths in (
-        *((bench().size, rate, kind, None) for rate, kind in (*PLAN, (0.75, "goal whole"))),
-        *((bench().size, rate, kind, text) for rate, kind in PLAN),
-        ((1, n // 4), 0.0, "even", None),
-    ):
-        names = ["layers, graph", *TRIED]
-        ms = bench().case(*size, rate, kind, names, lengths, theirs=False)
-        if "layers, graph" in ms and len(ms) > 1:
-            best = min(TRIED, key=lambda name: ms.get(name, float("inf")))
-            gain = ms["layers, graph"] / ms[best]
-            say(f"  best: {best}, {gain:.2f} times as fast as what is on", keep=True)
-    for active in (2, 8, 24):
-        if time_for(f"absorbed attention, {active} active"):
-            attempt(f"absorbed attention, {active}", lambda a=active: absorbed(a, *bench().size))
-    for rows in (8192, 32768):
-        if CHOSEN.device != "cpu" and time_for(f"FP8, {rows} rows"):
-            attempt(f"FP8, {rows} rows", lambda rows=rows: eight_bits(rows))
-
-
-def absorbed(active, sentences, n):
-    """A layer's attention where so many tokens of each sentence are active.
-
-    Keys and values of all tokens, projected, beside queries carried into the hidden space and back.
-    """
-    from tokenexit.ops.absorbed_attention import absorbed_attention
-    from tokenexit.ops.exit_attention import exit_attention
-
-    layer, (dtype, width) = bench().model.ours.encoder.layers[0], (bench().dtype, bench().width)
-    heads, d = layer.num_heads, width // layer.num_heads
-    g = torch.Generator().manual_seed(0)
-    h = torch.randn(sentences * n, width, generator=g).to(CHOSEN.device, dtype)
-    q = torch.randn(sentences * active, heads, d, generator=g).to(CHOSEN.device, dtype)
-    cu_q, cu_k = (torch.arange(sentences + 1, device=h.device) * size for size in (active, n))
-    weight, bias = layer.key_value.weight, layer.key_value.bias
-    key, value = weight.view(2, heads, d, width)
-
-    def projected(q=q, h=h, weight=weight, bias=bias):
-        k, v = F.linear(h, weight, bias).view(-1, 2, heads, d).unbind(1)
-        return exit_attention(q, k, v, cu_q, cu_k, d**-0.5, max_length=n)
-
-    def carried():
-        there = torch.bmm(q.transpose(0, 1), key).transpose(0, 1)
-        seen = absorbed_attention(there, h, cu_q, cu_k, d**-0.5, max_length=n)
-        back = torch.bmm(seen.transpose(0, 1), value.transpose(1, 2)).transpose(0, 1)
-        return back + bias.view(2, heads, d)[1]
-
-    truth = projected(*(x.float() for x in (q, h, weight, bias)))
-    found = {"projected": projected, "absorbed": carried}
-    title = f"-- attention of {active} of {n} tokens of {sentences} sentences"
-    facts = dict(role="attention", active=active, sentences=sentences, longest=n)
-    ms = in_graphs(title[3:], found, truth, projected(), "projected", **facts)
-    told = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in ms.items())
-    say(f"{title}, us with their keys and values: {told}", keep=True)
-
-
-def eight_bits(rows):
-    """The products of the feed-forward part in e4m3, a scale for each row and column, by cuBLAS."""
-    for role, (n, k) in {"up": (3072, 768), "down": (768, 3072)}.items():
-        g = torch.Generator().manual_seed(0)
-        x, w = (torch.randn(size, k, generator=g).cuda().bfloat16() for size in (rows, n))
-        parts = []
-        for one in (x, w * k**-0.5):
-            scale = one.abs().amax(1, keepdim=True).float() / 448
-            parts.append(((one / scale).to(torch.float8_e4m3fn), scale))
-        (x8, of_x), (w8, of_w) = parts
-        w = w * k**-0.5
-        found = {
-            "bf16": lambda x=x, w=w: F.linear(x, w),
-            "e4m3": lambda a=x8, b=w8, s=of_x, t=of_w: torch._scaled_mm(
-                a, b.T, scale_a=s, scale_b=t.T.contiguous(), out_dtype=torch.bfloat16
-            ),
-        }
-        ms = {}
-        for name, run in found.items():  # e4m3 has 3 bits: it is told how far off, and not judged
-            apart = (run().float() - found["bf16"]().float()).square().mean().sqrt().item()
-            ms |= in_graphs(f"{role}, {name}", {name: run}, role=role, rows=rows, rms_apart=apart)
-        told = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in ms.items())
-        say(f"-- {role}, {rows} rows, us: {told}; rms apart {apart:.3f}", keep=True)
-
-
-def in_graphs(what, found, truth=None, same=None, base="", **facts):
-    """Times of some in a CUDA graph each, by name; whose first rows are wrong is left out."""
+def in_graphs(what, found, truth, same, base, **facts):
+    """Times of some in a CUDA graph each, by name; who is wrong is left out."""
     made = {}
     for name, run in found.items():
         got = attempt(f"{what}, {name}", run)
-        wanted = truth is not None and got is not None
-        first = slice(0, len(truth) if wanted else None)
-        if got is None or (
-            wanted and not judge(f"{what}, {name}", got[first], truth, same, slice(None))
-        ):
+        if got is None or not judge(f"{what}, {name}", got[: len(truth)], truth, same, slice(None)):
             continue
 
         def several(run=run):
@@ -780,7 +667,7 @@ def by_layer(events, title, num_layers):
 PARTS = {
     part.__name__: part
     for part in (
-        smoke, speed, launches, products, large, one, ragged, sizes, train, trials, peers
+        smoke, speed, launches, products, large, one, ragged, sizes, train, peers
     )
 }  # fmt: skip
 
