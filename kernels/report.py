@@ -47,7 +47,7 @@ RATES = {
 
 def calls(hidden, num_heads, dtype):
     """(name, op, arguments) that launch every kernel; attention in training with all options."""
-    from tokenexit.kernels import attention, decision, embed, linear, norm, pack_static
+    from tokenexit.kernels import attention, decision, embed, linear, norm, pack_rows, unpack
 
     def numbers(*shape):
         return torch.empty(shape, dtype=dtype)
@@ -110,7 +110,10 @@ def calls(hidden, num_heads, dtype):
     yield "", norm.add_layer_norm, (x, x, weight, weight, 1e-12, i[:1])
     yield "", norm.bias_gelu, (x, weight)
     yield "", embed.embed, (i, i, None, x, x, x, weight, weight, 1e-12, i[:1])
-    yield "", pack_static.pack_static, (i.view(b, 128) > 0, i.view(b, 128))
+    cells = i.view(b, 128)
+    rows = cells, cells, cells, i.to(torch.uint8), cells, cells
+    yield "", pack_rows.pack_rows, (*rows, 100, 100, 100, 128)
+    yield "", unpack.unpack_, (logits, i, cells, lse[0], cells[0, 0] > 0)
 
 
 def launches(hidden, num_heads, dtype, arch="sm_80"):

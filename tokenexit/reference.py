@@ -63,11 +63,12 @@ def pack_static(real, word_ids):
         real: `[B, N]` bool, true at real tokens; word_ids: `[B, N]` int64.
 
     Returns:
-        What `pack_tokens` gives; and `[B, N]` int64, the packed index of each real token, else 0.
+        What `pack_tokens` gives; and `[B, N]` int64, the packed index of each real token, else
+        their number.
     """
     num_sentences, longest = real.shape
     each, mask = torch.arange(real.numel(), device=real.device), real.flatten()
-    place = (mask.cumsum(0) - 1).masked_fill(~mask, 0)
+    place = torch.where(mask, mask.cumsum(0) - 1, mask.sum())
     slots = _inverse(place, mask)
     lengths = F.pad(real.sum(1), (0, 1))
     cu_tokens = F.pad(lengths.cumsum(0), (1, 0))

@@ -29,7 +29,6 @@ from tokenexit.layers import (
 from tokenexit.loops import cpu, eager, gpu
 from tokenexit.loops.eager import ExitEncoder, Outcome
 from tokenexit.loops.memory import Held
-from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import Packed
 from tokenexit.schedule import Schedule
 
@@ -130,28 +129,31 @@ class Loop:
 
     Attributes:
         name: what `backend` calls it.
-        pack: lays out a padded batch: its mask `[B, N]` bool and its word ids `[B, N]` int64.
         run: of a call, states `[T, d]`, their layout, the schedule, a bias of relative positions
             and given exits `[W]` (each or None): what tokens leave with. Raises `eager.Unmet` where
             it finds out late that it can't.
         waits: whether the host waits for the device in it, and may as well look at values before.
         embed: in place of a call of the model's embeddings, which it is given with the call, the
             layout and the arguments.
+        unpack: of a call, the layout, what `run` gave and whether rows are sound: logits
+            `[B, N, C]`, layers `[B, N]`, and `[]` bool, whether all was sound.
+        pack: lays out a padded batch where the host waits for nothing, see `gpu.pack`.
     """
 
     name: str
-    pack: Callable[[torch.Tensor, torch.Tensor], Packed]
     run: Callable[..., Outcome]
     waits: bool = True
     embed: Callable[..., torch.Tensor] = eager.embed
+    unpack: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = eager.unpack
+    pack: Callable[..., tuple[Packed, list[torch.Tensor], torch.Tensor]] | None = None
 
 
 LOOPS: Mapping[str, Loop] = MappingProxyType(
     {
-        "gpu": Loop("gpu", gpu.pack, gpu.run, waits=False, embed=gpu.embed),
-        "cpu": Loop("cpu", pack, cpu.run, embed=cpu.embed),
-        "eager": Loop("eager", pack, eager.run),
-        "reference": Loop("reference", pack, eager.run_reference),
+        "gpu": Loop("gpu", gpu.run, False, gpu.embed, gpu.unpack, gpu.pack),
+        "cpu": Loop("cpu", cpu.run, embed=cpu.embed),
+        "eager": Loop("eager", eager.run),
+        "reference": Loop("reference", eager.run_reference),
     }
 )
 BACKENDS = ("auto", *sorted(LOOPS))

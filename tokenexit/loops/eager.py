@@ -151,6 +151,13 @@ def embed(call, embeddings, packed, ids, *given) -> torch.Tensor:
     return embeddings(ids, *given)
 
 
+def unpack(call, packed, outcome, sound) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `tokenexit.loops.Loop`; in training nobody asks whether there was a NaN."""
+    if not call.encoder.training:
+        sound = sound & outcome.is_sound()
+    return packed.unpack(outcome.logits), packed.unpack(outcome.layers), sound
+
+
 def run(call, h, packed, schedule, bias, exits) -> Outcome:
     """See `tokenexit.loops.Loop`."""
     check_loaded(call.encoder, h.device)

@@ -98,23 +98,22 @@ class Roomy(Packed):
 
     place: torch.Tensor = None
 
-    def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """`[T, ...] -> [B, N, ...]`, at padding what values have of tokens in no sentence."""
-        return values[self.place]
 
-
-def pack(real: torch.Tensor, word_ids: torch.Tensor) -> Roomy:
+def pack(mask, ids, *given) -> tuple[Roomy, list[torch.Tensor], torch.Tensor]:
     """The layout of a padded batch, without a wait for the host.
 
     Args:
-        real: `[B, N]` bool, true at real tokens; word_ids: `[B, N]` int64.
-    """
-    from tokenexit.kernels.pack_static import pack_static
+        mask, ids, given: see `tokenexit.ops.pack_rows.pack_rows`.
 
-    by_token, offsets, first_token, place = pack_static(real, word_ids)
-    shape = len(real) + 1, real.shape[1]
-    place = torch.where(real, place, offsets[0, -1])
-    return Roomy.of(shape, by_token, offsets, first_token, place=place)
+    Returns:
+        It, its ids and what else is given, packed; and `[]` bool, whether all was sound.
+    """
+    from tokenexit.kernels.pack_rows import pack_rows
+
+    by_token, offsets, first_token, place, sound = pack_rows(mask, ids, *given)
+    shape = len(ids) + 1, ids.shape[1]
+    packed = Roomy.of(shape, by_token, offsets, first_token, place=place)
+    return packed, [*by_token[5:].unbind()], sound
 
 
 def embed(call, embeddings, packed, ids, positions, types=None, words=None) -> torch.Tensor:
@@ -138,7 +137,7 @@ def run(call, h, packed, schedule, bias, exits) -> Outcome:
     layers, heads = call.encoder.layers, call.encoder.heads
     schedule = schedule.padded(packed.num_sentences)
     logits, left_at = exit_loop(layers, heads, h, packed, schedule, bias, exits, keep=False)
-    return Outcome(logits, left_at, no_nan=is_sound(heads, logits))
+    return Outcome(logits, left_at)
 
 
 def exit_loop(
@@ -286,12 +285,14 @@ def exit_loop(
     return logits, layer_of_token
 
 
-def is_sound(heads: Sequence[nn.Module], logits: torch.Tensor) -> torch.Tensor:
-    """Whether surely no layer's logits had a NaN, `[]` bool; `logits` are those tokens left with.
+def unpack(call, packed, outcome, sound) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `tokenexit.loops.Loop`.
 
     A state that is NaN stays so, and its token leaves with NaN. Only a head whose own weights are
     not finite makes NaN of a sound state, which a later head may hide.
     """
-    sizes = torch.stack(torch._foreach_norm([w for head in heads for w in head.parameters()]))
-    worst = logits.amax()  # NaN of any, here and of sizes
-    return (sizes.amax() < torch.inf) & (worst == worst)
+    from tokenexit.kernels.unpack import unpack_
+
+    sizes = torch._foreach_norm([w for head in call.heads for w in head.parameters()])
+    padded = unpack_(outcome.logits, outcome.layers, packed.place, torch.stack(sizes), sound)
+    return *padded, sound

@@ -94,7 +94,7 @@ def positions_of(config: TokenExitConfig, packed: Packed, ids: torch.Tensor) -> 
     counted = ids != padding
     before = F.pad(counted.cumsum(0), (1, 0))[packed.cu_tokens[:-1]]
     within = counted.cumsum(0) - before[packed.sentence_of_token]
-    # What `pack_static` has in excess may come to lie behind the last position.
+    # What `pack_rows` of the GPU has in excess may come to lie behind the last position.
     return torch.where(counted, padding + within, padding).clamp(max=last)
 
 

@@ -20,6 +20,7 @@ from tokenexit.models.configuration import settings_of
 from tokenexit.models.embeddings import ExitEmbeddings, positions_of, relative_buckets
 from tokenexit.models.relative import rotary_of
 from tokenexit.models.rows import Rows, limits_of
+from tokenexit.ops import pack_tokens
 from tokenexit.ops.pack_rows import pack_rows, takes
 from tokenexit.packing import Packed
 from tokenexit.schedule import Schedule
@@ -169,9 +170,7 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
     elif settings_of(config)["norm_first"]:
         bias = rotary_of(config, positions, h.dtype)
     outcome = loop.run(call, h, packed, call.schedule.to(h), bias, exits)
-    if not model.training:
-        sound = sound & outcome.is_sound()
-    results = packed.unpack(outcome.logits), packed.unpack(outcome.layers), sound
+    results = loop.unpack(call, packed, outcome, sound)
     return Found(*results, packed, outcome.trace, outcome.states)
 
 
@@ -182,22 +181,22 @@ def _packed(model, rows, loop):
     types, positions = rows.token_type_ids, rows.position_ids
     if "token_type_ids" not in limits:
         types = None
-    if loop.waits and takes(mask, ids, words, kinds, types, positions):
-        ends = [limits.get(name, (0, 0))[1] + 1 for name in _LOOKED_UP]
-        layout = pack_rows(mask, ids, words, kinds, types, positions, *ends, most)
-        if layout is None:
+    asked = mask, ids, words, kinds, types, positions
+    ends = [limits.get(name, (0, 0))[1] + 1 for name in _LOOKED_UP]
+    if loop.pack is not None:
+        packed, given, sound = loop.pack(*asked, *ends, most)
+    elif takes(*asked):
+        if (layout := pack_rows(*asked, *ends, most)) is None:
             raise _explain(model, rows)
-        given = [*layout[0].unbind()[5:]]
-        packed, ids = Packed.of(mask.shape, *layout), given.pop(0)
-        types = None if types is None else given.pop(0)
-        return packed, ids, types, given[0] if given else None, True
-    inside, sound = rows.clamped(limits, most)
-    packed = loop.pack(inside.attention_mask, inside.words(kinds))
-    types, positions = (
-        None if given is None else packed.pack(given)
-        for given in (inside.token_type_ids, inside.position_ids)
-    )
-    return packed, packed.pack(inside.input_ids), types, positions, sound
+        packed, given, sound = Packed.of(mask.shape, *layout), [*layout[0].unbind()[5:]], True
+    else:
+        inside, sound = rows.clamped(limits, most)
+        packed = pack_tokens.pack(inside.attention_mask, inside.words(kinds))
+        lists = inside.input_ids, None if types is None else inside.token_type_ids
+        given = [packed.pack(x) for x in (*lists, inside.position_ids) if x is not None]
+    ids = given.pop(0)
+    types = None if types is None else given.pop(0)
+    return packed, ids, types, given[0] if given else None, sound
 
 
 def _explain(model, rows):
