@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py [STAGE ...] [--out FOLDER] [--budget SECONDS]
 
-Stages, in this order; all but the last four where none is named:
+Stages, in this order; all but the last five where none is named:
 
     env       versions, the GPU, its rate of products
     build     the package with its CUDA op, aside; tokenexit/_C.abi3.so as it is if that serves here
@@ -14,11 +14,12 @@ Stages, in this order; all but the last four where none is named:
     peers     packed with varlen or flexible attention, Hugging Face in a CUDA graph, torch.compile
     goals     one sentence of 32 tokens, 256 x 128, sentences of many lengths, a training step
     sizes     few sentences, long ones, bf16
+    exits     what the exits kept in build/gpu/*.npz are worth to BERT-base (gpu_exits.py)
     teach     trains a tagger into build/gpu-tagger; wants build/gpu-evidence, which
               `python -m experiments pack PLAN FOLDER` makes
     evidence  what that tagger's exits are worth
     sanitize  the CUDA op, a product and an exit step under compute-sanitizer, all at once
-    warm      compiles what speed, goals and peers launch; times nothing
+    warm      compiles what speed, goals, peers and exits launch; times nothing
 
 Stages joined by + run at once (`build tests+warm+sanitize speed`): what is timed runs alone.
 A stage gets what its own limit and the budget leave; one that fails or is cut off keeps no other
@@ -43,6 +44,7 @@ import xml.etree.ElementTree as xml
 import zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,16 +57,17 @@ LIMITS = {
     "speed": (150, 3700),
     "products": (75, 1500),
     "tests": (170, 1000),
-    "peers": (150, 1100),
-    "goals": (110, 1600),
+    "peers": (45, 1100),
+    "goals": (75, 2000),
     "sizes": (60, 600),
+    "exits": (45, 1800),
     "teach": (80, 1500),
     "evidence": (60, 6000),
     "sanitize": (150, 300),
-    "warm": (150, 600),
+    "warm": (100, 600),
 }
 GOALS = ("one", "large", "ragged", "train")  # parts of one process, which imports once
-WARMED = ("speed", *GOALS, "peers")
+WARMED = (("speed",), GOALS, ("peers",))  # in a process each, and another for exits
 LEAST = 8  # seconds, for which no stage begins
 SANITIZED = [
     ("memcheck", "tests/ops/test_compact_active.py", "cuda and (no_sentences or matches_a_loop)"),
@@ -197,8 +200,12 @@ class Check:
         return "\n".join(line[:200] for line in lines)
 
     def probes(self, name: str, limit: float, *what: str) -> int | None:
-        """Parts of gpu_probes.py, which begins nothing that would end after its time."""
-        command = [sys.executable, ROOT / "benchmarks/gpu_probes.py", *what, "--stage", name]
+        """Parts of gpu_probes.py."""
+        return self.program("gpu_probes.py", name, limit, *what)
+
+    def program(self, file: str, name: str, limit: float, *what) -> int | None:
+        """One of the benchmarks, which begins nothing that would end after its time."""
+        command = [sys.executable, ROOT / "benchmarks" / file, *what, "--stage", name]
         command += ["--out", self.out, "--device", self.options.device, "--seconds", limit - 10]
         return self.run(name, command + ["--tiny"] * self.options.tiny, limit)
 
@@ -244,11 +251,24 @@ class Check:
     def run_peers(self, limit):
         return self.probes("peers", limit, "peers")
 
+    def run_exits(self, limit):
+        return self.exits("exits", limit)
+
+    def exits(self, name: str, limit: float, *more: str) -> int | None:
+        """gpu_exits.py with the files that are there."""
+        files = sorted((ROOT / "build/gpu").glob("*.npz"))
+        if not files:
+            self.note(name, "no build/gpu/*.npz: `python -m experiments save-exits` writes such")
+            return 1
+        return self.program("gpu_exits.py", name, limit, *files, *more)
+
     def run_warm(self, limit):
-        """As two processes, so that the longest compilations are not behind one another."""
-        return self.at_once(
-            lambda part: self.probes("warm", limit, *part, "--warm"), (WARMED[:-1], WARMED[-1:])
-        )
+        """As processes of their own, so that compilations do not wait for one another."""
+        run = partial(self.probes, "warm", limit)
+        jobs = [partial(run, *parts, "--warm") for parts in WARMED]
+        if any((ROOT / "build/gpu").glob("*.npz")):
+            jobs.append(partial(self.exits, "warm", limit, "--warm"))
+        return self.at_once(lambda job: job(), jobs)
 
     @staticmethod
     def at_once(run, given):
@@ -340,7 +360,7 @@ def main(arguments=None) -> int:
     options.out = options.out.resolve()
     with tempfile.TemporaryDirectory() as work:
         check = Check(options, Path(work))
-        for joined in options.stages or list(LIMITS)[:-4]:
+        for joined in options.stages or list(LIMITS)[:-5]:
             check.stages(joined)
         print(f"==== summary after {options.budget - check.left():.0f} s\n{check.summary()}")
     return int(bool(check.failed))

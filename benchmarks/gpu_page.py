@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import harness
+from experiments import report
 
 DOCUMENT = harness.RESULTS.parents[1] / "docs/gpu.md"
 HF, CALL, LAYERS = "Hugging Face sdpa", "tokenexit graph", "layers, graph"
@@ -100,14 +101,28 @@ def one(rows) -> str:
     return table(["1 x 32, fp16", "ms", f"over {HF}"], lines)
 
 
+def text(rows) -> str:
+    """Exits of a trained tagger on text in batches."""
+    mine = [row for row in rows if row["stage"] == "exits"]
+    return report.clocks(mine) if mine else ""
+
+
+def training(rows) -> str:
+    mine = [row for row in rows if "busy_ms" in row]
+    return report.steps(mine) if mine else ""
+
+
 def tables() -> str:
     rows = harness.read("gpu_check")
     first = next(row for row in rows if row["stage"] == "speed")
     facts = (f"{first['device']}, torch {first['torch']} (CUDA {first['cuda']}), Triton "
              f"{first['triton']}, transformers {first['transformers']}; commit {first['commit']}, "
              f"{first['date'][:10]}.")  # fmt: skip
-    parts = [facts, *(part(rows) for part in (ways, exits, launches, one, products))]
-    return "\n\n".join(parts)
+    parts = [
+        facts,
+        *(part(rows) for part in (ways, exits, launches, one, products, text, training)),
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def main():

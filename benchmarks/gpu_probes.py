@@ -34,9 +34,6 @@ STARTED = time.perf_counter()
 TINY = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128)
 GRAPHS = ["tokenexit graph", "layers, graph"]
 IN_A_GRAPH = 10  # products, so that what starts it is not what is timed
-# After these nothing runs in the process any more.
-BROKEN = ("an illegal memory access", "device-side assert", "unspecified launch failure",
-          "misaligned address", "an illegal instruction")  # fmt: skip
 CHOSEN = None
 BAD = []
 
@@ -88,13 +85,23 @@ def attempt(name, run):
         say(f"FAILED {name}: {told}", keep=True)
         traceback.print_exc(limit=-12, file=sys.stdout)
         BAD.append(name)
-        if any(sign in str(error) for sign in BROKEN):
+        if lost():
             say("the GPU's context is lost: the rest of this stage is left out", keep=True)
             sys.stdout.flush()
             os._exit(4)
         return None
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def lost() -> bool:
+    """Whether the GPU answers no more, as after an illegal access; a failed capture is none."""
+    if CHOSEN.device == "cpu":
+        return False
+    try:
+        return (torch.ones(1, device=CHOSEN.device) + 1).item() != 2
+    except RuntimeError:
+        return True
 
 
 # What runs
@@ -111,9 +118,13 @@ def capture(run):
     return run if CHOSEN.device == "cpu" else gpu.capture(run)
 
 
-def theirs_graph(model, batch):
-    """Hugging Face's modules in a CUDA graph, all sentences of full length: no mask."""
-    bert, head, ids = model.theirs.bert, model.theirs.classifier, batch.input_ids
+def theirs_graph(theirs, batch):
+    """Hugging Face's modules in a CUDA graph, all sentences of full length: no mask.
+
+    Its model looks whether a mask is of any use, but in a capture, where it makes one. Compiled
+    layers would be compiled for that anew.
+    """
+    bert, head, ids = theirs.bert, theirs.classifier, batch.input_ids
 
     def run():
         h = bert.embeddings(input_ids=ids)
@@ -122,7 +133,15 @@ def theirs_graph(model, batch):
             h = h[0] if isinstance(h, tuple) else h
         return head(h)
 
-    return capture(run)
+    if CHOSEN.device == "cpu":
+        return run
+    aside = torch.cuda.Stream()  # as it is captured: all is compiled then
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run(), run()
+    torch.cuda.synchronize()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        return capture(run)
 
 
 def sentence_by_sentence(packed):
@@ -194,12 +213,12 @@ def packed_graph(model, batch, attention_of):
     return lambda: packed.unpack(replay())
 
 
-def compiled(model, batch, mode=None):
-    net = copy.deepcopy(model.theirs)
+def compiled(theirs):
+    net = copy.deepcopy(theirs)
     if CHOSEN.device != "cpu":  # where a compiler may be missing
         for layer in net.bert.encoder.layer:
-            layer.compile(dynamic=False, mode=mode)
-    return lambda: net(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            layer.compile(dynamic=False)
+    return net
 
 
 # How it is judged and timed
@@ -214,7 +233,9 @@ def judge(name, got, truth, same, real) -> bool:
     return why is None
 
 
-def table(title, found, base, tokens=0, each=1, brief=False, **facts) -> dict[str, float]:
+def table(
+    title, found, base, tokens=0, each=1, brief=False, rounds=20, busy=False, **facts
+) -> dict[str, float]:
     """Time the systems, tell a line of each, write a row of each; milliseconds by name.
 
     Args:
@@ -222,12 +243,15 @@ def table(title, found, base, tokens=0, each=1, brief=False, **facts) -> dict[st
         tokens: of a call, for a rate; 0 for none.
         each: how often a call does it; times are of one.
         brief: the lines are for the log only.
+        busy: tell for how long the GPU is busy with a call, which may wait for the host.
     """
     found = {name: run for name, run in found.items() if attempt(name, run) is not None}
     if not found or CHOSEN.warm:
         return {}
-    rounds = 20 if CHOSEN.device != "cpu" else 2
-    measured = gpu.measure(found, CHOSEN.device, rounds)
+    measured = gpu.measure(found, CHOSEN.device, rounds if CHOSEN.device != "cpu" else 2)
+    if busy and CHOSEN.device != "cpu":
+        for name, run in found.items():
+            measured[name]["busy_ms"] = round(busy_us(on_gpu(run)) / 1e3, 3)
     base = base if base in measured else next(iter(measured))
     for m in measured.values():
         m["times_ms"] = [ms / each for ms in m["times_ms"]]
@@ -240,9 +264,37 @@ def table(title, found, base, tokens=0, each=1, brief=False, **facts) -> dict[st
         median = statistics.median(m["times_ms"])
         rate = f" {tokens / close / 1e3:6.2f} Mtok/s" if tokens else ""
         line = f"  {row['system']:24} {median:8.3f} ms {close:8.3f}{rate} x{ratio:.2f}"
+        line += f", the GPU busy for {m['busy_ms']:.2f}" if "busy_ms" in m else ""
         say(line, keep=not brief)
         write(**{**row, **m, "median_ms": median, "tokens": tokens})
     return {name: statistics.median(m["times_ms"]) for name, m in measured.items()}
+
+
+def on_gpu(run, times=1) -> list[tuple[float, float, str]]:
+    """Start, end and name of what a GPU does for some calls, in microseconds, by their ends.
+
+    A launch may begin while the one before ends.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(times):
+            run()
+        torch.cuda.synchronize()
+    events = (
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in seen.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    return sorted(events, key=lambda event: (event[1], event[0]))
+
+
+def busy_us(events) -> float:
+    """Microseconds in which any of them runs."""
+    total, until = 0.0, float("-inf")
+    for start, end, _ in sorted(events):
+        total, until = total + max(0.0, end - max(start, until)), max(until, end)
+    return total
 
 
 class Bench:
@@ -321,7 +373,7 @@ class Bench:
         """What gives the logits; of our own ways, once it is sure that they are taken."""
         model = self.model
         if name == "Hugging Face, graph":
-            return theirs_graph(model, batch)
+            return theirs_graph(model.theirs, batch)
         if name == "layers, graph":
             if CHOSEN.device == "cpu":
                 return gpu.judges(model, batch, layers)[gpu.PAPER]
@@ -408,9 +460,7 @@ def tiny_tagger(dtype):
 def speed():
     """At the goal's size, with and without exits."""
     full = None
-    for rate, kind in (
-        (0.0, "even"), (0.75, "goal"), (0.75, "goal whole"), (0.75, "even"), (0.75, "whole"),
-    ):  # fmt: skip
+    for rate, kind in kinds("goal whole", "even", "whole"):
         names = [*GRAPHS, "asked in vain"] if not rate else GRAPHS
         if kind in ("even", "goal") and (not rate or kind == "goal"):
             names = [*names, "tokenexit, no graph", gpu.PAPER]
@@ -423,9 +473,14 @@ def speed():
 PLAN = ((0.0, "even"), (0.75, "goal"))
 
 
+def kinds(*more):
+    """Those of `PLAN`, and more that launch what those do, unless they are only warmed."""
+    return PLAN if CHOSEN.warm else (*PLAN, *((0.75, kind) for kind in more))
+
+
 def large():
     """A large batch, without exits and with a quarter of the token-layers."""
-    for rate, kind in (*PLAN, (0.75, "goal whole")):
+    for rate, kind in kinds("goal whole"):
         bench().case(*(6, 16) if CHOSEN.tiny else (256, 128), rate, kind, GRAPHS)
 
 
@@ -455,50 +510,56 @@ def sizes():
 
 
 def train():
-    """A training step under exits as self-sampling may draw them, beside one at full depth."""
-    size = (4, 16) if CHOSEN.tiny else (32, 128)
+    """A training step under exits as self-sampling may draw them, at full depth, and of theirs."""
     with torch.inference_mode(False), torch.enable_grad():
-        for share in (0.5, 0.25):
-            if time_for(f"training step, {share} of token-layers"):
-                training_step(gpu.base(**bench().shape).ours.to(CHOSEN.device), *size, share)
+        model = gpu.base(**bench().shape).to(CHOSEN.device, torch.float32)
+        for size in [(4, 16)] if CHOSEN.tiny else [(32, 128), (256, 128)]:
+            if time_for("training step, {} x {}".format(*size), 8):
+                step = functools.partial(training_step, model, *size, 0.25)
+                attempt("training step, {} x {}".format(*size), step)
 
 
-def training_step(model, sentences: int, length: int, share: float, warm: bool = False):
-    """Time a step of BERT-base at full depth and under exits as self-sampling draws them.
+def training_step(model: gpu.Model, sentences: int, length: int, share: float, warm: bool = False):
+    """Time a step at full depth, under exits as self-sampling draws them, and Hugging Face's own.
 
     Args:
-        model: ours, in fp32.
+        model: in fp32.
         share: of token-layers that are computed.
     """
-    device = model.device.type
-    model = copy.deepcopy(model).train()
-    batch = texts.batch(texts.uniform(sentences, length, model.config.vocab_size))
-    exits = texts.imposed_exits(batch, len(model.encoder.layers), share)
-    batch, exits = on_device(batch), exits.to(model.device)
-    labels = (batch.word_ids % model.num_labels).masked_fill(batch.word_ids < 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device != "cpu")
-    call = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "word_ids": batch.word_ids,
-        "labels": labels,
-        "policy": ExitPolicy.never(),
+    device = model.ours.device.type
+    ours, theirs = (copy.deepcopy(m).train() for m in (model.ours, model.theirs))
+    batch = texts.batch(texts.uniform(sentences, length, ours.config.vocab_size))
+    exits = texts.imposed_exits(batch, len(ours.encoder.layers), share)
+    batch, exits = on_device(batch), exits.to(ours.device)
+    labels = (batch.word_ids % ours.num_labels).masked_fill(batch.word_ids < 0, -100)
+    rows = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    rows["labels"] = labels
+    call = {**rows, "word_ids": batch.word_ids, "policy": ExitPolicy.never()}
+
+    def step_of(net, inputs):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=device != "cpu")
+
+        def step():
+            with torch.autocast(device, torch.bfloat16):
+                loss = net(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        return step
+
+    found = {
+        "Hugging Face": step_of(theirs, rows),
+        "full depth": step_of(ours, call),
+        "self-sampling": step_of(ours, {**call, "exit_layers": exits}),
     }
-
-    def step(layers):
-        with torch.autocast(device, torch.bfloat16):
-            loss = model(**call, exit_layers=layers).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    found = {"full depth": lambda: step(None), "self-sampling": lambda: step(exits)}
     if warm:
         return [run() for run in found.values()]
     title = f"-- training step, {sentences} x {length}, bf16, {share:.3f} of token-layers"
     facts = dict(sentences=sentences, longest=length, active_fraction=round(share, 4))
-    return table(title, found, "full depth", sentences * length, **facts)
+    tokens = sentences * length
+    return table(title, found, "Hugging Face", tokens, rounds=10, busy=True, **facts)
 
 
 def in_graphs(what, found, truth, same, base, **facts):
@@ -526,19 +587,24 @@ def peers():
         batch = on_device(cpu)
         judges = [gpu.judges(m, batch, None)[gpu.HF] for m in (bench().truth, model)]
         truth, same = judges[0](), judges[1]()
+        net = compiled(model.theirs)
         makers = {
             "packed varlen, graph": lambda batch=batch: packed_graph(model, batch, varlen),
-            "Hugging Face, graph": lambda batch=batch: theirs_graph(model, batch),
-            "torch.compile": lambda batch=batch: compiled(model, batch),
-            "torch.compile, graph": lambda batch=batch: capture(compiled(model, batch)),
-            "packed flex, graph": lambda batch=batch: packed_graph(model, batch, flexible),
+            "Hugging Face, graph": lambda batch=batch: theirs_graph(model.theirs, batch),
             "tokenexit graph": lambda batch=batch: lambda: ours(model, batch),
+            "packed flex, graph": lambda batch=batch: packed_graph(model, batch, flexible),
+            "torch.compile": lambda batch=batch, net=net: gpu.judges(
+                gpu.Model(net, model.ours), batch, None
+            )[gpu.HF],
+            "torch.compile, graph": lambda batch=batch, net=net: theirs_graph(net, batch),
         }
         if lengths is not None:  # those without a mask do not apply
             for name in ("Hugging Face, graph", "torch.compile, graph", "packed flex, graph"):
                 makers.pop(name)
         found = {gpu.HF: judges[1]}
         for name, make in makers.items():
+            if not time_for(name, 9 if "flex" in name or "compile" in name else 4):
+                continue
             start = time.perf_counter()
             run = attempt(f"making {name}", make)
             got = None if run is None else attempt(name, run)
@@ -550,7 +616,7 @@ def peers():
         facts = dict(sentences=bench().size[0], longest=bench().size[1], profile="peers")
         facts |= dict(ragged=bool(lengths), dtype=str(bench().dtype)[6:])
         table(f"-- peers, {what}", found, gpu.HF, tokens, **facts)
-        if not time_for("more peers", 20):
+        if not time_for("more peers", 9):
             return
 
 
@@ -567,7 +633,7 @@ def products():
         found = {"8192 cubed": lambda: x @ x, "copy of 128 MiB": lambda: x.clone()}
         ms = table("-- what the GPU can do, bf16", found, "8192 cubed", dtype="bfloat16")
         rates = 2 * 8192**3 / ms["8192 cubed"] / 1e9, 4 * 8192**2 / ms["copy of 128 MiB"] / 1e9
-        say("  {:.0f} TFLOP/s, {:.2f} TB/s read plus written".format(*rates), keep=True)
+        say("  peak: {:.0f} TFLOP/s, {:.2f} TB/s read plus written".format(*rates), keep=True)
     roles = {"keys and values": (2 * width, width), "output": (width, width)}
     roles |= {"up": (inner, width), "down": (width, inner)}
     generator = torch.Generator().manual_seed(0)
@@ -609,8 +675,6 @@ ROLES = ["output", "up", "down"]
 
 def launches():
     """Microseconds of each launch in a replayed graph of the layers, by its place in the layer."""
-    from torch.profiler import ProfilerActivity, profile
-
     cpu = bench().batch(*bench().size)
     batch = on_device(cpu)
     if CHOSEN.device == "cpu":
@@ -623,24 +687,16 @@ def launches():
         replay = gpu.layers_alone(bench().model.ours, batch, layers)
         for _ in range(3):
             replay()
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            for _ in range(5):
-                replay()
-            torch.cuda.synchronize()
-        on_gpu = torch.autograd.DeviceType.CUDA
-        events = sorted(
-            (event.time_range.start, event.time_range.end, event.name)
-            for event in seen.events()
-            if event.device_type == on_gpu
-        )
         size = "{} x {}".format(*bench().size)
-        by_layer(events, f"launches at {size}, exits {rate} {kind}", bench().layers)
+        by_layer(on_gpu(replay, 5), f"launches at {size}, exits {rate} {kind}", bench().layers)
 
 
 def by_layer(events, title, num_layers):
-    """Of (start, end, name) of some replays: microseconds of one, by name and layer."""
-    of, layer, product, replays = {}, -1, 0, 0
+    """Of what `on_gpu` gives for some replays: microseconds of one, by name and layer.
+
+    What runs while the one before ends counts from that end on.
+    """
+    of, layer, product, replays, until = {}, -1, 0, 0, float("-inf")
     for start, end, name in events:
         name = name.split("(")[0][:40]
         if "query_key_value" in name:
@@ -648,11 +704,12 @@ def by_layer(events, title, num_layers):
             replays += layer == 0
         elif name.startswith("_linear_kernel"):
             name, product = ROLES[min(product, 2)], product + 1
-        of.setdefault(name, {}).setdefault(max(layer, 0), []).append(end - start)
+        of.setdefault(name, {}).setdefault(max(layer, 0), []).append(end - max(start, until))
+        until = end
     if not replays:
         say(f"-- {title}: the profiler saw no launches of the layers", keep=True)
         return
-    busy = sum(end - start for start, end, _ in events) / replays
+    busy = busy_us(events) / replays
     shown = [i for i in (0, 1, 2, 5, 11) if i < num_layers]  # the whole is in the rows
     numbers = ", ".join(str(i + 1) for i in shown)
     say(f"-- {title}: busy for {busy:.0f} us a replay; layers {numbers}:", keep=True)
@@ -672,14 +729,11 @@ PARTS = {
 }  # fmt: skip
 
 
-def main(arguments=None) -> int:
+def choose(parser, arguments, stage: str) -> argparse.Namespace | None:
+    """Options that those of `parser` come with; None, told, without a GPU that they ask for."""
     global CHOSEN
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("build/gpu-check"))
-    parser.add_argument("--stage", default="probes", help="in whose name it is told")
+    parser.add_argument("--stage", default=stage, help="in whose name it is told")
     parser.add_argument("--device", default="cuda", help="cpu: only to try the program (--tiny)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model")
     parser.add_argument("--warm", action="store_true", help="compile and judge, time nothing")
@@ -688,15 +742,30 @@ def main(arguments=None) -> int:
     BAD.clear()
     if CHOSEN.device != "cpu" and not torch.cuda.is_available():
         print("No GPU is at hand.", file=sys.stderr)
-        return 2
+        return None
     torch.set_float32_matmul_precision("highest")
     say("imported", tokenexit.__file__)
+    return CHOSEN
+
+
+def ended() -> int:
+    """Say what failed; the status to end with."""
+    say("nothing failed" if not BAD else f"FAILED OR WRONG: {sorted(set(BAD))}", keep=bool(BAD))
+    return int(bool(BAD))
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    if choose(parser, arguments, "probes") is None:
+        return 2
     for name in CHOSEN.parts:
         say(f"==== {name}")
         with torch.inference_mode():
             attempt(name, PARTS[name])
-    say("nothing failed" if not BAD else f"FAILED OR WRONG: {sorted(set(BAD))}", keep=bool(BAD))
-    return int(bool(BAD))
+    return ended()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import gpu_exits
 import gpu_probes
 import harness
 import torch
@@ -236,6 +237,32 @@ def pack(
     print(f"{folder}: {size / 2**20:.1f} MiB")
 
 
+@app.command("save-exits")
+def save_exits(
+    plan: Annotated[Path, typer.Argument(help="A YAML file, see `runs_of`.")],
+    name: Annotated[str, typer.Argument(help="A run of it, with its seed.")],
+    file: Annotated[Path, typer.Argument(help="A .npz file, see `gpu_exits`.")],
+    kind: Annotated[str, typer.Option(help="Of policy.")] = "token",
+    target: Annotated[float, typer.Option(help="Times fewer multiply-adds, as asked for.")] = 3.0,
+    texts: Annotated[Path | None, typer.Option(help=TEXTS)] = None,
+):
+    """Keep the layers that the tokens of a test set leave at, by a policy that was read."""
+    known = {(row["run"], row["kind"], row["target"]): row for row in harness.read(ROWS)}
+    folder = cache_folder() / "experiments" / name / "tagger"
+    run = next((one for one in runs_of(plan) if one.name == name), None)
+    row = known.get((name, kind, target))
+    if run is None or row is None or not folder.is_dir():
+        sys.exit(f"{plan}: got {name}, {kind!r}, {target:g}x; expected a run that was read so")
+    tagger = Tagger.from_pretrained(folder, dtype=getattr(torch, run.dtype))
+    tagger = Tagger(tagger.model, tagger.tokenizer, 64)
+    windows = tagger.windows(sources.splits(run.data, texts).test["words"])
+    exits = clock.exits_of(tagger, windows, ExitPolicy.from_dict(row["policy"]))
+    gpu_exits.save_exits(exits, windows, file)
+    flat = [layer for one in exits for layer in one]
+    share = sum(flat) / len(flat) / tagger.model.config.num_hidden_layers
+    print(f"{file}: {len(windows)} sentences, {len(flat)} tokens, {share:.3f} of token-layers")
+
+
 @app.command("gpu-train")
 def gpu_train(
     plan: Annotated[Path, typer.Argument(help="A YAML file; its last run is kept.")],
@@ -294,7 +321,7 @@ def gpu_train(
                 gpu_probes.say(f"kernels of {part}: status {other.poll()}", keep=True)
                 log.seek(0)
                 print(log.read()[-2000:], flush=True)
-    ended()
+    sys.exit(gpu_probes.ended())
 
 
 @app.command("gpu-measure")
@@ -320,7 +347,7 @@ def gpu_measure(
     else:
         tagger = Tagger.from_pretrained(work, device=device)
     clock.measure(tagger, test, splits.train, out, parts=part, warm=warm, **more)
-    ended()
+    sys.exit(gpu_probes.ended())
 
 
 def asked(plan, out, stage, texts, device, tiny, seconds):
@@ -341,12 +368,6 @@ def asked(plan, out, stage, texts, device, tiny, seconds):
         splits = sources.Splits(*(part.take(min(TINY_DATA, len(part))) for part in parts))
         more = {"sizes": (4, 8), "shape": TINY_SHAPE, "step": (2, 8), "most": 2}
     return runs, splits, more
-
-
-def ended():
-    """Say what failed, and end with that status."""
-    gpu_probes.say(f"FAILED OR WRONG: {gpu_probes.BAD}" if gpu_probes.BAD else "nothing failed")
-    sys.exit(bool(gpu_probes.BAD))
 
 
 @app.command("report")

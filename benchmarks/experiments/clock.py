@@ -1,9 +1,7 @@
-"""What exits of a trained tagger are worth on the clock of a GPU, on text in batches as it comes.
+"""What exits of a tagger trained on a GPU are worth on its clock, as `gpu_exits` tells it.
 
-Rivals have the same weights and the same batches: Hugging Face's model on padded ones, and its
-layers on packed tokens with attention of variable length in a CUDA graph. A tagger as large as
-BERT-base, whose weights are random, has the exits that the trained one made imposed. Numbers are
-told and written as those of `gpu_probes` are.
+A tagger as large as BERT-base, whose weights are random, has the exits that the trained one made
+imposed. Numbers are told and written as those of `gpu_probes` are.
 """
 
 from __future__ import annotations
@@ -14,10 +12,10 @@ from functools import cache, partial
 from pathlib import Path
 
 import gpu
+import gpu_exits
 import gpu_probes
 import harness
 import numpy as np
-import texts
 import torch
 from datasets import Dataset
 
@@ -33,11 +31,8 @@ from tokenexit.training.self_sampling import SelfSampling
 
 BASES = (ExitPolicy(window=0), ExitPolicy(window=1), ExitPolicy(window=0, min_active=2))
 THRESHOLDS = (0.02, 0.04, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
-# Seconds: of a path, for what comes behind it; and for which no case is begun.
-RESERVE, LEAST = 8, 6
+RESERVE = 8  # seconds of a path, for what comes behind it
 PARTS = ("trained", "BERT-base", "training step")
-VARLEN, FULL, EXITS = "packed varlen, graph", "tokenexit", "tokenexit, exits"
-LAYERS, LAYERS_EXITS = "layers, graph", "layers, exits, graph"
 
 
 def path(tagger: Tagger, dev: Dataset, most_loss: float) -> Iterator[Evaluation]:
@@ -77,128 +72,6 @@ def exits_of(tagger: Tagger, windows: Sequence[Window], policy: ExitPolicy) -> l
         for index, row in zip(indices, output.exit_layers.tolist(), strict=True):
             found[index] = row[: len(windows[index].input_ids)]
     return found
-
-
-def save_exits(exits: Sequence[Sequence[int]], windows: Sequence[Window], path: Path):
-    """Token by token, one window after another: layers to leave at, ids, words; and lengths."""
-    rows = {
-        "exits": exits,
-        "input_ids": [w.input_ids for w in windows],
-        "word_ids": [w.word_ids for w in windows],
-    }
-    kinds = {"exits": np.uint8, "input_ids": np.int32, "word_ids": np.int16}
-    flat = {name: np.concatenate(row).astype(kinds[name]) for name, row in rows.items()}
-    np.savez_compressed(path, lengths=np.array([*map(len, exits)], np.int16), **flat)
-
-
-def batches(
-    windows: Sequence[Window], exits: Sequence[Sequence[int]], size: int, order: str, most: int
-) -> list[tuple[texts.Batch, torch.Tensor]]:
-    """Padded batches with the layers that their tokens leave at, at most so many, evenly picked.
-
-    Args:
-        order: "sorted" by length, or "file".
-    """
-    indices = list(range(len(windows)))
-    if order == "sorted":
-        indices.sort(key=lambda i: len(windows[i].input_ids))
-    starts = range(0, len(indices), size)
-    starts = starts[:: -(-len(starts) // most)]
-    made = []
-    for start in starts:
-        chosen = indices[start : start + size]
-        rows = [texts.Sentence(windows[i].input_ids, windows[i].word_ids) for i in chosen]
-        made.append((texts.batch(rows), texts.pad([exits[i] for i in chosen], 0)))
-    return made
-
-
-@torch.inference_mode()
-def clock(
-    title: str,
-    truth: gpu.Model,
-    model: gpu.Model,
-    given: Sequence[tuple[texts.Batch, torch.Tensor]],
-    policy: ExitPolicy | None,
-    warm: bool = False,
-    **facts,
-) -> dict[str, float]:
-    """Milliseconds of each system for all batches, after a look at the first batch's labels.
-
-    Args:
-        truth: the model in fp32.
-        given: of `batches`.
-        policy: by which tokens leave; None: where they are given to.
-        warm: run each once, so that all kernels are compiled, and time nothing.
-        facts: of the rows.
-    """
-    runs, tokens, cells, spent = {}, 0, 0, 0
-    layers = len(model.ours.encoder.layers)
-    for number, (batch, exits) in enumerate(given):
-        tokens, cells = tokens + int(batch.real.sum()), cells + batch.real.numel()
-        spent += int(exits.sum())
-        batch, exits = gpu_probes.on_device(batch), exits.to(model.ours.device)
-        made = systems(model, batch, exits, policy)
-        if not number:
-            alike(truth, model, batch, exits, {name: run() for name, run in made.items()})
-        for name, run in made.items():
-            runs.setdefault(name, []).append(run)
-    found = {name: (lambda each=each: [run() for run in each]) for name, each in runs.items()}
-    if warm:
-        for run in found.values():
-            run()
-        return {}
-    share = spent / tokens / layers
-    facts |= dict(batches=len(given), cells=cells, active_fraction=round(share, 4))
-    told = f"-- {title}: {len(given)} batches, {tokens} tokens in {cells} cells"
-    told += f", {share:.3f} of token-layers"
-    ms = gpu_probes.table(told, found, gpu.HF, tokens, **facts)
-    for name, own in ((EXITS, FULL), (LAYERS_EXITS, LAYERS)):
-        if {gpu.HF, VARLEN, name, own} <= ms.keys():
-            over = (f"{other} {ms[other] / ms[name]:.2f}" for other in (gpu.HF, VARLEN, own))
-            gpu_probes.say(f"  {name} over {', '.join(over)}", keep=True)
-    return ms
-
-
-def systems(model: gpu.Model, batch: texts.Batch, exits: torch.Tensor, policy) -> dict:
-    """By name, what gives the logits `[B, N, C]` of a batch."""
-    padded = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    imposed = exits if policy is None else None
-    never = ExitPolicy.never()
-    model.ours.policy = never
-    found = {
-        gpu.HF: lambda: model.theirs(**padded).logits,
-        VARLEN: gpu_probes.packed_graph(model, batch, gpu_probes.varlen),
-        FULL: lambda: gpu_probes.ours(model, batch, policy=never),
-        EXITS: lambda: gpu_probes.ours(model, batch, imposed, policy=policy or never),
-    }
-    if batch.input_ids.is_cuda:
-        found[LAYERS] = gpu.layers_alone(model.ours, batch, None)
-        model.ours.policy = policy or never
-        found[LAYERS_EXITS] = gpu.layers_alone(model.ours, batch, imposed)
-        model.ours.policy = never
-    return found
-
-
-def alike(truth, model, batch, exits, logits: dict[str, torch.Tensor]):
-    """Tell which systems give other labels than rounding explains.
-
-    Labels should be Hugging Face's in fp32, or with exits those of the loop in PyTorch where tokens
-    leave as given; twice as many may differ as do in these themselves for the dtype.
-    """
-    wanted, same = (
-        {name: run().argmax(-1) for name, run in gpu.judges(one, batch, exits).items()}
-        for one in (truth, model)
-    )
-    for name, got in logits.items():
-        judge = gpu.PAPER if name in (EXITS, LAYERS_EXITS) else gpu.HF
-        apart, allowed = (
-            float((labels != wanted[judge])[batch.real].double().mean())
-            for labels in (got.argmax(-1), same[judge])
-        )
-        if apart > 2 * allowed + 0.02:
-            gpu_probes.BAD.append(name)
-            told = f"WRONG {name}: {apart:.2%} of labels differ from fp32, {judge}'s {allowed:.2%}"
-            gpu_probes.say(told, keep=True)
 
 
 def sampled_share(tagger: Tagger, data: Dataset) -> float:
@@ -296,7 +169,7 @@ def measure(
     windows = half.windows(test["words"])
     exits = exits_of(half, windows, policy)
     if not warm:
-        save_exits(exits, windows, out / "exits.npz")
+        gpu_exits.save_exits(exits, windows, out / "exits.npz")
     gpu_loop.FALLBACKS.clear()
 
     @cache
@@ -305,24 +178,16 @@ def measure(
 
     def clocks(name, truth, its_policy, size):
         one = truth.to(device, dtype)
-        for order in ("file", "sorted"):
-            if gpu_probes.left() < LEAST:
-                gpu_probes.say(f"no time for {name}, {size} sentences, {order}", keep=True)
-                return
-            given = batches(windows, exits, size, order, most)
-            title = f"{name}, {size} sentences, {order}"
-            facts = dict(tagger=name, sentences=size, order=order, dtype=str(dtype)[6:])
-            run = partial(clock, title, truth, one, given, its_policy, warm, **facts)
-            gpu_probes.attempt(title, run)
+        gpu_exits.clocks(name, truth, one, windows, exits, its_policy, size, most, warm)
 
     if "trained" in parts:
         clocks("trained", exact, policy, sizes[0])
     if "BERT-base" in parts:
         clocks("BERT-base", large(), None, sizes[0])
-    if "training step" in parts and gpu_probes.left() > LEAST:
+    if "training step" in parts and gpu_probes.left() > gpu_exits.LEAST:
         share = sampled_share(half, train.take(min(512, len(train))))
         share = max(share, 1 / len(exact.ours.exit_heads))
-        run = partial(gpu_probes.training_step, large().ours, *step, share, warm)
+        run = partial(gpu_probes.training_step, large(), *step, share, warm)
         gpu_probes.attempt("training step", run)
     if "BERT-base" in parts:
         for size in sizes[1:]:

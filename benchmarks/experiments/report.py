@@ -8,8 +8,7 @@ from pathlib import Path
 
 import gpu
 import harness
-
-from experiments.clock import EXITS, FULL, LAYERS, LAYERS_EXITS, VARLEN
+from gpu_exits import EXITS, FULL, LAYERS, LAYERS_EXITS, VARLEN
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
 
@@ -175,14 +174,21 @@ def clocks(rows: Sequence[dict]) -> str:
 
 
 def steps(rows: Sequence[dict]) -> str:
-    """A table of the newest times of a step of training."""
-    last = {row["system"]: row for row in rows if "tagger" not in row and "longest" in row}
-    lines = ["| training step | sentences | token-layers | ms |", "| --- | --: | --: | --: |"]
-    for name, row in last.items():
-        share = row["active_fraction"] if name != "full depth" else 1
+    """A table of the newest times of a step of training, those for which the GPU is busy beside."""
+    last = {
+        (row["sentences"], row["longest"], row["system"]): row
+        for row in rows
+        if "tagger" not in row and "longest" in row
+    }
+    lines = [
+        "| training step | sentences | token-layers | ms | the GPU busy for |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    for (sentences, longest, name), row in last.items():
+        share = row["active_fraction"] if name == "self-sampling" else 1
+        busy = f"{row['busy_ms']:.1f}" if "busy_ms" in row else ""
         lines.append(
-            f"| {name} | {row['sentences']} x {row['longest']} | {share:.3f} "
-            f"| {row['median_ms']:.1f} |"
+            f"| {name} | {sentences} x {longest} | {share:.3f} | {row['median_ms']:.1f} | {busy} |"
         )
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_exits
 import gpu_probes
 import harness
 import numpy as np
@@ -312,17 +313,17 @@ def test_exits_are_kept_token_by_token(tmp_path, tiny_tokenizer):
     tagger = Tagger(model, tokenizer, 2)
     windows = tagger.windows([["a", "b", "c"], ["d"], ["a", "a", "c", "d", "b"]])
     exits = clock.exits_of(tagger, windows, ExitPolicy(threshold=0.999, window=0))
-    clock.save_exits(exits, windows, tmp_path / "exits.npz")
+    gpu_exits.save_exits(exits, windows, tmp_path / "exits.npz")
     kept = np.load(tmp_path / "exits.npz")
     assert kept["lengths"].tolist() == [len(w.input_ids) for w in windows]
     ends = kept["lengths"].cumsum()
     for window, end, length in zip(windows, ends, kept["lengths"], strict=True):
         assert kept["input_ids"][end - length : end].tolist() == window.input_ids
-    made = clock.batches(windows, exits, 2, "sorted", 9)
+    made = gpu_exits.batches(windows, exits, 2, "sorted", 9)
     assert [batch.real.sum(1).tolist() for batch, _ in made] == [[3, 5], [7]]
     for batch, layers in made:
         assert ((layers > 0) == batch.real).all()
-    assert len(clock.batches(windows, exits, 1, "file", 2)) == 2
+    assert len(gpu_exits.batches(windows, exits, 1, "file", 2)) == 2
 
 
 def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):

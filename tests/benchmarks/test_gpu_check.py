@@ -10,9 +10,12 @@ from pathlib import Path
 
 import gpu
 import gpu_check
+import gpu_exits
+import gpu_page
 import gpu_probes
 import pytest
 import torch
+from texts import Sentence
 
 
 @pytest.fixture
@@ -74,14 +77,23 @@ def test_joined_stages_run_at_once_and_an_end_from_without_is_told(check, monkey
     assert check.summary().count(": ok") == 2 and "begun" not in check.summary()
 
 
-def test_what_is_warmed_is_what_is_timed(check, monkeypatch):
-    asked = []
+def test_what_is_warmed_is_what_is_timed(check, monkeypatch, tmp_path):
+    asked, folder = [], tmp_path / "build/gpu"
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(check, "run", lambda name, command, limit: asked.append(command) or 0)
+    assert check.run_exits(20) == 1 and "save-exits" in check.tell("exits")
     assert check.run_warm(20) == 0
-    parts = [x for command in asked for x in command if x in gpu_check.WARMED]
-    assert sorted(parts) == sorted(gpu_check.WARMED)
-    assert all("--warm" in command for command in asked)
-    assert set(gpu_check.WARMED) <= gpu_probes.PARTS.keys()
+    wanted = [part for parts in gpu_check.WARMED for part in parts]
+    parts = [x for command in asked for x in command if x in wanted]
+    assert sorted(parts) == sorted(wanted) == sorted({"speed", "peers", *gpu_check.GOALS})
+    assert len(asked) == 3 and set(wanted) <= gpu_probes.PARTS.keys()
+    folder.mkdir(parents=True)
+    (folder / "some.npz").touch()
+    asked.clear()
+    assert check.run_warm(20) == 0 and check.run_exits(20) == 0
+    assert all("--warm" in command for command in asked[:4])
+    exits = [command for command in asked if folder / "some.npz" in command]
+    assert len(exits) == 2 and "--warm" not in exits[1] and len(asked) == 5
 
 
 def is_alive(pid):
@@ -95,7 +107,7 @@ def test_the_summary_is_short(check):
     for name, (_, characters) in gpu_check.LIMITS.items():
         check.told[name] = f"== {name}: FAILED with status 139, 150 s\n{'x' * characters}\n"
     assert len(check.summary()) < 12_000
-    default = list(check.told)[:-4]
+    default = list(check.told)[:-5]
     assert sum(len(check.told[name]) for name in default) < gpu_check.MOST  # nothing is cut
 
 
@@ -206,16 +218,55 @@ def test_launches_by_layer(probes, tmp_path):
 
 
 def test_what_breaks_the_context_ends_the_stage(probes, monkeypatch):
+    """Not what says no more than that it would be told by assertions on the device."""
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
 
     def breaks():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError("CUDA error: ...\nCompile with `TORCH_USE_CUDA_DSA` to enable ...")
 
+    assert gpu_probes.attempt("that", breaks) is None
+    assert not ended and gpu_probes.BAD == ["that"]
+    monkeypatch.setattr(gpu_probes, "lost", lambda: True)
     gpu_probes.attempt("this", breaks)
-    assert ended == [4] and gpu_probes.BAD == ["this"]
-    assert gpu_probes.attempt("that", lambda: 1 / 0) is None
-    assert ended == [4] and gpu_probes.BAD == ["this", "that"]
+    assert ended == [4] and gpu_probes.BAD == ["that", "this"]
+
+
+def test_a_step_of_training_beside_hugging_faces(probes):
+    gpu_probes.training_step(gpu.base(**gpu_probes.TINY, vocab_size=60), 2, 8, 0.5)
+    rows = probes()
+    assert [row["system"] for row in rows] == ["Hugging Face", "full depth", "self-sampling"]
+    assert all(row["longest"] == 8 and "busy_ms" not in row for row in rows)  # on a CPU
+    told = gpu_page.training([row | {"busy_ms": 1.25, "stage": "goals"} for row in rows])
+    assert told.count("| 1.2 |") == 3 and "| self-sampling | 2 x 8 | 0.500 |" in told
+
+
+def test_launches_that_overlap_are_busy_once():
+    events = [(0, 10, "a"), (8, 20, "b"), (30, 31, "c")]
+    assert gpu_probes.busy_us(events) == gpu_probes.busy_us(events[::-1]) == 21
+
+
+def test_exits_that_were_kept_are_imposed(probes, tmp_path):
+    windows = [Sentence([90, 7, 300, 5], [-1, 0, 1, -1]), Sentence([90, 8, 5], [-1, 0, -1])]
+    exits = [[4, 1, 4, 4], [2, 2, 2]]
+    file = tmp_path / "kept.npz"
+    gpu_exits.save_exits(exits, windows, file)
+    assert gpu_exits.read_exits(file) == (windows, exits)
+    options = ["--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    assert gpu_exits.main([str(file), *options]) == 0
+    rows = probes()
+    assert {(row["order"], row["stage"]) for row in rows} == {
+        ("file", "exits"),
+        ("sorted", "exits"),
+    }
+    assert all(row["active_fraction"] == round(19 / 28, 4) for row in rows)
+    names = {gpu.HF, gpu_exits.VARLEN, gpu_exits.FULL, gpu_exits.EXITS}
+    assert {row["system"] for row in rows} == names
+    assert gpu_page.text(rows).count("| BERT-base | 64 |") == 2 and not gpu_page.text([])
+    with file.open("wb") as other:
+        gpu_exits.np.savez(other, lengths=[1])
+    with pytest.raises(ValueError, match="expected .'exits', 'input_ids', 'word_ids'."):
+        gpu_exits.read_exits(file)
 
 
 def test_without_a_gpu_one_line_and_status_2(monkeypatch, capsys):
