@@ -19,7 +19,7 @@ Stages, in this order; all but the last five where none is named:
               `python -m experiments pack PLAN FOLDER` makes
     evidence  what that tagger's exits are worth
     sanitize  the CUDA op, a product and an exit step under compute-sanitizer, all at once
-    warm      compiles what speed, goals, peers and exits launch; times nothing
+    warm      compiles what speed, goals, peers, exits and products launch; times nothing
 
 Stages joined by + run at once (`build tests+warm+sanitize speed`): what is timed runs alone.
 A stage gets what its own limit and the budget leave; one that fails or is cut off keeps no other
@@ -56,7 +56,7 @@ LIMITS = {
     "smoke": (90, 700),
     "speed": (150, 3700),
     "products": (75, 1500),
-    "tests": (170, 1000),
+    "tests": (140, 1000),
     "peers": (45, 1100),
     "goals": (75, 2000),
     "sizes": (60, 600),
@@ -67,7 +67,7 @@ LIMITS = {
     "warm": (100, 600),
 }
 GOALS = ("one", "large", "ragged", "train")  # parts of one process, which imports once
-WARMED = (("speed",), GOALS, ("peers",))  # in a process each, and another for exits
+WARMED = (("speed", "products"), GOALS, ("peers",))  # in a process each, and another for exits
 LEAST = 8  # seconds, for which no stage begins
 SANITIZED = [
     ("memcheck", "tests/ops/test_compact_active.py", "cuda and (no_sentences or matches_a_loop)"),

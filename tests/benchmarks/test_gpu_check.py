@@ -85,7 +85,9 @@ def test_what_is_warmed_is_what_is_timed(check, monkeypatch, tmp_path):
     assert check.run_warm(20) == 0
     wanted = [part for parts in gpu_check.WARMED for part in parts]
     parts = [x for command in asked for x in command if x in wanted]
-    assert sorted(parts) == sorted(wanted) == sorted({"speed", "peers", *gpu_check.GOALS})
+    assert (
+        sorted(parts) == sorted(wanted) == sorted({"speed", "products", "peers", *gpu_check.GOALS})
+    )
     assert len(asked) == 3 and set(wanted) <= gpu_probes.PARTS.keys()
     folder.mkdir(parents=True)
     (folder / "some.npz").touch()
@@ -241,9 +243,11 @@ def test_a_step_of_training_beside_hugging_faces(probes):
     assert told.count("| 1.2 |") == 3 and "| self-sampling | 2 x 8 | 0.500 |" in told
 
 
-def test_launches_that_overlap_are_busy_once():
-    events = [(0, 10, "a"), (8, 20, "b"), (30, 31, "c")]
+def test_launches_that_overlap_are_busy_once(probes):
+    events = [(0, 10, "query_key_value"), (8, 20, "_linear_kernel"), (30, 31, "c")]
     assert gpu_probes.busy_us(events) == gpu_probes.busy_us(events[::-1]) == 21
+    gpu_probes.by_layer(events, "launches", 1)
+    assert [row["us"] for row in probes()] == [10, 10, 1]
 
 
 def test_exits_that_were_kept_are_imposed(probes, tmp_path):
