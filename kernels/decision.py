@@ -39,17 +39,24 @@ def _uncertainty(x, mask_c, C: tl.constexpr, MAX_PROB: tl.constexpr):
 
 
 @triton.jit
-def _decide(
-    b, u_ptr, exit_in_ptr, exit_out_ptr, cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr,
-    layer, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """The exits of sentence b; exit_in and exit_out may be the same."""
+def _asked(b, cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr):
+    """Of sentence b: its first word, how many it has, window, threshold, least words to go on."""
     first = tl.load(cu_words_ptr + b)
     num_words = tl.load(cu_words_ptr + b + 1) - first
-    k = tl.minimum(
-        tl.load(window_ptr + b), num_words
-    )  # before it is added to anything: it may be huge
-    limit = tl.load(threshold_ptr + b)
+    least = num_words * 0
+    if min_active_ptr is not None:
+        least = tl.minimum(tl.load(min_active_ptr + b), num_words)
+    # The window may be huge: not to be added to anything before.
+    window = tl.minimum(tl.load(window_ptr + b), num_words)
+    return first, num_words, window, tl.load(threshold_ptr + b), least
+
+
+@triton.jit
+def _decide(
+    u_ptr, exit_in_ptr, exit_out_ptr, first, num_words, k, limit, least, layer,
+    BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """The exits of a sentence; exit_in and exit_out may be the same."""
     staying = 0
     for w in range(0, num_words, BLOCK_W):
         offs_w = w + tl.arange(0, BLOCK_W)
@@ -66,15 +73,13 @@ def _decide(
         left = tl.where((left == 0) & (blocked == 0), layer, left)
         tl.store(exit_out_ptr + first + offs_w, left, mask=mask_w)
         staying += tl.sum((left == 0).to(tl.int32), 0)
-    if min_active_ptr is not None:
-        # Only once some have left: fewer than all.
-        if staying < tl.minimum(tl.load(min_active_ptr + b), num_words):
-            for w in range(0, num_words, BLOCK_W):
-                offs_w = w + tl.arange(0, BLOCK_W)
-                mask_w = offs_w < num_words
-                left = tl.load(exit_in_ptr + first + offs_w, mask=mask_w, other=1)
-                left = tl.where(left == 0, layer, left)
-                tl.store(exit_out_ptr + first + offs_w, left, mask=mask_w)
+    if staying < least:  # only once some have left: it is no more than all
+        for w in range(0, num_words, BLOCK_W):
+            offs_w = w + tl.arange(0, BLOCK_W)
+            mask_w = offs_w < num_words
+            left = tl.load(exit_in_ptr + first + offs_w, mask=mask_w, other=1)
+            left = tl.where(left == 0, layer, left)
+            tl.store(exit_out_ptr + first + offs_w, left, mask=mask_w)
 
 
 @triton.jit
@@ -104,10 +109,12 @@ def _exit_decision_kernel(
     u_ptr, exit_in_ptr, exit_out_ptr, cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr,
     layer, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
+    first, num_words, window, limit, least = _asked(
+        tl.program_id(0), cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr
+    )
     _decide(
-        tl.program_id(0), u_ptr, exit_in_ptr, exit_out_ptr, cu_words_ptr, window_ptr, threshold_ptr,
-        min_active_ptr, layer, BLOCK_W,
-    )  # fmt: skip
+        u_ptr, exit_in_ptr, exit_out_ptr, first, num_words, window, limit, least, layer, BLOCK_W
+    )
 
 
 @triton.jit
@@ -132,6 +139,14 @@ def _exit_step_kernel(
     tokens = tl.load(active_ptr + rows, mask=mask_r, other=0)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
+    # Asked for before they are needed.
+    if ANSWER:
+        bias = tl.load(head_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    if DECIDE:
+        words = tl.load(word_at_ptr + tokens, mask=mask_r, other=-1)
+        first_word, num_words, window, limit, least = _asked(
+            b, cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr
+        )
     sums, squares = load_stats(stats_ptr, rows, mask_r, num_stats, S, 1)
     mean, rstd = mean_rstd(sums, squares, D, num_stats, EPS, BLOCK_S, S, 1)
     logits = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -150,13 +165,12 @@ def _exit_step_kernel(
             logits = tl.dot(h, w, logits, input_precision="ieee")
     if not ANSWER:
         return
-    logits += tl.load(head_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    logits += bias[None, :]
     rounded = logits.to(logits_ptr.dtype.element_ty)
     to = logits_ptr + tokens[:, None] * C + offs_c[None, :]
     tl.store(to, rounded, mask=mask_r[:, None] & mask_c[None, :])
     tl.store(token_layer_ptr + tokens, tl.full((BLOCK_R,), layer, tl.int64), mask=mask_r)
     if DECIDE:
-        words = tl.load(word_at_ptr + tokens, mask=mask_r, other=-1)
         u = _uncertainty(rounded.to(tl.float32), mask_c, C, MAX_PROB)
         tl.store(u_ptr + words, u, mask=words >= 0)
         # The sentence's last program decides. All of a program's uncertainties are stored before it
@@ -167,8 +181,8 @@ def _exit_step_kernel(
         if arrived == tl.cdiv(last - first, BLOCK_R) - 1:
             tl.store(arrived_ptr + b, 0)
             _decide(
-                b, u_ptr, exit_ptr, exit_ptr, cu_words_ptr, window_ptr, threshold_ptr,
-                min_active_ptr, layer, BLOCK_W,
+                u_ptr, exit_ptr, exit_ptr, first_word, num_words, window, limit, least, layer,
+                BLOCK_W,
             )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ constexpr int kThreads = 256;
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;  // and sentences of a tile
 constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kAhead = 4;  // steps of a warp whose loads wait together
 
 using State = cuda::atomic_ref<uint64_t, cuda::thread_scope_device>;
 
@@ -36,6 +37,28 @@ __device__ inline int64_t sum_before(uint64_t* states, int64_t tile, int64_t cou
   return __shfl_sync(kAllLanes, sum, 0);
 }
 
+// A lane's tokens of kAhead steps of its warp.
+struct Tokens {
+  int64_t token[kAhead];
+  bool special[kAhead], staying[kAhead];  // staying: of a word that stays
+
+  __device__ inline Tokens(const int64_t* __restrict__ active, int64_t begin, int64_t end,
+                           const int64_t* __restrict__ word_of_token,
+                           const int64_t* __restrict__ exit_layer) {
+    int64_t word[kAhead];
+    bool listed[kAhead];
+    for (int k = 0; k < kAhead; ++k) {
+      listed[k] = begin + k * kWarpSize < end;
+      token[k] = listed[k] ? active[begin + k * kWarpSize] : 0;
+    }
+    for (int k = 0; k < kAhead; ++k) word[k] = listed[k] ? word_of_token[token[k]] : -1;
+    for (int k = 0; k < kAhead; ++k) {
+      special[k] = listed[k] && word[k] < 0;
+      staying[k] = stays(word[k], exit_layer, false);
+    }
+  }
+};
+
 // One pass. A block takes a tile of sentences, a warp one of them: it counts what stays, learns
 // where that begins, and copies it. Places come from prefix sums alone, so the result is the same
 // in every run. `states`, zeros: a ticket, how many blocks are done, then a word for each tile;
@@ -59,11 +82,12 @@ __global__ inline void __launch_bounds__(kThreads, 4) compact_active_kernel(
   const int64_t first = b < num_sentences ? cu_active[b] : 0;
   const int64_t last = b < num_sentences ? cu_active[b + 1] : 0;
   int64_t of_words = 0, specials = 0;
-  for (int64_t i = first; i < last; i += kWarpSize) {
-    const bool listed = i + lane < last;
-    const int64_t word = listed ? word_of_token[active[i + lane]] : -1;
-    of_words += __popc(__ballot_sync(kAllLanes, listed && stays(word, exit_layer, false)));
-    specials += __popc(__ballot_sync(kAllLanes, listed && word < 0));
+  for (int64_t i = first; i < last; i += kAhead * kWarpSize) {
+    const Tokens mine(active, i + lane, last, word_of_token, exit_layer);
+    for (int k = 0; k < kAhead; ++k) {
+      of_words += __popc(__ballot_sync(kAllLanes, mine.staying[k]));
+      specials += __popc(__ballot_sync(kAllLanes, mine.special[k]));
+    }
   }
   const bool shown = cu_tokens != nullptr && b < num_sentences && of_words > 0;
   const int64_t first_seen = shown ? cu_tokens[b] : 0;
@@ -86,13 +110,14 @@ __global__ inline void __launch_bounds__(kThreads, 4) compact_active_kernel(
   }
   for (int64_t i = lane; i < seen; i += kWarpSize) seen_out[seen_of(begin) + i] = first_seen + i;
   int64_t to = kept_of(begin);
-  for (int64_t i = first; i < last; i += kWarpSize) {
-    const bool listed = i + lane < last;
-    const int64_t token = listed ? active[i + lane] : 0;
-    const bool stay = listed && stays(word_of_token[token], exit_layer, of_words > 0);
-    const unsigned staying = __ballot_sync(kAllLanes, stay);
-    if (stay) active_out[to + __popc(staying & ((1u << lane) - 1))] = token;
-    to += __popc(staying);
+  for (int64_t i = first; i < last; i += kAhead * kWarpSize) {
+    const Tokens mine(active, i + lane, last, word_of_token, exit_layer);
+    for (int k = 0; k < kAhead; ++k) {
+      const bool stay = mine.staying[k] || (mine.special[k] && of_words > 0);
+      const unsigned staying = __ballot_sync(kAllLanes, stay);
+      if (stay) active_out[to + __popc(staying & ((1u << lane) - 1))] = mine.token[k];
+      to += __popc(staying);
+    }
   }
   if (threadIdx.x == 0 && my_tile == 0) {
     cu_out[0] = 0;
