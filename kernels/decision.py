@@ -163,27 +163,26 @@ def _exit_step_kernel(
             w_at = head_weight_ptr + offs_c[None, :] * D + offs_d[:, None]
             w = tl.load(w_at, mask=mask_c[None, :] & mask_d[:, None], other=0.0)
             logits = tl.dot(h, w, logits, input_precision="ieee")
-    if not ANSWER:
-        return
-    logits += bias[None, :]
-    rounded = logits.to(logits_ptr.dtype.element_ty)
-    to = logits_ptr + tokens[:, None] * C + offs_c[None, :]
-    tl.store(to, rounded, mask=mask_r[:, None] & mask_c[None, :])
-    tl.store(token_layer_ptr + tokens, tl.full((BLOCK_R,), layer, tl.int64), mask=mask_r)
-    if DECIDE:
-        u = _uncertainty(rounded.to(tl.float32), mask_c, C, MAX_PROB)
-        tl.store(u_ptr + words, u, mask=words >= 0)
-        # The sentence's last program decides. All of a program's uncertainties are stored before it
-        # arrives; the atomic's release and acquire make those of the others visible to the last.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrived_ptr + b, 1, sem="acq_rel", scope="gpu")
-        tl.debug_barrier()
-        if arrived == tl.cdiv(last - first, BLOCK_R) - 1:
-            tl.store(arrived_ptr + b, 0)
-            _decide(
-                u_ptr, exit_ptr, exit_ptr, first_word, num_words, window, limit, least, layer,
-                BLOCK_W,
-            )  # fmt: skip
+    if ANSWER:
+        logits += bias[None, :]
+        rounded = logits.to(logits_ptr.dtype.element_ty)
+        to = logits_ptr + tokens[:, None] * C + offs_c[None, :]
+        tl.store(to, rounded, mask=mask_r[:, None] & mask_c[None, :])
+        tl.store(token_layer_ptr + tokens, tl.full((BLOCK_R,), layer, tl.int64), mask=mask_r)
+        if DECIDE:
+            u = _uncertainty(rounded.to(tl.float32), mask_c, C, MAX_PROB)
+            tl.store(u_ptr + words, u, mask=words >= 0)
+            # The sentence's last program decides. All of a program's uncertainties are stored
+            # before it arrives; the atomic's release and acquire make the others' visible to it.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrived_ptr + b, 1, sem="acq_rel", scope="gpu")
+            tl.debug_barrier()
+            if arrived == tl.cdiv(last - first, BLOCK_R) - 1:
+                tl.store(arrived_ptr + b, 0)
+                _decide(
+                    u_ptr, exit_ptr, exit_ptr, first_word, num_words, window, limit, least, layer,
+                    BLOCK_W,
+                )  # fmt: skip
 
 
 @triton_op("tokenexit_triton::exit_decision", mutates_args={})

@@ -144,6 +144,65 @@ def test_dependent_launches_wait_before_they_read():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+LOOP = """
+import sys
+from collections import Counter
+sys.path.insert(0, "tests")
+import torch, triton
+from random_models import random_batch, random_tagger
+from tokenexit import ExitPolicy
+from tokenexit.kernels import report
+from tokenexit.loops import LOOPS, Call, gpu
+from tokenexit.models.pipeline import tag
+from tokenexit.models.rows import Rows
+from tokenexit.schedule import Schedule
+
+# No kernel runs: what they would fill is 0, and so are all lists.
+torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
+torch.Tensor.new_empty = torch.Tensor.new_zeros
+gpu.compact_active = lambda active, cu, *_, **__: [x * 0 for x in (active, cu, active, cu)]
+recorded = []
+run = triton.JITFunction.run
+def record(kernel, *args, grid, warmup, **named):
+    recorded.append((kernel, {**dict(zip(kernel.arg_names, args)), **named}))
+fields = ("word_ids", "token_type_ids", "position_ids", "exit_layers")
+batch = random_batch([5, 17, 1])
+with torch.no_grad():
+    for family, given, threshold, options in (
+        ("bert", (), (0, 0.5, 0, 0), {"hidden_act": "gelu_new"}),
+        ("bert", fields, 0, {}),
+        ("mpnet", fields[:1], 0.3, {}),
+    ):
+        tagger = random_tagger(family, dtype=torch.float16, **options)
+        rows = {name: batch["input_ids"] for name in ("input_ids", *given)}
+        rows |= {"attention_mask": batch["attention_mask"] != 0}
+        policy = ExitPolicy(threshold=threshold)
+        schedule = Schedule.of(policy, 4, 3, torch.zeros(0))
+        triton.JITFunction.run = record
+        tag(tagger, Rows(**rows), Call(tagger.encoder, torch.zeros(1, 32), schedule), LOOPS["gpu"])
+        triton.JITFunction.run = run
+seen = {}
+for kernel, values in recorded:
+    options = {k: v for k, v in values.items() if k not in kernel.arg_names}
+    given = [(values[p.name], p.is_constexpr) for p in kernel.params]
+    kinds = [x if fixed else (type(x), getattr(x, "dtype", 0)) for x, fixed in given]
+    seen.setdefault((kernel.__name__, repr(kinds)), (kernel, values, options))
+for kernel, values, options in seen.values():
+    report.compile_kernel(kernel, values, options, "sm_90")
+kinds = Counter(name for name, _ in seen)
+assert {"_count_kernel", "_place_kernel", "_embed_kernel", "_unpack_kernel"} <= kinds.keys(), kinds
+assert kinds["_exit_step_kernel"] == 3, kinds  # decides, answers alone, does neither
+assert kinds["_linear_kernel"] >= 5 and kinds["_exit_attention_fwd_kernel"] == 2, kinds
+"""
+
+
+@pytest.mark.slow
+def test_whatever_the_loop_launches_compiles():
+    """The interpreter passes over what it does not reach, where a compiler stumbles."""
+    done = run("-c", LOOP)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_only_what_is_asked_for():
     call = "--arch gfx942 --model minilm --dtype bf16 --kernel bias_gelu --table".split()
