@@ -29,7 +29,7 @@ def write(document: Path = DOCUMENT):
     if on_gpu := harness.read("gpu_scores"):
         times = [row for row in harness.read("gpu_check") if row["stage"] == "evidence"]
         parts = scores(on_gpu), clocks(times), steps(times)
-        harness.between(document, "gpu", "\n\n".join(parts))
+        harness.between(document, "gpu", "\n\n".join(filter(None, parts)))
 
 
 def at_speeds(rows: Sequence[dict]) -> str:
@@ -174,7 +174,10 @@ def clocks(rows: Sequence[dict]) -> str:
 
 
 def steps(rows: Sequence[dict]) -> str:
-    """A table of the newest times of a step of training, those for which the GPU is busy beside."""
+    """A table of the newest times of a step of training, those for which the GPU is busy beside.
+
+    "" where no rows are of one.
+    """
     last = {
         (row["sentences"], row["longest"], row["system"]): row
         for row in rows
@@ -190,7 +193,7 @@ def steps(rows: Sequence[dict]) -> str:
         lines.append(
             f"| {name} | {sentences} x {longest} | {share:.3f} | {row['median_ms']:.1f} | {busy} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) if last else ""
 
 
 def spread(scores: Sequence[float]) -> str:

@@ -171,3 +171,13 @@ def test_the_page_is_written_from_its_rows():
     inside = text.partition("<!-- gpu -->\n")[2].partition("<!-- /gpu -->")[0]
     assert inside == gpu_page.tables() + "\n"
     assert gpu_page.table(["a", "b"], [("x", 1)]) == "| a | b |\n| --- | --: |\n| x | 1 |"
+
+
+def test_the_page_shows_the_last_run_of_each_card_that_has_full_depth():
+    call, exits = dict(system=gpu_page.CALL, exit_rate=0.0), dict(system="x", exit_rate=0.75)
+    runs = [("NVIDIA A", "1", call), ("NVIDIA B C", "1", call), ("NVIDIA A", "2", call)]
+    runs += [("NVIDIA A", "2", exits), ("NVIDIA A", "3", exits)]  # 3 timed exits only
+    rows = [dict(stage="speed", device=d, commit=c, **row) for d, c, row in runs]
+    assert gpu_page.last_runs(rows) == {"A": rows[2:4], "B": rows[1:2]}
+    told = gpu_page.beside("t", {"A": {gpu_page.HF: 3.0, "x": 2.0}, "B": {gpu_page.HF: 1.0}}, 1)
+    assert told.splitlines()[-1] == "| x | 2.00 | 1.5 |  |  |"
