@@ -85,7 +85,7 @@ INLINE void attend_absorbed(
   float* scores = space + dim * LANES;
   for (int64_t first = 0; first < pairs; first += LANES) {
     const int64_t lanes = std::min(LANES, pairs - first);
-    pack_panel([&](int64_t i) { return q(first + i); }, lanes, dim, space);
+    pack_panel<S>([&](int64_t i) { return q(first + i); }, lanes, dim, space);
     float* mine = scores + first;
     multiply<S>(
         {states, dim, 1}, space, LANES, mine, PAIRS, keys, dim, false, lanes <= LANES / 2);

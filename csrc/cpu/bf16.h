@@ -59,10 +59,35 @@ INLINE auto load_some(const Number* from, int64_t count) {
   }
   return x;
 }
+
+// A vector of 16-bit numbers in words, and the lower halves of words. Of 512 bits, the compiler makes
+// two halves of __builtin_convertvector.
+template <class S, class Few>
+INLINE typename S::UInt widened(Few x) {
+#ifdef __x86_64__
+  if constexpr (S::WIDTH == LANES) {
+    typename S::UInt wide;
+    asm("vpmovzxwd %1, %0" : "=v"(wide) : "vm"(x));
+    return wide;
+  }
+#endif
+  return __builtin_convertvector(x, typename S::UInt);
+}
+template <class S, class Few>
+INLINE Few narrowed(typename S::UInt x) {
+#ifdef __x86_64__
+  if constexpr (S::WIDTH == LANES) {
+    Few few;
+    asm("vpmovdw %1, %0" : "=v"(few) : "v"(x));
+    return few;
+  }
+#endif
+  return __builtin_convertvector(x, Few);
+}
 template <class S>
 INLINE void floats_of(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += S::WIDTH) {
-    const auto bits = __builtin_convertvector(load_some<S>(from + i, count - i), typename S::UInt) << 16;
+    const auto bits = widened<S>(load_some<S>(from + i, count - i)) << 16;
     std::memcpy(to + i, &bits, std::min<int64_t>(S::WIDTH, count - i) * sizeof(float));
   }
 }
@@ -71,7 +96,7 @@ INLINE void bf16_of(const float* from, int64_t count, uint16_t* to) {
   typedef uint16_t Few __attribute__((vector_size(S::WIDTH * sizeof(uint16_t))));
   for (int64_t i = 0; i < count; i += S::WIDTH) {
     const auto x = load_some<S>(from + i, count - i);
-    const Few rounded = __builtin_convertvector(to_bf16<S>(x) >> 16, Few);
+    const Few rounded = narrowed<S, Few>(to_bf16<S>(x) >> 16);
     if (count - i >= S::WIDTH) {
       std::memcpy(to + i, &rounded, sizeof(rounded));
     } else {
@@ -86,8 +111,8 @@ template <class S>
 INLINE void pair_up(const uint16_t* a, const uint16_t* b, int64_t count, Word* to) {
   using U = typename S::UInt;
   for (int64_t i = 0; i < count; i += S::WIDTH) {
-    const U low = __builtin_convertvector(load_some<S>(a + i, count - i), U);
-    const U words = low | __builtin_convertvector(load_some<S>(b + i, count - i), U) << 16;
+    const U words = widened<S>(load_some<S>(a + i, count - i)) |
+        widened<S>(load_some<S>(b + i, count - i)) << 16;
     std::memcpy(to + i, &words, sizeof(words));
   }
 }

@@ -36,7 +36,7 @@ struct UnpackKeysInBf16 {
     for (int64_t p = begin; p < end; ++p) {
       to_words<S>(w->kv_panels + p * 2 * w->d * LANES, w->d, words_of(words));
       for (int64_t head = 0; head < w->heads; ++head) {
-        unpack_panel(words + head * half * LANES, half,
+        unpack_panel<S>(words + head * half * LANES, half,
                      [&](int64_t i) { return w->kv + (head * rows + p * LANES + i) * half; }, 0,
                      std::min(LANES, rows - p * LANES));
       }
@@ -171,7 +171,7 @@ INLINE void attend_absorbed_in_bf16(
     rows = words_of(copy);
   }
   for (int64_t p = 0; p < panels; ++p) {
-    pack_panel([&](int64_t i) { return q(p * LANES + i); }, std::min(LANES, pairs - p * LANES), half,
+    pack_panel<S>([&](int64_t i) { return q(p * LANES + i); }, std::min(LANES, pairs - p * LANES), half,
                queries + p * half * LANES);
   }
   multiply_words(
@@ -188,11 +188,16 @@ INLINE void attend_absorbed_in_bf16(
     softmax<S>(mine, LANES, tokens, nullptr);
     std::fill(mine + tokens * LANES, mine + keys * LANES, 0.0f);
     to_words<S>(mine, keys, words_of(words) + p * keys / 2 * LANES);
-    unpack_panel(words + p * keys / 2 * LANES, keys / 2,
+    unpack_panel<S>(words + p * keys / 2 * LANES, keys / 2,
                  [&](int64_t i) { return weights + (p * LANES + i) * keys / 2; }, 0, LANES);
   }
   const auto* numbers = reinterpret_cast<const uint16_t*>(rows);
-  std::fill_n(paired, keys / 2 * wide, 0.0f);
+  const int64_t pairs_of_keys = (tokens + 1) / 2;
+  for (int64_t c = 0; c < wide; c += LANES) {
+    const int64_t first = dim - c < LANES ? 0 : pairs_of_keys;  // what is written below is whole
+    float* column = paired + c * (keys / 2);
+    std::fill(column + first * LANES, column + keys / 2 * LANES, 0.0f);
+  }
   for (int64_t j = 0; j < tokens; j += 2) {
     const uint16_t* one = numbers + j * dim;
     for (int64_t c = 0; c < dim; c += LANES) {

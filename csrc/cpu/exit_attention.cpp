@@ -81,7 +81,7 @@ struct Forward {
     float *out = q + p.dim * LANES, *s = out + p.dim * LANES;
     for (int64_t first = p.cu_q[b]; first < p.cu_q[b + 1]; first += LANES) {
       const int64_t lanes = std::min(LANES, p.cu_q[b + 1] - first);
-      pack_panel([&](int64_t i) { return p.q.at(first + i, h); }, lanes, p.dim, q);
+      pack_panel<S>([&](int64_t i) { return p.q.at(first + i, h); }, lanes, p.dim, q);
       for (int64_t c = 0; c < p.dim * LANES; ++c) q[c] *= p.scale;
       float lse[LANES];
       weights<S>(
@@ -90,7 +90,7 @@ struct Forward {
       for (int64_t i = 0; i < lanes; ++i) p.lse[(first + i) * p.heads + h] = lse[i];
       p.drop<S>(s, keys, h, first, first_key);
       context<S>(s, {p.v.at(first_key, h), 1, p.v.row}, keys, p.dim, out);
-      unpack_panel(out, p.dim, [&](int64_t i) { return p.out.at(first + i, h); }, 0, lanes);
+      unpack_panel<S>(out, p.dim, [&](int64_t i) { return p.out.at(first + i, h); }, 0, lanes);
     }
   }
 };
@@ -113,11 +113,11 @@ struct Backward {
     std::fill(dk, dk + 2 * keys * width, 0.0f);
     for (int64_t first = p.cu_q[b]; first < p.cu_q[b + 1]; first += LANES) {
       const int64_t lanes = std::min(LANES, p.cu_q[b + 1] - first);
-      pack_panel([&](int64_t i) { return p.q.at(first + i, h); }, lanes, p.dim, q);
+      pack_panel<S>([&](int64_t i) { return p.q.at(first + i, h); }, lanes, p.dim, q);
       for (int64_t c = 0; c < p.dim * LANES; ++c) q[c] *= p.scale;
-      pack_panel([&](int64_t i) { return p.grad.at(first + i, h); }, lanes, p.dim, grad);
-      unpack_panel(q, p.dim, [&](int64_t i) { return q_rows + i * width; }, 0, LANES);
-      unpack_panel(grad, p.dim, [&](int64_t i) { return grad_rows + i * width; }, 0, LANES);
+      pack_panel<S>([&](int64_t i) { return p.grad.at(first + i, h); }, lanes, p.dim, grad);
+      unpack_panel<S>(q, p.dim, [&](int64_t i) { return q_rows + i * width; }, 0, LANES);
+      unpack_panel<S>(grad, p.dim, [&](int64_t i) { return grad_rows + i * width; }, 0, LANES);
       const RelativeBias bias = p.relative_bias(h, first, lanes);
       weights<S>(q, {p.k.at(first_key, h), p.k.row, 1}, keys, p.dim, bias, s);
       std::copy(s, s + keys * LANES, dropped);
@@ -147,7 +147,7 @@ struct Backward {
       }
       multiply<S>({p.k.at(first_key, h), 1, p.k.row}, ds, LANES, dq, LANES, p.dim, keys);
       for (int64_t c = 0; c < p.dim * LANES; ++c) dq[c] *= p.scale;
-      unpack_panel(dq, p.dim, [&](int64_t i) { return p.dq.at(first + i, h); }, 0, lanes);
+      unpack_panel<S>(dq, p.dim, [&](int64_t i) { return p.dq.at(first + i, h); }, 0, lanes);
     }
     for (int64_t j = 0; j < keys; ++j) {
       std::copy(dk + j * width, dk + j * width + p.dim, p.dk.at(first_key + j, h));

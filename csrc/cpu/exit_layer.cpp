@@ -25,7 +25,7 @@ struct PackActive {
     for (int64_t p = begin; p < end; ++p) {
       float* panel = w->x.x + p * w->d * LANES;
       Word* words = w->x.words + p * w->state * LANES;
-      pack_panel([&](int64_t i) { return w->h + w->active[p * LANES + i] * w->state; },
+      pack_panel<S>([&](int64_t i) { return w->h + w->active[p * LANES + i] * w->state; },
                  std::min(LANES, w->rows - p * LANES), w->state,
                  w->bf16() ? reinterpret_cast<float*>(words) : panel);
       w->bf16() ? from_words<S>(words, w->d, panel) : narrow<S>(w->x, p, w->rows, w->d);
@@ -39,7 +39,7 @@ struct PackKeys {
     const int64_t rows = w->keys.size();
     for (int64_t p = begin; p < end; ++p) {
       float* to = w->bf16() ? reinterpret_cast<float*>(w->xk.words) : w->xk.x;
-      pack_panel([&](int64_t i) { return w->keys[p * LANES + i]; },
+      pack_panel<S>([&](int64_t i) { return w->keys[p * LANES + i]; },
                  std::min(LANES, rows - p * LANES), w->state, to + p * w->state * LANES);
       if (w->int8()) narrow<S>(w->xk, p, rows, w->d);
     }
@@ -69,7 +69,7 @@ struct UnpackKeys {
       // Each head's rows beside each other: rows as far apart as a token's keys share few lines of
       // the caches.
       for (int64_t at = 0; at < width; at += w->dim) {
-        unpack_panel(w->kv_panels + (p * width + at) * LANES, w->dim,
+        unpack_panel<S>(w->kv_panels + (p * width + at) * LANES, w->dim,
                      [&](int64_t i) { return w->kv + at * rows + (p * LANES + i) * w->dim; }, 0,
                      std::min(LANES, rows - p * LANES));
       }
@@ -238,7 +238,7 @@ struct BringBack {
       const float* mixed = w->mixed + head * rows * words;
       const bool as_it_is = w->int8() && by_rows(rows);
       for (int64_t p = 0; p < panels && !as_it_is; ++p) {
-        pack_panel([&](int64_t i) { return mixed + (p * LANES + i) * words; },
+        pack_panel<S>([&](int64_t i) { return mixed + (p * LANES + i) * words; },
                    std::min(LANES, rows - p * LANES), words, packed + p * words * LANES);
       }
       const int64_t feature = d + head * dim;
@@ -351,7 +351,7 @@ struct Finish {
         to_words<S>(panel, w->d, words);
         panel = reinterpret_cast<float*>(words);
       }
-      unpack_panel(panel, w->state, row, 0, std::min(LANES, w->rows - p * LANES));
+      unpack_panel<S>(panel, w->state, row, 0, std::min(LANES, w->rows - p * LANES));
     }
   }
 };

@@ -3,8 +3,6 @@
 //
 // Activations are scaled row by row: value = (byte - 128) * scale. A panel's bytes are
 // [depth / 4][16 lanes][4], four features of a row beside each other; those of few rows [row][depth].
-#include <numeric>
-
 #include "panels.h"
 #include "tiles.h"
 #ifdef __x86_64__
@@ -115,22 +113,22 @@ __attribute__((target("avx2"))) inline void bytes_avx2(
 // One row [depth] likewise, and its scale.
 template <class S>
 INLINE float quantize_row(const float* row, int64_t depth, uint8_t* bytes) {
-  float tops[LANES] = {}, nans[LANES] = {};
+  typename S::Int tops[4] = {};  // four, so that one need not wait for the one before
   int64_t k = 0;
-  for (; k + LANES <= depth; k += LANES) {
-    for (int64_t i = 0; i < LANES; ++i) {
-      const float size = std::fabs(row[k + i]);
-      tops[i] = size > tops[i] ? size : tops[i];
-      nans[i] += row[k + i] * 0.0f;
-    }
+  for (; k + 4 * S::WIDTH <= depth; k += 4 * S::WIDTH) {
+    for (int64_t j = 0; j < 4; ++j) tops[j] = larger<S>(tops[j], S::load(row + k + j * S::WIDTH));
   }
+  Word size = 0;
+  for (int64_t j = 0; j < 4 * S::WIDTH; ++j) size = std::max<Word>(size, tops[j / S::WIDTH][j % S::WIDTH]);
   for (; k < depth; ++k) {
-    tops[0] = std::max(tops[0], std::fabs(row[k]));
-    nans[0] += row[k] * 0.0f;
+    Word bits;
+    std::memcpy(&bits, row + k, sizeof(bits));
+    size = std::max(size, bits & 0x7FFFFFFF);
   }
-  const float top = *std::max_element(tops, tops + LANES);
+  float top;  // infinite or NaN if there is such a value
+  std::memcpy(&top, &size, sizeof(top));
   const float inverse = top > 0 ? 127.0f / top : 0.0f;
-  const float scale = top * (1.0f / 127) + std::accumulate(nans, nans + LANES, 0.0f);
+  const float scale = top * (1.0f / 127) + top * 0.0f;
 #ifdef __x86_64__
   if constexpr (S::ROWS > Portable::ROWS) {
     bytes_avx2(row, depth, inverse, bytes);

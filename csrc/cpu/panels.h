@@ -177,20 +177,52 @@ INLINE void transpose4(const float* const (&from)[4], float* const (&to)[4]) {
   *reinterpret_cast<Four*>(to[3]) = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
 
+#ifdef __x86_64__
+// As transpose4, of eight: from[j] and from[j + 4] are the halves of a vector.
+typedef float Eight __attribute__((vector_size(32)));
+INLINE void transpose8(const float* const (&from)[8], Eight (&to)[4]) {
+  Eight x[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const auto& low = *reinterpret_cast<const Four*>(from[j]);
+    const auto& high = *reinterpret_cast<const Four*>(from[j + 4]);
+    // Of shuffles the compiler makes loads, and then inserts, which wait for the one port of shuffles.
+    asm("vmovups %1, %x0\n\tvinsertf128 $1, %2, %0, %0" : "=&x"(x[j]) : "m"(low), "m"(high));
+  }
+  const Eight a = __builtin_shufflevector(x[0], x[1], 0, 8, 1, 9, 4, 12, 5, 13);
+  const Eight b = __builtin_shufflevector(x[2], x[3], 0, 8, 1, 9, 4, 12, 5, 13);
+  const Eight c = __builtin_shufflevector(x[0], x[1], 2, 10, 3, 11, 6, 14, 7, 15);
+  const Eight d = __builtin_shufflevector(x[2], x[3], 2, 10, 3, 11, 6, 14, 7, 15);
+  to[0] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+  to[1] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  to[2] = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13);
+  to[3] = __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+#endif
+
 // 16 rows of `width` features to a panel; lanes beyond `lanes` become 0. Lane i is at row(i).
-template <class Row>
+template <class S, class Row>
 INLINE void pack_panel(const Row& row, int64_t lanes, int64_t width, float* panel) {
-  for (int64_t i = 0; i < lanes; i += 4) {
-    const float* x[4];
-    for (int64_t j = 0; j < 4; ++j) x[j] = row(std::min(i + j, lanes - 1));
+  constexpr int64_t STEP = S::WIDTH > Portable::WIDTH ? 8 : 4;
+  for (int64_t i = 0; i < lanes; i += STEP) {
+    const float* x[STEP];
+    for (int64_t j = 0; j < STEP; ++j) x[j] = row(std::min(i + j, lanes - 1));
     int64_t k = 0;
     for (; k + 4 <= width; k += 4) {
       float* to = panel + k * LANES + i;
+#ifdef __x86_64__
+      if constexpr (STEP == 8) {
+        Eight y[4];
+        transpose8({x[0] + k, x[1] + k, x[2] + k, x[3] + k, x[4] + k, x[5] + k, x[6] + k, x[7] + k}, y);
+        for (int64_t j = 0; j < 4; ++j) std::memcpy(to + j * LANES, &y[j], sizeof(Eight));
+        continue;
+      }
+#endif
       transpose4({x[0] + k, x[1] + k, x[2] + k, x[3] + k},
                  {to, to + LANES, to + 2 * LANES, to + 3 * LANES});
     }
     for (; k < width; ++k) {
-      for (int64_t j = 0; j < 4; ++j) panel[k * LANES + i + j] = x[j][k];
+      for (int64_t j = 0; j < STEP; ++j) panel[k * LANES + i + j] = x[j][k];
     }
   }
   if (lanes == LANES) return;
@@ -200,13 +232,22 @@ INLINE void pack_panel(const Row& row, int64_t lanes, int64_t width, float* pane
 }
 
 // The reverse, for lanes first .. last - 1.
-template <class Row>
+template <class S, class Row>
 INLINE void unpack_panel(
     const float* panel, int64_t width, const Row& row, int64_t first, int64_t last) {
   int64_t i = first;
   for (; i + 4 <= last; i += 4) {
     float* const y[4] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
     int64_t k = 0;
+#ifdef __x86_64__
+    for (; S::WIDTH > Portable::WIDTH && k + 8 <= width; k += 8) {  // features k and k + 4 in halves
+      const float* from = panel + k * LANES + i;
+      Eight z[4];
+      transpose8({from, from + LANES, from + 2 * LANES, from + 3 * LANES, from + 4 * LANES,
+                  from + 5 * LANES, from + 6 * LANES, from + 7 * LANES}, z);
+      for (int64_t j = 0; j < 4; ++j) std::memcpy(y[j] + k, &z[j], sizeof(Eight));
+    }
+#endif
     for (; k + 4 <= width; k += 4) {
       const float* from = panel + k * LANES + i;
       transpose4({from, from + LANES, from + 2 * LANES, from + 3 * LANES},
