@@ -177,17 +177,23 @@ INLINE void transpose4(const float* const (&from)[4], float* const (&to)[4]) {
   *reinterpret_cast<Four*>(to[3]) = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
 
-#ifdef __x86_64__
 // As transpose4, of eight: from[j] and from[j + 4] are the halves of a vector.
-typedef float Eight __attribute__((vector_size(32)));
+typedef float Eight __attribute__((vector_size(32), aligned(4)));
+template <class S>
 INLINE void transpose8(const float* const (&from)[8], Eight (&to)[4]) {
   Eight x[4];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const auto& low = *reinterpret_cast<const Four*>(from[j]);
     const auto& high = *reinterpret_cast<const Four*>(from[j + 4]);
+#ifdef __x86_64__
     // Of shuffles the compiler makes loads, and then inserts, which wait for the one port of shuffles.
-    asm("vmovups %1, %x0\n\tvinsertf128 $1, %2, %0, %0" : "=&x"(x[j]) : "m"(low), "m"(high));
+    if constexpr (S::WIDTH > Portable::WIDTH) {
+      asm("vmovups %1, %x0\n\tvinsertf128 $1, %2, %0, %0" : "=&x"(x[j]) : "m"(low), "m"(high));
+      continue;
+    }
+#endif
+    x[j] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
   }
   const Eight a = __builtin_shufflevector(x[0], x[1], 0, 8, 1, 9, 4, 12, 5, 13);
   const Eight b = __builtin_shufflevector(x[2], x[3], 0, 8, 1, 9, 4, 12, 5, 13);
@@ -198,7 +204,6 @@ INLINE void transpose8(const float* const (&from)[8], Eight (&to)[4]) {
   to[2] = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13);
   to[3] = __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
 }
-#endif
 
 // 16 rows of `width` features to a panel; lanes beyond `lanes` become 0. Lane i is at row(i).
 template <class S, class Row>
@@ -210,14 +215,12 @@ INLINE void pack_panel(const Row& row, int64_t lanes, int64_t width, float* pane
     int64_t k = 0;
     for (; k + 4 <= width; k += 4) {
       float* to = panel + k * LANES + i;
-#ifdef __x86_64__
       if constexpr (STEP == 8) {
         Eight y[4];
-        transpose8({x[0] + k, x[1] + k, x[2] + k, x[3] + k, x[4] + k, x[5] + k, x[6] + k, x[7] + k}, y);
-        for (int64_t j = 0; j < 4; ++j) std::memcpy(to + j * LANES, &y[j], sizeof(Eight));
+        transpose8<S>({x[0] + k, x[1] + k, x[2] + k, x[3] + k, x[4] + k, x[5] + k, x[6] + k, x[7] + k}, y);
+        for (int64_t j = 0; j < 4; ++j) *reinterpret_cast<Eight*>(to + j * LANES) = y[j];
         continue;
       }
-#endif
       transpose4({x[0] + k, x[1] + k, x[2] + k, x[3] + k},
                  {to, to + LANES, to + 2 * LANES, to + 3 * LANES});
     }
@@ -239,15 +242,13 @@ INLINE void unpack_panel(
   for (; i + 4 <= last; i += 4) {
     float* const y[4] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
     int64_t k = 0;
-#ifdef __x86_64__
     for (; S::WIDTH > Portable::WIDTH && k + 8 <= width; k += 8) {  // features k and k + 4 in halves
       const float* from = panel + k * LANES + i;
       Eight z[4];
-      transpose8({from, from + LANES, from + 2 * LANES, from + 3 * LANES, from + 4 * LANES,
+      transpose8<S>({from, from + LANES, from + 2 * LANES, from + 3 * LANES, from + 4 * LANES,
                   from + 5 * LANES, from + 6 * LANES, from + 7 * LANES}, z);
-      for (int64_t j = 0; j < 4; ++j) std::memcpy(y[j] + k, &z[j], sizeof(Eight));
+      for (int64_t j = 0; j < 4; ++j) *reinterpret_cast<Eight*>(y[j] + k) = z[j];
     }
-#endif
     for (; k + 4 <= width; k += 4) {
       const float* from = panel + k * LANES + i;
       transpose4({from, from + LANES, from + 2 * LANES, from + 3 * LANES},
@@ -324,7 +325,6 @@ INLINE void product_tile(
   }
 }
 
-typedef float Eight __attribute__((vector_size(32), aligned(4)));
 
 // ROWS rows against 8 output features, which lie beside each other: weights are transposed on their
 // way from memory. The sums are those of product_tile, added in the same order.
@@ -334,22 +334,10 @@ INLINE void few_tile(const Factors& f, int64_t n, const float* next) {
   const float* w = f.weight + n * ld;
   Eight sums[ROWS] = {};
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
-    Eight x[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      x[i] = __builtin_shufflevector(
-          *reinterpret_cast<const Four*>(w + i * ld + k),
-          *reinterpret_cast<const Four*>(w + (i + 4) * ld + k), 0, 1, 2, 3, 4, 5, 6, 7);
-    }
-    const Eight a = __builtin_shufflevector(x[0], x[1], 0, 8, 1, 9, 4, 12, 5, 13);
-    const Eight b = __builtin_shufflevector(x[2], x[3], 0, 8, 1, 9, 4, 12, 5, 13);
-    const Eight c = __builtin_shufflevector(x[0], x[1], 2, 10, 3, 11, 6, 14, 7, 15);
-    const Eight d = __builtin_shufflevector(x[2], x[3], 2, 10, 3, 11, 6, 14, 7, 15);
-    const Eight columns[4] = {
-        __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13),
-        __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15),
-        __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13),
-        __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15)};
+    Eight columns[4];
+    const float* at = w + k;
+    transpose8<S>({at, at + ld, at + 2 * ld, at + 3 * ld, at + 4 * ld, at + 5 * ld, at + 6 * ld,
+                at + 7 * ld}, columns);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 8
