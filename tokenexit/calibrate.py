@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 THRESHOLDS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 WINDOWS = (0, 1, 2, 4)
+SCALES = tuple(2 ** (i / 8) for i in range(-12, 13))  # of learned thresholds, all together
 CHEAP = 1_000_000  # words to be tagged with real exits, all policies together
 # Finer ones, and more cautious, as a promise is kept by the last step of a path before it breaks.
 FINE = tuple(float(f"{t:.2g}") for t in np.geomspace(1e-4, 0.7, 30))
@@ -145,6 +146,7 @@ def calibrate(
     original: Tagger | None = None,
     per_layer: bool = False,
     per_type: bool | Sequence[str] = False,
+    layer_thresholds: bool = False,
 ) -> Calibration:
     """Sweep policies on development data and pick one.
 
@@ -161,7 +163,8 @@ def calibrate(
         max_loss: pick the fastest policy that loses at most this much of the full-depth score,
             in the score's units: 0.005 is half a point of F1. The default, with 0.005.
         policies: to try; None for `policy_grid()`. They must share a criterion.
-        verify: at most so many run with real exits, the likeliest first. None: no limit.
+        verify: at most so many run with real exits, the likeliest first. None: no limit. Likewise
+            of those with learned thresholds.
         metric: see `tokenexit.text.scoring.score`.
         progress: called with (what, done, total).
         max_disagreement, confidence, per_layer, per_type, timing_runs: in place of the targets, a
@@ -169,12 +172,14 @@ def calibrate(
             is chosen where every policy with exits disagrees too much.
         original: the tagger that this one was before it was trained to exit: a loss is of its
             score, a promise about its labels, at full depth. None: full depth of this one.
+        layer_thresholds: from what was chosen, learn a threshold for each layer, see
+            `learn_thresholds`; it takes minutes where there are many sentences and layers.
 
     Raises:
-        ValueError: several targets; what is of a promise without its bound, or a metric with it; a
-            target that no policy reaches; no sentences or labels, or no entity among them;
-            classifiers that were never trained; too few sentences for the promise; an original and
-            a target speed-up.
+        ValueError: several targets; what is of a promise without its bound, or a metric or
+            layer_thresholds with it; a target that no policy reaches; no sentences or labels, or no
+            entity among them; classifiers that were never trained; too few sentences for the
+            promise; an original and a target speed-up.
     """
     targets = {
         "target_speedup": target_speedup,
@@ -195,6 +200,10 @@ def calibrate(
             raise ValueError(f"got verify {verify} with max_disagreement, which runs all of a path")
         if metric != "auto":
             raise ValueError(f"got metric {metric!r} with max_disagreement, which counts labels")
+        if layer_thresholds:
+            raise ValueError(
+                "got layer_thresholds with max_disagreement: they are learned by labels"
+            )
         found = make_dial(
             tagger,
             data["words"],
@@ -278,17 +287,28 @@ def calibrate(
         best = max(map(preference, good()), default=(0.0, 0.0))
         return [p for p in expected(max) if meets(p) and preference(p) > best]
 
+    def verify_likely(first: set[ExitPolicy], most: int):
+        """Run those first, then what could be better, at most so many."""
+        most = len(verified) + (most if verify is None else min(most, verify))
+        while len(verified) < most:
+            queue = [p for p in expected(fmean) if p.policy in first] or better()
+            if not queue:
+                break
+            policy = max(queue, key=likely).policy
+            real = evaluate(tagger, data, policy, metric=metric)
+            verified[policy] = Point(policy, real.score, real.flops_speedup)
+            progress("verify", len(verified), min(most, len(verified) + len(queue) - 1))
+
     cheap = len(policies) * sum(map(len, data["words"])) <= CHEAP
     first = {p.policy for p in (simulated if cheap else pareto_front(simulated))}
-    most = len(policies) if verify is None else verify
-    while len(verified) < most:
-        queue = [p for p in expected(fmean) if p.policy in first] or better()
-        if not queue:
-            break
-        policy = max(queue, key=likely).policy
-        real = evaluate(tagger, data, policy, metric=metric)
-        verified[policy] = Point(policy, real.score, real.flops_speedup)
-        progress("verify", len(verified), min(most, len(verified) + len(queue) - 1))
+    verify_likely(first, len(policies))
+    best = max(good(), key=preference, default=full)
+    if layer_thresholds and best is not full:
+        learned = learn_thresholds(sweep, best.policy, progress=progress)
+        more = {scaled(learned, factor) for factor in SCALES} - {p.policy for p in simulated}
+        points = [*map(sweep.point, more)]
+        simulated = sorted((*simulated, *points), key=lambda p: p.speedup)
+        verify_likely({p.policy for p in pareto_front(points)}, len(more))
     if not good() and target_speedup is None:
         best = max((*verified.values(), full), key=lambda p: p.score)
         raise ValueError(
@@ -695,11 +715,20 @@ class Sweep:
         return Point(policy, result["score"], self.speedup(exits))
 
 
+def scaled(policy: ExitPolicy, factor: float) -> ExitPolicy:
+    """All thresholds times that, at most 1."""
+    given = policy.threshold
+    if not isinstance(given, tuple):
+        return policy.replace(threshold=min(1.0, given * factor))
+    return policy.replace(threshold=tuple(min(1.0, t * factor) for t in given))
+
+
 def learn_thresholds(
     sweep: Sweep,
     policy: ExitPolicy,
     rounds: int = 2,
     factors: Sequence[float] = (0.25, 0.5, 0.7, 1.4, 2.0, 4.0),
+    progress: Progress = lambda what, done, total: None,
 ) -> ExitPolicy:
     """A threshold for each layer in place of a policy's, as fast in simulation, with fewer errors.
 
@@ -709,6 +738,7 @@ def learn_thresholds(
     Args:
         sweep: of annotated data, with the policy's criterion.
         rounds: times that each layer has its turn.
+        progress: called with (what, done, total).
 
     Returns:
         The policy with a tuple of thresholds; itself, if no other makes fewer errors.
@@ -743,9 +773,11 @@ def learn_thresholds(
     exits = sweep.exits(policy)
     fastest, best = sweep.speedup(exits), (right(exits), policy)
     thresholds = np.array(policy.thresholds(depth)[:-1])
-    for _ in range(rounds):
+    turns = rounds * (depth - 1)
+    for number in range(rounds):
         before = best
         for layer in range(depth - 1):
+            progress("learn", number * (depth - 1) + layer, turns)
             tried = []
             for factor in factors:
                 other = thresholds.copy()
@@ -756,6 +788,7 @@ def learn_thresholds(
                 thresholds, best = chosen, (count, mine)
         if best == before:
             break
+    progress("learn", turns, turns)
     return best[1]
 
 

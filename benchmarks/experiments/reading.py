@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from datasets import Dataset
 
-from tokenexit.calibrate import Point, Sweep, learn_thresholds
+from tokenexit.calibrate import SCALES, Point, Sweep, learn_thresholds, scaled
 from tokenexit.evaluate import Evaluation, evaluate, time_policies
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
@@ -22,8 +22,6 @@ THRESHOLDS = (
     *(0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.04, 0.055, 0.07, 0.085, 0.1, 0.125),
     *(0.15, 0.175, 0.2, 0.225, 0.25, 0.275, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9),
 )
-
-SCALES = tuple(2 ** (i / 8) for i in range(-12, 13))
 
 
 def choose(
@@ -72,11 +70,7 @@ def choose_per_layer(
     found = {}
     for target, start in constant.items():
         learned = learn_thresholds(sweep, start.policy)
-        thresholds = learned.thresholds(sweep.config.num_hidden_layers)[:-1]
-        policies = [
-            learned.replace(threshold=(*(min(1.0, t * scale) for t in thresholds), 0.0))
-            for scale in SCALES
-        ]
+        policies = [scaled(learned, factor) for factor in SCALES]
         points = [sweep.point(policy) for policy in policies]
         mine = _just_fast_enough(tagger, dev, policies, points, {}, target, tries)
         if mine is not None:
