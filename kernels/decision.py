@@ -140,8 +140,6 @@ def _exit_step_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     # Asked for before they are needed.
-    if ANSWER:
-        bias = tl.load(head_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     if DECIDE:
         words = tl.load(word_at_ptr + tokens, mask=mask_r, other=-1)
         first_word, num_words, window, limit, least = _asked(
@@ -164,7 +162,7 @@ def _exit_step_kernel(
             w = tl.load(w_at, mask=mask_c[None, :] & mask_d[:, None], other=0.0)
             logits = tl.dot(h, w, logits, input_precision="ieee")
     if ANSWER:
-        logits += bias[None, :]
+        logits += tl.load(head_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
         rounded = logits.to(logits_ptr.dtype.element_ty)
         to = logits_ptr + tokens[:, None] * C + offs_c[None, :]
         tl.store(to, rounded, mask=mask_r[:, None] & mask_c[None, :])

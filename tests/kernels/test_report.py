@@ -35,7 +35,7 @@ CASES = [
 # What products are made of there; HMMA elsewhere.
 TENSOR_CORES = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 # Tiles as wide as registers allow, at whose ends some bytes spill: on an H100 the fastest.
-WIDE = ("linear_up_large", "linear_down_large", "query_key_value_large")
+WIDE = ("linear_up_large", "linear_down_large", "query_key_value_large", "query_key_value_middle")
 # One process for many: its imports take longer than many a kernel.
 CODE = """
 import json, sys

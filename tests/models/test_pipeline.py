@@ -15,7 +15,6 @@ from tokenexit import ExitPolicy
 from tokenexit.loops import LOOPS, Loop, eager, gpu
 from tokenexit.models import pipeline
 from tokenexit.ops.bias_gelu import gelu_tanh
-from tokenexit.ops.pack_tokens import pack
 
 BATCH = random_batch([5, 9, 1])
 POLICY = ExitPolicy(threshold=0.5, window=1)
@@ -47,7 +46,7 @@ def steps(monkeypatch):
     monkeypatch.setattr(recording.Graph, "replay", then("replayed", replay))
     monkeypatch.setattr(gpu, "_DEVICES", {"cpu"})
     monkeypatch.setattr(gpu, "lacks", lambda device: None)
-    loops = {**LOOPS, "gpu": Loop("gpu", pack, run, waits=False)}
+    loops = {**LOOPS, "gpu": Loop("gpu", run, waits=False)}
     monkeypatch.setattr("tokenexit.loops.LOOPS", loops)
     done.recorded = recording.pretend(monkeypatch)
     return done

@@ -185,7 +185,7 @@ def _packed(model, rows, loop):
     ends = [limits.get(name, (0, 0))[1] + 1 for name in _LOOKED_UP]
     if loop.pack is not None:
         packed, given, sound = loop.pack(*asked, *ends, most)
-    elif takes(*asked):
+    elif loop.waits and takes(*asked):
         if (layout := pack_rows(*asked, *ends, most)) is None:
             raise _explain(model, rows)
         packed, given, sound = Packed.of(mask.shape, *layout), [*layout[0].unbind()[5:]], True
