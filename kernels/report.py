@@ -277,6 +277,9 @@ def table(rows):
         cells = []
         for arch in arches:
             here = [row for row in rows if (row["kernel"], row["arch"]) == (kernel, arch)]
+            if not here:  # tiles of Hopper alone
+                cells.append("")
+                continue
             registers, spill, shared = (
                 max(row[name] for row in here)
                 for name in ("registers", "spill_bytes", "shared_kib")

@@ -219,7 +219,8 @@ def test_table_tells_the_worst():
     row |= dict(occupancy=0.5, tensor_cores="HMMA", issue=0.4)
     worse = row | dict(registers=255, spill_bytes=8, shared_kib=64.0, occupancy=0.125, issue=None)
     rows = [row, worse, row | dict(arch="sm_90", tensor_cores="HGMMA")]
-    lines = table(rows + [r | dict(kernel="b_large") for r in rows])
+    lines = table(rows + [r | dict(kernel="b_large") for r in rows] + [rows[-1] | dict(kernel="c")])
+    assert lines[4] == "| c |  | 40, 1, 50% | HGMMA |"
     assert lines[0] == "| kernel | sm_80 | sm_90 | tensor cores |"
     assert lines[2] == "| a | 255, 64, 12%, **spills 8 B** | 40, 1, 50% | HGMMA, HMMA |"
     assert lines[3].startswith("| b_large | 255, 64, 12%, 0.40, **spills 8 B** | 40, 1, 50%, 0.40")
