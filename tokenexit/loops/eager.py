@@ -185,7 +185,7 @@ def last_of(trace: Trace, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     result = logits.new_zeros(num_tokens, logits.shape[-1])
     layers = active.new_zeros(num_tokens)
     for number, (active, logits) in enumerate(trace, 1):
-        if trace[number : number + 1] and trace[number][0] is active:
+        if number < len(trace) and trace[number][0] is active:
             continue  # where nobody left, the next layer has an answer for all
         result[active] = logits
         layers[active] = number
