@@ -125,10 +125,8 @@ INLINE float quantize_row(const float* row, int64_t depth, uint8_t* bytes) {
     std::memcpy(&bits, row + k, sizeof(bits));
     size = std::max(size, bits & 0x7FFFFFFF);
   }
-  float top;  // infinite or NaN if there is such a value
-  std::memcpy(&top, &size, sizeof(top));
-  const float inverse = top > 0 ? 127.0f / top : 0.0f;
-  const float scale = top * (1.0f / 127) + top * 0.0f;
+  const typename S::Int top = size - typename S::Int{};
+  const float inverse = inverse_of<S>(top)[0], scale = scale_of<S>(top)[0];
 #ifdef __x86_64__
   if constexpr (S::ROWS > Portable::ROWS) {
     bytes_avx2(row, depth, inverse, bytes);
