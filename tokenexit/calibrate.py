@@ -696,6 +696,16 @@ class Sweep:
         """The numbers `[W]` of the labels that words have there."""
         return self.best.gather(0, exits[None] - 1)[0]
 
+    def annotated(self) -> torch.Tensor:
+        """The numbers `[W]` of the labels that words should have; -1: the model knows none such."""
+        ids = {name: i for i, name in enumerate(self.names)}
+        labels = (
+            ids.get(label, -1)
+            for w in self.windows
+            for label in self.gold[w.sentence][w.first_word : w.first_word + w.n_words]
+        )
+        return torch.tensor([*labels], device="cpu")
+
     def speedup(self, exits: torch.Tensor) -> float:
         """In multiply-adds over full depth."""
         layers = torch.arange(1, self.config.num_hidden_layers + 1, device="cpu")
@@ -743,15 +753,7 @@ def learn_thresholds(
     Returns:
         The policy with a tuple of thresholds; itself, if no other makes fewer errors.
     """
-    depth, names = sweep.config.num_hidden_layers, {n: i for i, n in enumerate(sweep.names)}
-    gold = torch.tensor(
-        [
-            names.get(label, -1)
-            for w in sweep.windows
-            for label in sweep.gold[w.sentence][w.first_word : w.first_word + w.n_words]
-        ],
-        device="cpu",
-    )
+    depth, gold = sweep.config.num_hidden_layers, sweep.annotated()
 
     def right(exits: torch.Tensor) -> int:
         return int((sweep.labels(exits) == gold).sum())

@@ -21,15 +21,24 @@ import torch
 import typer
 import yaml
 
-from experiments import clock, packing, reading, report, sources
-from experiments.runs import KINDS, OutOfTime, Run, new, seconds_trained, told_of, train
+from experiments import clock, packing, reading, report, signals, sources
+from experiments.runs import (
+    KINDS,
+    OutOfTime,
+    Run,
+    new,
+    seconds_trained,
+    told_of,
+    train,
+    trained_heads,
+)
 from tokenexit.calibrate import Sweep
 from tokenexit.evaluate import evaluate
 from tokenexit.files import cache_folder
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 
-ROWS, DECODED = "experiments", "decoding"
+ROWS, DECODED, SIGNALS = "experiments", "decoding", "signals"
 FULL = "full depth"
 TEXTS = "Folder of sets that no package has, or what `pack` wrote."
 # With which the program for a GPU is tried: of the large tagger, of data, of training.
@@ -151,7 +160,8 @@ def run(
     for one in runs_of(plan):
         folder = work / one.name
         finished[one.name] = folder / "tagger"
-        read_all = {(one.name, kind) for kind in (*one.read, FULL)} <= known
+        wanted = (*one.read, FULL) if one.head == "linear" else ()  # `signals` reads others
+        read_all = {(one.name, kind) for kind in wanted} <= known
         if only not in one.name or (read_all and finished[one.name].is_dir()):
             continue
         if time.monotonic() > end:
@@ -163,7 +173,7 @@ def run(
         except OutOfTime:
             print(f"{one.name}: out of time; the next call goes on", flush=True)
             break
-        if not read_all:
+        if not read_all and one.head == "linear":
             read(one, tagger, splits, dev_sentences, seconds_trained(folder))
     else:
         print("all runs of the plan are done")
@@ -192,6 +202,29 @@ def retime(
             print(f"{one.name}, {row['kind']}, {row['target']:g}x: {wall:.2f}x", flush=True)
             row["wall_speedup"] = wall
         harness.write_anew(ROWS, rows)
+
+
+@app.command(name="signals")
+def read_signals(
+    plan: Annotated[Path, typer.Argument(help="A YAML file, see `runs_of`.")],
+    texts: Annotated[Path | None, typer.Option(help=TEXTS)] = None,
+    only: Annotated[str, typer.Option(help="Runs whose name has this.")] = "",
+    dev_sentences: Annotated[int, typer.Option(help="That choose policies.", min=1)] = 1000,
+):
+    """Simulate exits of a plan's trained runs by other signals, and of other heads; once each."""
+    known = {row["run"] for row in harness.read(SIGNALS)}
+    for one in runs_of(plan):
+        folder = cache_folder() / "experiments" / one.name
+        if only not in one.name or one.name in known or not (folder / "tagger").is_dir():
+            continue
+        tagger = Tagger.from_pretrained(folder / "tagger")
+        heads = trained_heads(one, folder, tagger.model.config)
+        splits = sources.splits(one.data, texts)
+        dev = splits.dev.take(min(dev_sentences, len(splits.dev)))
+        common = {"run": one.name, "data": one.data, "head": one.head, **harness.origin()}
+        found = signals.read_signals(*(signals.Words(tagger, x, heads) for x in (dev, splits.test)))
+        harness.write(SIGNALS, [{**row, **common} for row in found])
+        print(f"{one.name}: read", flush=True)
 
 
 @app.command()

@@ -26,6 +26,10 @@ def write(document: Path = DOCUMENT):
     for data in dict.fromkeys(row["data"] for row in both):
         mine = [row for row in both if row["data"] == data]
         harness.between(document, f"{data}: decoding", decodings(mine))
+    simulated = harness.read("signals")
+    for data in dict.fromkeys(row["data"] for row in simulated):
+        mine = [row for row in simulated if row["data"] == data]
+        harness.between(document, f"{data}: signals", by_signal(mine))
     if on_gpu := harness.read("gpu_scores"):
         times = [row for row in harness.read("gpu_check") if row["stage"] == "evidence"]
         parts = scores(on_gpu), clocks(times), steps(times)
@@ -121,6 +125,23 @@ def decodings(rows: Sequence[dict]) -> str:
             f"| {row['run']} | {row['kind']} | {target} | {' | '.join(pair)} "
             f"| {test['decode_ms']:.0f} |"
         )
+    return "\n".join(lines)
+
+
+def by_signal(rows: Sequence[dict]) -> str:
+    """A table of scores on test data by head and signal, exits simulated; a column a speed."""
+    targets = sorted({row["target"] for row in rows})
+    lines = [
+        f"| run | heads | signal | {' | '.join(f'{target:g}x' for target in targets)} |",
+        f"| --- | --- | --- |{' --: |' * len(targets)}",
+    ]
+    groups: dict[tuple, dict[float, list[float]]] = {}
+    for row in rows:
+        group = groups.setdefault((_system(row), row["head"], row["signal"]), {})
+        group.setdefault(row["target"], []).append(row["test"])
+    for names, group in groups.items():
+        cells = [spread(group[target]) if target in group else "" for target in targets]
+        lines.append(f"| {' | '.join((*names, *cells))} |")
     return "\n".join(lines)
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 from experiments import sources
+from experiments.signals import HEADS, heads_of, logits_of
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
@@ -24,6 +26,7 @@ from tokenexit.training.trainer import ExitTrainer, last_checkpoint, training_ar
 
 LOSSES = ("joint", "even", "last", "distilled")
 DTYPES = ("float32", "bfloat16")
+_HEADS = "heads.safetensors"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Run:
         loss: "joint" (each layer, weighted by its number), "even" (each alike), "last" (the last
             layer only), or "distilled" (each layer follows the teacher's last).
         distill_last: only the last layer does.
+        head: "linear", or a key of `signals.HEADS` for heads of another kind, whose exits are
+            simulated only.
         sampling: fields of `SelfSampling`, with those of its policy under "policy"; None: full
             depth.
         layers: keep the first so many layers of the encoder.
@@ -61,6 +66,7 @@ class Run:
     teacher: str | None = None
     loss: str = "joint"
     distill_last: bool = False
+    head: str = "linear"
     sampling: Mapping | None = None
     layers: int | None = None
     sentences: int | None = None
@@ -78,6 +84,11 @@ class Run:
     def __post_init__(self):
         if self.loss not in LOSSES:
             raise ValueError(f"{self.name}: loss is {self.loss!r}; expected one of {LOSSES}")
+        if self.head != "linear" and (self.head not in HEADS or self.read or self.start):
+            raise ValueError(
+                f"{self.name}: head is {self.head!r}; expected 'linear', or one of {[*HEADS]} "
+                "without start and read"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"{self.name}: dtype is {self.dtype!r}; expected one of {DTYPES}")
         if self.sampling is not None and self.loss != "joint":
@@ -142,9 +153,17 @@ class _Deadline(TrainerCallback):
 class _Trainer(ExitTrainer):
     """`ExitTrainer` with the losses of `Run`."""
 
-    def __init__(self, *args, run: Run, teacher: nn.Module | None, deadline: _Deadline, **kwargs):
+    def __init__(
+        self,
+        *args,
+        run: Run,
+        teacher: nn.Module | None,
+        deadline: _Deadline,
+        heads: nn.ModuleList | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, callbacks=[deadline], **kwargs)
-        self.run, self.teacher, self.deadline = run, teacher, deadline
+        self.run, self.teacher, self.deadline, self.heads = run, teacher, deadline, heads
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Linear, by steps or by the run's own time."""
@@ -157,15 +176,24 @@ class _Trainer(ExitTrainer):
         return lambda step: min(rate(step), max(0.0, 1 - self.deadline.share_spent()))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.run.loss == "joint":
+        if self.run.loss == "joint" and self.heads is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        output = model(**inputs, policy=ExitPolicy.never(), output_layer_logits=True)
         at_words = labels != -100
-        logits = output.layer_logits[:, at_words].float()  # [L, n, C]
         wanted = labels[at_words]
-        if self.run.loss == "distilled":
+        if self.heads is None:
+            output = model(**inputs, policy=ExitPolicy.never(), output_layer_logits=True)
+            logits = output.layer_logits
+        else:
+            output = model(**inputs, policy=ExitPolicy.never(), output_hidden_states=True)
+            logits = logits_of(self.heads, output.hidden_states, inputs["attention_mask"] != 0)
+        logits = logits[:, at_words].float()  # [L, n, C]
+        if self.run.loss == "joint":
+            weights = torch.arange(1.0, len(logits) + 1, device=logits.device)
+            losses = torch.stack([F.cross_entropy(layer, wanted) for layer in logits])
+            loss = (weights / weights.sum()) @ losses
+        elif self.run.loss == "distilled":
             if self.teacher is None:
                 target = logits[-1].detach()
             else:
@@ -238,6 +266,11 @@ def train(
         **run.settings,
     )
     deadline = _Deadline(end, run.seconds)
+    heads = None
+    if run.head != "linear":
+        heads = heads_of(run.head, model.config).to(device).train()
+        for own, other in zip(model.exit_heads, heads, strict=True):
+            own.other = other  # to be trained and kept in checkpoints as heads are
     teacher = None
     if run.teacher is not None:
         teacher = _load(finished[run.teacher], device).model.to(getattr(torch, run.dtype))
@@ -251,6 +284,7 @@ def train(
         run=run,
         deadline=deadline,
         teacher=teacher,
+        heads=heads,
     )
     checkpoint = last_checkpoint(checkpoints)
     spent = seconds_trained(folder)
@@ -264,8 +298,21 @@ def train(
     if deadline.reached:
         raise OutOfTime(run.name)
     trainer.tagger.model.eval()
+    if heads is not None:
+        save_model(heads, str(folder / _HEADS))
+        for own in model.exit_heads:
+            del own.other
     trainer.tagger.save_pretrained(done)
     return _load(done, device)  # without what the Trainer has put around its forward
+
+
+def trained_heads(run: Run, folder: Path, config) -> nn.ModuleList | None:
+    """A trained run's heads; None: those of its tagger."""
+    if run.head == "linear":
+        return None
+    heads = heads_of(run.head, config)
+    load_model(heads, str(folder / _HEADS))
+    return heads.eval()
 
 
 def seconds_trained(folder: Path) -> float:

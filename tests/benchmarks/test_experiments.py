@@ -15,7 +15,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from experiments import clock, packing, reading, report, runs, sources
+from experiments import clock, packing, reading, report, runs, signals, sources
 from experiments.__main__ import app, runs_of
 from experiments.runs import Run
 from random_models import random_tagger
@@ -197,10 +197,12 @@ def test_tables_average_over_seeds():
 def test_the_document_has_a_place_for_each_table(tmp_path):
     document = tmp_path / "results.md"
     document.write_text(report.DOCUMENT.read_text(encoding="utf-8"), encoding="utf-8")
-    markers = [f"conll: {part}" for part in ("scores", "speeds", "layers")]
+    places = {row["data"] for row in harness.read("experiments")}
+    markers = [f"{data}: {part}" for data in places for part in ("scores", "speeds", "layers")]
+    markers += [f"{data}: signals" for data in {row["data"] for row in harness.read("signals")}]
     for marker in ("gpu", "conll: decoding", *markers):
         report.harness.between(document, marker, f"table of {marker}")
-    assert document.read_text(encoding="utf-8").count("\ntable of") == 5
+    assert document.read_text(encoding="utf-8").count("\ntable of") == 2 + len(markers) >= 5
 
 
 def test_a_run_says_what_it_does_not_know():
@@ -395,6 +397,88 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
         assert row["test"]["constrained"]["broken"] == 0 and row["test"]["decode_ms"] > 0
     assert {row["test"]["argmax"]["score"] for row in decoded[1:]} == free
     assert report.decodings(decoded).count("\n| joint-1 | ") == 2
+
+
+def test_signals_by_hand():
+    """Two words, three layers, labels of chances by hand."""
+    chances = torch.tensor(
+        [[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], [[0.2, 0.7, 0.1], [0.1, 0.1, 0.8]],
+         [[0.2, 0.7, 0.1], [0.2, 0.1, 0.7]]]
+    )  # fmt: skip
+    entropy = -(chances * chances.log()).sum(-1) / np.log(3)
+    wanted = {
+        "entropy": entropy,
+        "max_prob": (1 - chances.max(-1).values) * 1.5,
+        "margin of the two best labels": torch.tensor([[0.8, 0.3], [0.5, 0.3], [0.5, 0.5]]),
+        "entropy, label as the layer before": torch.tensor(
+            [[1, 1], [1, entropy[1, 1]], [entropy[2, 0], entropy[2, 1]]]
+        ),
+        "entropy, mean with the layer before": torch.stack(
+            [entropy[0], (entropy[0] + entropy[1]) / 2, (entropy[1] + entropy[2]) / 2]
+        ),
+    }
+    assert wanted.keys() == signals.SIGNALS.keys()
+    for name, signal in signals.SIGNALS.items():
+        torch.testing.assert_close(signal(chances.log()), wanted[name])
+
+
+def test_the_lowest_threshold_that_is_fast_enough():
+    sweep = SimpleNamespace(exits=lambda policy: policy, speedup=lambda policy: 1 + 4 * (
+        policy.threshold > 0.3))  # fmt: skip
+    found = signals.just_fast_enough(sweep, 2, 3.0)
+    assert found.window == 2 and 0.3 < found.threshold < 0.3 + 2**-12
+    assert signals.just_fast_enough(sweep, 2, 6.0) is None
+
+
+def test_other_heads_and_signals_are_simulated(tmp_path, monkeypatch):
+    texts, whole = texts_of(tmp_path / "texts", SENTENCES * 3), encoder_of(tmp_path / "whole")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"defaults: {{data: wnut, encoder: {whole}, head_learning_rate: 0.02, "
+        "settings: {max_steps: 25, save_strategy: 'no'}}\n"
+        "runs: [{name: joint}, {name: adapter, head: adapter}, "
+        "{name: neighbors, head: neighbors}]\n"
+    )
+    for name in ("write", "read"):
+        monkeypatch.setattr(harness, name, partial(getattr(harness, name), folder=tmp_path))
+    monkeypatch.setenv("TOKENEXIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(signals, "TARGETS", (1.0,))
+    run = partial(CliRunner().invoke, app)
+    for _ in range(2):
+        done = run(["run", str(plan), "--texts", str(texts)])
+        assert done.exit_code == 0 and "all runs of the plan are done" in done.output, done.output
+    assert [row["run"] for row in harness.read("experiments")] == ["joint-1"]
+    for _ in range(2):
+        done = run(["signals", str(plan), "--texts", str(texts)])
+        assert done.exit_code == 0, done.output
+        rows = harness.read("signals")
+        assert [row["run"] for row in rows] == [
+            f"{name}-1" for name in ("joint", "adapter", "neighbors") for _ in range(6)
+        ]
+    assert {row["signal"] for row in rows} == {*signals.SIGNALS, signals.TEMPERED}
+    # What was trained is what is read: not the tagger's own heads, nor new ones.
+    for one in runs_of(plan)[1:]:
+        folder = tmp_path / "cache/experiments" / one.name
+        tagger = Tagger.from_pretrained(folder / "tagger")
+        heads = runs.trained_heads(one, folder, tagger.model.config)
+        data = sources.splits("wnut", texts).dev
+        words = signals.Words(tagger, data, heads)
+        assert words.annotated().eq(words.best[-1]).float().mean() > 0.5
+        plain = signals.Words(tagger, data)
+        assert not torch.equal(words.logits, plain.logits)
+        assert not any("other" in name for name, _ in tagger.model.named_parameters())
+    assert "| joint | linear | entropy | " in report.by_signal(rows)
+    with pytest.raises(ValueError, match="head is 'mlp'; expected 'linear', or one of"):
+        Run("a", "wnut", "minilm", head="mlp")
+
+
+def test_neighbors_do_not_see_padding():
+    heads = signals.heads_of("neighbors", random_tagger().config).eval()
+    h = torch.randn(1, 4, heads[0][1].classify.in_channels)
+    real = torch.tensor([[True, True, False, False]])
+    alone = signals.logits_of(heads, [h] * (len(heads) + 1), real)[:, :, :2]
+    short = signals.logits_of(heads, [h[:, :2]] * (len(heads) + 1), real[:, :2])
+    torch.testing.assert_close(alone, short)
 
 
 def test_all_that_a_gpu_is_asked_runs_without_one(tmp_path):
