@@ -40,7 +40,10 @@ def _threshold(policy, layer, num_layers):
         return policy.threshold[layer - 1]
     if policy.schedule == "doubling" and layer > num_layers / 2:
         return min(2 * policy.threshold, 0.5)
-    return policy.threshold
+    threshold = policy.threshold
+    for _ in range(1, layer):
+        threshold = min(1.0, threshold * policy.growth)
+    return threshold
 
 
 def _of_distance(layer, state, which):

@@ -238,10 +238,23 @@ def test_progress_and_plot(setting, tmp_path, monkeypatch):
         tagger, data, policies=policy_grid(windows=(0,), thresholds=(0.5, 0.9)),
         progress=lambda *args: seen.append(args),
     )  # fmt: skip
-    assert ("simulate", 4, 4) in seen and any(what == "verify" for what, *_ in seen)
+    assert ("simulate", 12, 12) in seen and any(what == "verify" for what, *_ in seen)
     plot(result, tmp_path / "curve.png", "title", [result.full_depth])
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert result.to_dict()["chosen"]["policy"] == result.chosen.policy.to_dict()
+
+
+def test_the_grid_has_growing_thresholds_which_are_those_of_the_second_layer():
+    grid = policy_grid(windows=(0, 1), thresholds=(0.2, 0.6), growths=(1, 2))
+    assert len(grid) == len(set(grid)) == 2 * 3 * 2
+    growing = [policy for policy in grid if policy.growth == 2]
+    assert {policy.thresholds(4)[1] for policy in grid} == {0.2, 0.6}
+    assert {policy.thresholds(4)[2] for policy in growing} == {0.4, 1.0}
+    assert {policy.level for policy in growing} == {"token", "sentence"}
+    doubling = policy_grid(ExitPolicy(schedule="doubling"), windows=(0,), thresholds=(0.2,))
+    assert [policy.growth for policy in doubling] == [1, 1]
+    listed = policy_grid(ExitPolicy(threshold=(0.1, 0.2)), windows=(0,), thresholds=(0.2,))
+    assert listed == policy_grid(windows=(0,), thresholds=(0.2,))
 
 
 def test_a_layer_that_is_sure_and_wrong_learns_to_wait(setting):
@@ -264,6 +277,9 @@ def test_a_layer_that_is_sure_and_wrong_learns_to_wait(setting):
     assert (sweep.labels(sweep.exits(learned)) == gold).all()
     assert sweep.speedup(sweep.exits(learned)) >= sweep.speedup(sweep.exits(policy))
     assert learned.threshold[0] < 0.1 and learned.window == 0
+    growing = policy.replace(threshold=0.11, growth=1.01)
+    assert (sweep.exits(growing) == sweep.exits(policy)).all()
+    assert learn_thresholds(sweep, growing).threshold[0] < 0.1
     with pytest.raises(ValueError, match="one criterion in a sweep"):
         learn_thresholds(sweep, policy.replace(criterion="max_prob"))
 

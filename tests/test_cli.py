@@ -156,6 +156,23 @@ def test_train_calibrate_evaluate(trained, folder, capsys):
     assert code == 0 and "full depth" in out and "mean exit layer" in out
 
 
+def test_calibrate_with_growing_thresholds(trained, folder, capsys, tmp_path):
+    tagger = shutil.copytree(trained, tmp_path / "tagger")
+    given = ("calibrate", tagger, "-d", folder / "dev.conll", "--target-speedup", 1.5, "--json")
+    for growth in (3, 1):  # the tagger's own does not count
+        code, out, err = call(capsys, *given, "--growth", growth)
+        assert code == 0, err
+        tried = json.loads(out)["simulated"]
+        assert {point["policy"]["growth"] for point in tried} <= {growth, 1}
+        assert Tagger.from_pretrained(tagger).model.policy.growth == growth
+    for more, message in (
+        (("--growth", 0.5), "growth is 0.5; expected 1 to 100"),
+        (("--growth", 2, "--schedule", "doubling"), "the schedule 'doubling'; expected 'constant'"),
+    ):
+        code, _, err = call(capsys, *given, *more)
+        assert code == 1 and message in err
+
+
 def test_decoding(trained, folder, capsys, tmp_path):
     tagger = Tagger.from_pretrained(trained)
     with torch.no_grad():  # of all words

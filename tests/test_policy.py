@@ -28,6 +28,13 @@ def test_doubling_schedule(delta, layers, expected):
     assert policy.thresholds(layers)[:-1] == expected
 
 
+def test_growing_thresholds():
+    policy = ExitPolicy(threshold=0.1, growth=2)
+    assert policy.thresholds(6) == [0.1, 0.2, 0.4, 0.8, 1.0, math.inf]
+    assert ExitPolicy(threshold=0.0, growth=2).thresholds(3) == [0.0, 0.0, math.inf]
+    assert ExitPolicy(threshold=1e-9, growth=100).thresholds(120)[-2] == 1.0  # nothing overflows
+
+
 def test_list_of_thresholds():
     policy = ExitPolicy(threshold=[0.1, 0.2, 0.3])
     assert policy.thresholds(3) == [0.1, 0.2, math.inf]
@@ -60,6 +67,13 @@ def test_list_of_thresholds():
         ({"copy": "none"}, ValueError, "'none'"),
         ({"neighbors": "gone"}, ValueError, "'gone'"),
         ({"threshold": [0.1, 0.2], "schedule": "doubling"}, ValueError, "single threshold"),
+        ({"threshold": [0.1, 0.2], "growth": 2}, ValueError, "one threshold per layer; expected"),
+        ({"growth": 2, "schedule": "doubling"}, ValueError, "beside schedule 'doubling'; expected"),
+        ({"growth": 0.5}, ValueError, "growth is 0.5; expected 1 to 100"),
+        ({"growth": math.inf}, ValueError, "growth is inf; expected 1 to 100"),
+        ({"growth": math.nan}, ValueError, "growth is nan; expected 1 to 100"),
+        ({"growth": "2"}, TypeError, "growth is '2'; expected a number"),
+        ({"growth": True}, TypeError, "growth is True; expected a number"),
     ],
 )
 def test_refuses(fields, error, message):
@@ -74,6 +88,7 @@ def test_refuses(fields, error, message):
         ExitPolicy.paper(0.3, window=4),
         ExitPolicy.authors_code(0.3),
         ExitPolicy.sentence([0.1, 0.2]),
+        ExitPolicy(growth=1.5),
         ExitPolicy.never(),
     ],
     ids=str,
@@ -90,7 +105,7 @@ def test_unknown_field_is_named():
 
 def test_presets():
     assert ExitPolicy() == ExitPolicy(
-        "token", 2, "entropy", 0.1, "constant", "post_norm", "frozen", 1
+        "token", 2, "entropy", 0.1, "constant", "post_norm", "frozen", 1, 1.0
     )
     assert ExitPolicy.paper(0.3, window=4) == ExitPolicy(threshold=0.3, window=4)
     authors = ExitPolicy.authors_code(0.2)
@@ -116,6 +131,10 @@ def test_presets():
         (
             ExitPolicy(criterion="max_prob", min_active=3),
             "token, window 2, threshold 0.1, max_prob, at least 3 active",
+        ),
+        (
+            ExitPolicy(criterion="max_prob", growth=1.5),
+            "token, window 2, threshold 0.1 x 1.5 a layer, max_prob",
         ),
     ],
     ids=str,

@@ -23,6 +23,7 @@ POLICIES = [
     for copy, neighbors in itertools.product(("post_norm", "pre_norm"), ("frozen", "recompute"))
 ] + [
     ExitPolicy(window=0, threshold=0.35, min_active=2),
+    ExitPolicy(window=1, threshold=0.1, growth=1.8),
     ExitPolicy(window=1, threshold=0.35, neighbors="recompute", min_active=4),
 ]
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 THRESHOLDS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 WINDOWS = (0, 1, 2, 4)
+GROWTHS = (1.0, 1.5, 2.0)
 SCALES = tuple(2 ** (i / 8) for i in range(-12, 13))  # of learned thresholds, all together
 CHEAP = 1_000_000  # words to be tagged with real exits, all policies together
 # Finer ones, and more cautious, as a promise is kept by the last step of a path before it breaks.
@@ -109,17 +110,25 @@ def policy_grid(
     windows: Iterable[int] = WINDOWS,
     thresholds: Iterable[float] = THRESHOLDS,
     sentence: bool = True,
+    growths: Iterable[float] = GROWTHS,
 ) -> list[ExitPolicy]:
     """Policies to try: every window with every threshold, and sentence exit with every one.
 
     Args:
         base: its criterion, schedule, copy and neighbors are those of all.
+        thresholds: of the second layer, where they grow.
+        growths: see `ExitPolicy`; not used where the schedule of `base` is "doubling".
     """
-    base = base or ExitPolicy()
-    grid = [base.replace(level="token", window=k, threshold=t) for k in windows for t in thresholds]
-    if sentence:
-        grid += [base.replace(level="sentence", threshold=t) for t in thresholds]
-    return grid
+    base = (base or ExitPolicy()).replace(threshold=0.0, growth=1.0)
+    growths, thresholds = (growths if base.schedule == "constant" else (1.0,)), [*thresholds]
+    bases = [base.replace(level="token", window=window) for window in windows]
+    bases += [base.replace(level="sentence")] if sentence else []
+    return [
+        each.replace(threshold=t / growth, growth=growth)
+        for growth in growths
+        for each in bases
+        for t in thresholds
+    ]
 
 
 def _to_try(policies: Iterable[ExitPolicy] | None, **options) -> list[ExitPolicy]:
@@ -422,7 +431,8 @@ def make_dial(
         if labels is not None:
             labels = [list(known_reference[i]) for i in first] + labels
     policies = _to_try(policies, thresholds=FINE)
-    full = policies[0].replace(level="token", threshold=0.0, schedule="constant", min_active=1)
+    plain = {"level": "token", "schedule": "constant", "min_active": 1, "growth": 1.0}
+    full = policies[0].replace(threshold=0.0, **plain)
     whole = labels or tag_windows(tagger, tagger.windows(words), full).labels
     check_types(whole[cut:], type_of, max_disagreement, confidence, given)
     data = {"words": words[:cut], "labels": whole[:cut]}
@@ -759,7 +769,7 @@ def learn_thresholds(
         return int((sweep.labels(exits) == gold).sum())
 
     def found(thresholds: np.ndarray) -> tuple[int, ExitPolicy]:
-        mine = policy.replace(threshold=(*thresholds.tolist(), 0.0), schedule="constant")
+        mine = plain.replace(threshold=(*thresholds.tolist(), 0.0))
         exits = sweep.exits(mine)
         return (right(exits) if sweep.speedup(exits) >= fastest else -1), mine
 
@@ -775,6 +785,7 @@ def learn_thresholds(
     exits = sweep.exits(policy)
     fastest, best = sweep.speedup(exits), (right(exits), policy)
     thresholds = np.array(policy.thresholds(depth)[:-1])
+    plain = policy.replace(threshold=0.0, schedule="constant", growth=1.0)
     turns = rounds * (depth - 1)
     for number in range(rounds):
         before = best

@@ -44,10 +44,14 @@ class ExitPolicy:
             have left, with fewer than this many still active, is finished: those leave too, sure
             or not. 1: no effect. For small batches, whose late layers take about as long for one
             word as for eight; the price is the label of words that were not sure.
+        growth: with one number, how many times the threshold of the layer before each layer's is,
+            from 1 to 100; the first layer's is the number, and none is above 1. The first layers,
+            whose classifiers are most often sure of what is wrong, then ask for more.
 
     Raises:
         ValueError: a value outside the above.
-        TypeError: a window or min_active that is not an int, a threshold that is not a number.
+        TypeError: a window or min_active that is not an int, a threshold or growth that is not a
+            number.
 
     Source: Li et al. 2021 (arXiv 2105.13878), sections 3.2 and 3.3.
     """
@@ -60,6 +64,7 @@ class ExitPolicy:
     copy: str = "post_norm"
     neighbors: str = "frozen"
     min_active: int = 1
+    growth: float = 1.0
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -90,6 +95,18 @@ class ExitPolicy:
                 f"ExitPolicy.schedule is {self.schedule!r} beside one threshold per layer; "
                 "expected 'constant', or a single threshold"
             )
+        growth = self.growth
+        if not isinstance(growth, Real) or isinstance(growth, bool):
+            raise TypeError(f"ExitPolicy.growth is {growth!r}; expected a number")
+        if not 1.0 <= growth <= 100.0:
+            raise ValueError(f"ExitPolicy.growth is {growth}; expected 1 to 100")
+        if growth != 1 and (per_layer or self.schedule != "constant"):
+            raise ValueError(
+                f"ExitPolicy.growth is {growth} beside "
+                + ("one threshold per layer" if per_layer else f"schedule {self.schedule!r}")
+                + "; expected a single threshold and schedule 'constant', or a growth of 1"
+            )
+        object.__setattr__(self, "growth", float(growth))
         object.__setattr__(self, "threshold", values if per_layer else values[0])
 
     @classmethod
@@ -137,7 +154,7 @@ class ExitPolicy:
                 )
             values = list(self.threshold)
         else:
-            values = [self.threshold] * num_layers
+            values = [min(1.0, self.threshold * self.growth**i) for i in range(num_layers)]
             if self.schedule == "doubling":
                 late = min(2 * self.threshold, 0.5)
                 values = [v if 2 * i <= num_layers else late for i, v in enumerate(values, 1)]
@@ -183,6 +200,8 @@ class ExitPolicy:
             for name in ("criterion", "schedule", "copy", "neighbors")
             if getattr(self, name) != getattr(default, name)
         ]
+        if self.growth != 1:
+            rest.insert(0, f" x {self.growth:g} a layer")
         if self.min_active != 1:
             rest.append(f", at least {self.min_active} active")
         return f"{where}, threshold {limit}{''.join(rest)}"

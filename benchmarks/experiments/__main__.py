@@ -118,12 +118,12 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
     for kind in run.read:
         if kind in known:
             continue
-        base, windows = KINDS[kind]
-        if base.criterion not in sweeps:
-            sweeps[base.criterion] = Sweep(tagger, dev, base.criterion, "auto")
-        found = reading.choose(tagger, dev, sweeps[base.criterion], base, windows)
+        criterion = KINDS[kind][0].criterion
+        if criterion not in sweeps:
+            sweeps[criterion] = Sweep(tagger, dev, criterion, "auto")
+        found = reading.choose(tagger, dev, sweeps[criterion], KINDS[kind])
         if kind.endswith("per layer"):
-            found = reading.choose_per_layer(tagger, dev, sweeps[base.criterion], found)
+            found = reading.choose_per_layer(tagger, dev, sweeps[criterion], found)
         walls = reading.wall_speedups(tagger, dev, [x.policy for x in found.values()])
         rows = [row_of(kind, *x, wall) for x, wall in zip(found.items(), walls, strict=True)]
         harness.write(ROWS, rows)

@@ -28,27 +28,26 @@ def choose(
     tagger: Tagger,
     dev: Dataset,
     sweep: Sweep,
-    base: ExitPolicy,
-    windows: Sequence[int],
+    bases: Sequence[ExitPolicy],
     targets: Sequence[float] = TARGETS,
     tries: int = 6,
 ) -> dict[float, Evaluation]:
     """For each speed-up in multiply-adds the policy with the best score on development data.
 
-    Exits are simulated first; then, window by window, the threshold at which real exits are just
-    fast enough is looked for from the simulated one on.
+    Exits are simulated first; then, base by base, the threshold at which real exits are just fast
+    enough is looked for from the simulated one on.
 
     Args:
-        sweep: of `dev`, with the criterion of `base`.
-        base: what is common to the policies.
-        tries: real runs over `dev` for each target and window.
+        sweep: of `dev`, with the criterion of `bases`.
+        bases: policies, of which each gets every threshold; the second layer's, where they grow.
+        tries: real runs over `dev` for each target and base.
 
     Returns:
         By target, the real evaluation on `dev`; targets that no policy reaches are left out.
     """
     found: dict[float, Evaluation] = {}
-    for window in windows:
-        policies = [base.replace(window=window, threshold=t) for t in THRESHOLDS]
+    for base in bases:
+        policies = [base.replace(threshold=t / base.growth) for t in THRESHOLDS]
         known: dict[int, Evaluation] = {}
         points = [sweep.point(policy) for policy in policies]
         for target in targets:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +40,8 @@ class Run:
         teacher: the run whose full-depth labels a "distilled" loss follows. None: the tagger's own
             last layer.
         loss: "joint" (each layer, weighted by its number), "even" (each alike), "last" (the last
-            layer only), or "distilled" (each layer follows the teacher's last).
+            layer only), or "distilled" (each layer follows the teacher's last, and with a teacher
+            labels as much).
         distill_last: only the last layer does.
         head: "linear", or a key of `signals.HEADS` for heads of another kind, whose exits are
             simulated only.
@@ -108,20 +109,31 @@ class Run:
         return SelfSampling(policy, **fields)
 
 
-# Policies by kind: what is common to them, and the windows that are tried.
-KINDS: dict[str, tuple[ExitPolicy, tuple[int, ...]]] = {
-    "token": (ExitPolicy(), (0, 1, 2, 4)),
-    "token, no window": (ExitPolicy(), (0,)),
-    "token, max_prob": (ExitPolicy(criterion="max_prob"), (0, 1, 2, 4)),
-    "token, pre_norm": (ExitPolicy(copy="pre_norm"), (0, 1, 2, 4)),
-    "token, recompute": (ExitPolicy(neighbors="recompute"), (0, 1, 2, 4)),
-    "token, doubling": (ExitPolicy(schedule="doubling"), (0, 1, 2, 4)),
-    "token, per layer": (ExitPolicy(), (0, 1, 2, 4)),  # thresholds are learned then
-    "authors": (ExitPolicy.authors_code(), (0, 1, 2, 4)),
-    "sentence": (ExitPolicy.sentence(), (0,)),
+def _of(*growths: float, windows: Sequence[int] = (0, 1, 2, 4), **fields) -> list[ExitPolicy]:
+    """Of every growth with every window, whose thresholds are yet to be found."""
+    growths = growths or (1.0,)
+    return [ExitPolicy(window=k, growth=g, **fields) for g in growths for k in windows]
+
+
+# Policies by kind: of those the best is chosen.
+KINDS: dict[str, list[ExitPolicy]] = {
+    "token": _of(),
+    "token, no window": _of(windows=[0]),
+    "token, max_prob": _of(criterion="max_prob"),
+    "token, pre_norm": _of(copy="pre_norm"),
+    "token, recompute": _of(neighbors="recompute"),
+    "token, doubling": _of(schedule="doubling"),
+    "token, growing": _of(1.5, 2.0),
+    "token, growing, no window": _of(1.5, 2.0, windows=[0]),
+    "token, growing, max_prob": _of(1.5, 2.0, criterion="max_prob"),
+    # Thresholds are learned, from the best of these.
+    "token, per layer": _of(),
+    "token, growing, per layer": _of(1.5, 2.0),
+    "authors": [ExitPolicy.authors_code(window=k) for k in (0, 1, 2, 4)],
+    "sentence": [ExitPolicy.sentence()],
+    "sentence, growing": _of(1.5, 2.0, windows=[0], level="sentence"),
+    **{f"token, window {k}": _of(windows=[k]) for k in (1, 2, 4, 8)},
 }
-for _k in (1, 2, 4, 8):
-    KINDS[f"token, window {_k}"] = (ExitPolicy(), (_k,))
 
 
 class OutOfTime(Exception):
@@ -203,12 +215,12 @@ class _Trainer(ExitTrainer):
             target = target.softmax(-1)
             if self.run.distill_last:
                 logits = logits[-1:]
-            losses = [F.cross_entropy(layer, target) for layer in logits]
-            if self.teacher is None:  # the last layer learns from labels
-                losses[-1] = F.cross_entropy(logits[-1], wanted)
+            losses = torch.stack([F.cross_entropy(layer, target) for layer in logits])
+            by_labels = torch.stack([F.cross_entropy(layer, wanted) for layer in logits])
+            if self.teacher is None:
+                loss = torch.cat([losses[:-1], by_labels[-1:]]).mean()
             else:
-                losses[-1] = (losses[-1] + F.cross_entropy(logits[-1], wanted)) / 2
-            loss = torch.stack(losses).mean()
+                loss = (losses + by_labels).mean() / 2
         elif self.run.loss == "last":
             loss = F.cross_entropy(logits[-1], wanted)
         else:

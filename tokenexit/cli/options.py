@@ -98,6 +98,10 @@ Dev = Annotated[str | None, typer.Option(help="Data to score after each epoch.")
 Copy = Annotated[str | None, typer.Option(help="post_norm or pre_norm. Default: the tagger's.")]
 Criterion = Annotated[str | None, typer.Option(help="entropy or max_prob. Default: the tagger's.")]
 Schedule = Annotated[str | None, typer.Option(help="constant or doubling. Default: the tagger's.")]
+Growth = Annotated[
+    float | None,
+    typer.Option(help="From layer to layer, of thresholds. Default: 1, 1.5 and 2 are tried."),
+]
 Neighbors = Annotated[str | None, typer.Option(help="frozen or recompute. Default: the tagger's.")]
 Settings = Annotated[
     list[str] | None,

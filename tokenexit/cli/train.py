@@ -21,6 +21,7 @@ from tokenexit.cli.options import (
     Device,
     Epochs,
     Format,
+    Growth,
     HeadLearningRate,
     LearningRate,
     Metric,
@@ -278,6 +279,7 @@ def calibrate(
     copy: Copy = None,
     criterion: Criterion = None,
     schedule: Schedule = None,
+    growth: Growth = None,
     neighbors: Neighbors = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for calibration.json and calibration.png.")
@@ -310,7 +312,7 @@ def calibrate(
     """
     from datasets import Dataset
 
-    from tokenexit.calibrate import FINE, plot, policy_grid
+    from tokenexit.calibrate import FINE, GROWTHS, plot, policy_grid
     from tokenexit.calibrate import calibrate as run
     from tokenexit.files import write_folder_aside
     from tokenexit.models.checkpoint import check_tagger_folder
@@ -336,14 +338,19 @@ def calibrate(
     tagger = load_tagger(model, batch_size)
     kinds = {"criterion": criterion, "copy": copy, "schedule": schedule, "neighbors": neighbors}
     base = tagger.model.policy.replace(
-        threshold=0.0, **{name: value for name, value in kinds.items() if value is not None}
+        threshold=0.0,
+        growth=1.0,
+        **{name: value for name, value in kinds.items() if value is not None},
     )
+    if growth is not None and base.schedule != "constant":
+        raise ValueError(f"got --growth with the schedule {base.schedule!r}; expected 'constant'")
+    growths = GROWTHS if growth is None else (growth,)
     theirs = original and load_tagger(original, batch_size)
     if promised:
         texts = Dataset.from_dict({"words": tagger.split(read_texts(data, format))})
-        grid = policy_grid(base, thresholds=FINE)
+        grid = policy_grid(base, thresholds=FINE, growths=growths)
     else:
-        texts, grid = read_data(data, column, format), policy_grid(base)
+        texts, grid = read_data(data, column, format), policy_grid(base, growths=growths)
     with progress_bars() as progress:
         result = run(
             tagger,
