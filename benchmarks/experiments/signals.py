@@ -123,12 +123,21 @@ def _of_two_layers(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat([unsure[:1], (unsure[1:] + unsure[:-1]) / 2])
 
 
-SIGNALS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+def _growing(signal: Callable[[torch.Tensor], torch.Tensor]):
+    """The signal against thresholds that grow by half from layer to layer."""
+    return lambda logits: signal(logits) / 1.5 ** torch.arange(len(logits))[:, None]
+
+
+_PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "entropy": lambda logits: uncertainty(logits, False),
     "max_prob": lambda logits: uncertainty(logits, True),
     "margin of the two best labels": _margin,
     "entropy, label as the layer before": _agreeing,
+}
+SIGNALS = {
+    **_PLAIN,
     "entropy, mean with the layer before": _of_two_layers,
+    **{f"{name}, growing": _growing(signal) for name, signal in _PLAIN.items()},
 }
 TEMPERED = "entropy, a temperature for each head"
 

@@ -418,6 +418,9 @@ def test_signals_by_hand():
             [entropy[0], (entropy[0] + entropy[1]) / 2, (entropy[1] + entropy[2]) / 2]
         ),
     }
+    factors = torch.tensor([[1], [1.5], [2.25]])
+    plain = [name for name in wanted if "mean" not in name]
+    wanted |= {f"{name}, growing": wanted[name] / factors for name in plain}
     assert wanted.keys() == signals.SIGNALS.keys()
     for name, signal in signals.SIGNALS.items():
         torch.testing.assert_close(signal(chances.log()), wanted[name])
@@ -449,12 +452,13 @@ def test_other_heads_and_signals_are_simulated(tmp_path, monkeypatch):
         done = run(["run", str(plan), "--texts", str(texts)])
         assert done.exit_code == 0 and "all runs of the plan are done" in done.output, done.output
     assert [row["run"] for row in harness.read("experiments")] == ["joint-1"]
+    each = len(signals.SIGNALS) + 1
     for _ in range(2):
         done = run(["signals", str(plan), "--texts", str(texts)])
         assert done.exit_code == 0, done.output
         rows = harness.read("signals")
         assert [row["run"] for row in rows] == [
-            f"{name}-1" for name in ("joint", "adapter", "neighbors") for _ in range(6)
+            f"{name}-1" for name in ("joint", "adapter", "neighbors") for _ in range(each)
         ]
     assert {row["signal"] for row in rows} == {*signals.SIGNALS, signals.TEMPERED}
     # What was trained is what is read: not the tagger's own heads, nor new ones.
