@@ -128,8 +128,8 @@ def test_targets_out_of_reach_and_bad_ones(setting):
     with pytest.raises(ValueError, match="no sentences"):
         calibrate(tagger, data.take(0))
     mixed = [ExitPolicy(), ExitPolicy(criterion="max_prob")]
-    with pytest.raises(ValueError, match="one criterion"):
-        calibrate(tagger, data, policies=mixed)
+    with pytest.raises(ValueError, match="share criterion, copy, neighbors; got .*max_prob"):
+        calibrate(tagger, data, policies=mixed, max_disagreement=0.5, confidence=0.5)
 
 
 def fake(monkeypatch, simulated, real, cheap):
@@ -244,6 +244,21 @@ def test_progress_and_plot(setting, tmp_path, monkeypatch):
     assert result.to_dict()["chosen"]["policy"] == result.chosen.policy.to_dict()
 
 
+@pytest.mark.parametrize("criterion", ["entropy", "max_prob"])
+def test_a_sweep_has_both_criteria(setting, criterion):
+    """Words that stand alone leave by themselves, as if simulated: no neighbor, no window."""
+    tagger, data = setting
+    alone = {"words": [words[:1] for words in data["words"]], "labels": [["A"]] * len(data)}
+    sweep = Sweep(tagger, alone, "auto")
+    policy = ExitPolicy(window=0, threshold=0.4, criterion=criterion)
+    real = evaluate(tagger, Dataset.from_dict(alone), policy)
+    exits = sweep.exits(policy)
+    counts = exits.bincount(minlength=5)[1:].tolist()
+    assert counts == real.exits_per_layer and len(set(exits.tolist())) > 1
+    found = calibrate(tagger, data, policies=[policy], max_loss=1.0)
+    assert found.chosen.policy == policy
+
+
 def test_the_grid_has_growing_thresholds_which_are_those_of_the_second_layer():
     grid = policy_grid(windows=(0, 1), thresholds=(0.2, 0.6), growths=(1, 2))
     assert len(grid) == len(set(grid)) == 2 * 3 * 2
@@ -253,19 +268,22 @@ def test_the_grid_has_growing_thresholds_which_are_those_of_the_second_layer():
     assert {policy.level for policy in growing} == {"token", "sentence"}
     doubling = policy_grid(ExitPolicy(schedule="doubling"), windows=(0,), thresholds=(0.2,))
     assert [policy.growth for policy in doubling] == [1, 1]
+    both = policy_grid(windows=(0,), thresholds=(0.2,), criteria=("entropy", "max_prob"))
+    assert [policy.criterion for policy in both] == ["entropy"] * 6 + ["max_prob"] * 6
     listed = policy_grid(ExitPolicy(threshold=(0.1, 0.2)), windows=(0,), thresholds=(0.2,))
     assert listed == policy_grid(windows=(0,), thresholds=(0.2,))
 
 
 def test_a_layer_that_is_sure_and_wrong_learns_to_wait(setting):
     """Half of the words leave by it, wrong; by the next all could leave, right and no later."""
-    sweep = Sweep(*setting, "entropy", "auto")
+    sweep = Sweep(*setting, "auto")
     gold = sweep.best[-1].clone()
     sweep.best[:] = gold
     sweep.best[0] = (gold + 1) % 3
     half = torch.arange(len(gold)) % 2 == 0
-    sweep.uncertainty[:] = 0.2
-    sweep.uncertainty[0] = torch.where(half, 0.1, 0.9)
+    unsure = sweep.uncertainty["entropy"]
+    unsure[:] = 0.2
+    unsure[0] = torch.where(half, 0.1, 0.9)
     policy = ExitPolicy(window=0, threshold=0.06, schedule="doubling")
     assert learn_thresholds(sweep, policy) == policy  # nobody leaves: no error to save
     policy = policy.replace(threshold=0.12, schedule="constant")
@@ -280,8 +298,6 @@ def test_a_layer_that_is_sure_and_wrong_learns_to_wait(setting):
     growing = policy.replace(threshold=0.11, growth=1.01)
     assert (sweep.exits(growing) == sweep.exits(policy)).all()
     assert learn_thresholds(sweep, growing).threshold[0] < 0.1
-    with pytest.raises(ValueError, match="one criterion in a sweep"):
-        learn_thresholds(sweep, policy.replace(criterion="max_prob"))
 
 
 def test_learned_thresholds_are_run_and_chosen_by_what_they_do(setting, monkeypatch):

@@ -35,9 +35,11 @@ from tokenexit.text.scoring import score, shown, types
 if TYPE_CHECKING:
     from datasets import Dataset
 
-THRESHOLDS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
+THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1,
+              0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)  # fmt: skip
 WINDOWS = (0, 1, 2, 4)
 GROWTHS = (1.0, 1.5, 2.0)
+CRITERIA = ("entropy", "max_prob")
 SCALES = tuple(2 ** (i / 8) for i in range(-12, 13))  # of learned thresholds, all together
 CHEAP = 1_000_000  # words to be tagged with real exits, all policies together
 # Finer ones, and more cautious, as a promise is kept by the last step of a path before it breaks.
@@ -111,20 +113,23 @@ def policy_grid(
     thresholds: Iterable[float] = THRESHOLDS,
     sentence: bool = True,
     growths: Iterable[float] = GROWTHS,
+    criteria: Iterable[str] | None = None,
 ) -> list[ExitPolicy]:
     """Policies to try: every window with every threshold, and sentence exit with every one.
 
     Args:
-        base: its criterion, schedule, copy and neighbors are those of all.
+        base: its schedule, copy and neighbors are those of all.
         thresholds: of the second layer, where they grow.
         growths: see `ExitPolicy`; not used where the schedule of `base` is "doubling".
+        criteria: None: that of `base`.
     """
     base = (base or ExitPolicy()).replace(threshold=0.0, growth=1.0)
     growths, thresholds = (growths if base.schedule == "constant" else (1.0,)), [*thresholds]
     bases = [base.replace(level="token", window=window) for window in windows]
     bases += [base.replace(level="sentence")] if sentence else []
     return [
-        each.replace(threshold=t / growth, growth=growth)
+        each.replace(threshold=t / growth, growth=growth, criterion=criterion)
+        for criterion in criteria or (base.criterion,)
         for growth in growths
         for each in bases
         for t in thresholds
@@ -171,7 +176,7 @@ def calibrate(
         target_speedup: pick the best score among policies at least this fast (multiply-adds).
         max_loss: pick the fastest policy that loses at most this much of the full-depth score,
             in the score's units: 0.005 is half a point of F1. The default, with 0.005.
-        policies: to try; None for `policy_grid()`. They must share a criterion.
+        policies: to try; None for `policy_grid` with both criteria.
         verify: at most so many run with real exits, the likeliest first. None: no limit. Likewise
             of those with learned thresholds.
         metric: see `tokenexit.text.scoring.score`.
@@ -247,9 +252,9 @@ def calibrate(
             "expected sentences with entities, or the metric accuracy"
         )
     _check_trained(tagger)
-    policies = _to_try(policies)
+    policies = _to_try(policies, criteria=CRITERIA)
 
-    sweep = Sweep(tagger, data, policies[0].criterion, metric)
+    sweep = Sweep(tagger, data, metric)
     full, theirs = sweep.point(ExitPolicy.never()), None
     if original is not None:
         labels = _whole(original, data["words"])
@@ -373,7 +378,9 @@ def make_dial(
             None: the tagger's own at full depth.
         known, known_reference: sentences to find the path with, and their labels, such as those
             that classifiers learnt from; then all others test it. None: three tenths, as above.
-        policies: to take the path from. None: `policy_grid` with `FINE` thresholds.
+        policies: to take the path from, all of one criterion, copy and neighbors, as sentences at
+            several speeds go through the model together. None: `policy_grid` with `FINE`
+            thresholds.
         per_layer: promise the same of the words that left at or before each layer by themselves, so
             that bad exits that come early do not hide behind good ones that come late (Ringel et
             al., arXiv 2402.00857). Layers by which words of too few sentences left are not held to
@@ -431,12 +438,17 @@ def make_dial(
         if labels is not None:
             labels = [list(known_reference[i]) for i in first] + labels
     policies = _to_try(policies, thresholds=FINE)
+    kinds = {(p.criterion, p.copy, p.neighbors) for p in policies}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"policies of a dial share criterion, copy, neighbors; got {sorted(kinds)}"
+        )
     plain = {"level": "token", "schedule": "constant", "min_active": 1, "growth": 1.0}
     full = policies[0].replace(threshold=0.0, **plain)
     whole = labels or tag_windows(tagger, tagger.windows(words), full).labels
     check_types(whole[cut:], type_of, max_disagreement, confidence, given)
     data = {"words": words[:cut], "labels": whole[:cut]}
-    sweep = Sweep(tagger, data, policies[0].criterion, "accuracy")
+    sweep = Sweep(tagger, data, "accuracy")
     simulated = []
     for number, policy in enumerate(policies, 1):
         simulated.append(sweep.point(policy))
@@ -669,22 +681,22 @@ def pareto_front(points: Iterable, speed: str = "speedup") -> list:
 class Sweep:
     """Full-depth logits of all words, and what a policy would make of them."""
 
-    def __init__(self, tagger: Tagger, data: Mapping[str, Sequence], criterion: str, metric: str):
+    def __init__(self, tagger: Tagger, data: Mapping[str, Sequence], metric: str):
         self.config = tagger.model.config
         self.gold = list(data["labels"])
         self.metric = metric
-        self.criterion = criterion
         self.windows: list[Window] = tagger.windows(data["words"])
         self.names = [self.config.id2label[i] for i in range(self.config.num_labels)]
-        unsure, best = [None] * len(self.windows), [None] * len(self.windows)
+        found = [None] * len(self.windows)
         for indices, output, firsts in tagger.run(
             self.windows, ExitPolicy.never(), output_layer_logits=True
         ):
             for row, index in enumerate(indices):
                 logits = output.layer_logits[:, row, firsts[row]].cpu()  # [L, n, C]
-                unsure[index] = uncertainty(logits, criterion == "max_prob")
-                best[index] = logits.argmax(-1)
-        self.uncertainty, self.best = torch.cat(unsure, 1), torch.cat(best, 1)
+                unsure = [uncertainty(logits, criterion == "max_prob") for criterion in CRITERIA]
+                found[index] = (logits.argmax(-1), *unsure)
+        self.best, *unsure = (torch.cat(each, 1) for each in zip(*found, strict=True))  # [L, W]
+        self.uncertainty = dict(zip(CRITERIA, unsure, strict=True))
         counts = torch.tensor([w.n_words for w in self.windows], device="cpu")
         self.cu_words = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         self.window_of_word = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
@@ -693,14 +705,9 @@ class Sweep:
 
     def exits(self, policy: ExitPolicy) -> torch.Tensor:
         """The layer `[W]` that each word of each window would leave at."""
-        if policy.criterion != self.criterion:
-            raise ValueError(
-                f"got policies of criterion {self.criterion!r} and {policy.criterion!r}; "
-                "expected one criterion in a sweep"
-            )
-        layers = self.config.num_hidden_layers
-        schedule = Schedule.of(policy, layers, len(self.windows), self.uncertainty)
-        return simulate_exits(self.uncertainty, self.cu_words, schedule)
+        unsure, layers = self.uncertainty[policy.criterion], self.config.num_hidden_layers
+        schedule = Schedule.of(policy, layers, len(self.windows), unsure)
+        return simulate_exits(unsure, self.cu_words, schedule)
 
     def labels(self, exits: torch.Tensor) -> torch.Tensor:
         """The numbers `[W]` of the labels that words have there."""

@@ -114,16 +114,14 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
             **common,
         }
 
-    sweeps = {}
+    sweep = None
     for kind in run.read:
         if kind in known:
             continue
-        criterion = KINDS[kind][0].criterion
-        if criterion not in sweeps:
-            sweeps[criterion] = Sweep(tagger, dev, criterion, "auto")
-        found = reading.choose(tagger, dev, sweeps[criterion], KINDS[kind])
+        sweep = sweep or Sweep(tagger, dev, "auto")
+        found = reading.choose(tagger, dev, sweep, KINDS[kind])
         if kind.endswith("per layer"):
-            found = reading.choose_per_layer(tagger, dev, sweeps[criterion], found)
+            found = reading.choose_per_layer(tagger, dev, sweep, found)
         walls = reading.wall_speedups(tagger, dev, [x.policy for x in found.values()])
         rows = [row_of(kind, *x, wall) for x, wall in zip(found.items(), walls, strict=True)]
         harness.write(ROWS, rows)

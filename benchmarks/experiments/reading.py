@@ -38,7 +38,7 @@ def choose(
     enough is looked for from the simulated one on.
 
     Args:
-        sweep: of `dev`, with the criterion of `bases`.
+        sweep: of `dev`.
         bases: policies, of which each gets every threshold; the second layer's, where they grow.
         tries: real runs over `dev` for each target and base.
 

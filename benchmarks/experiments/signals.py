@@ -81,7 +81,7 @@ class Words(Sweep):
     """A sweep of all words that keeps their logits, of a tagger's heads or of others."""
 
     def __init__(self, tagger: Tagger, data: Dataset, heads: nn.ModuleList | None = None):
-        super().__init__(tagger, data, "entropy", "auto")
+        super().__init__(tagger, data, "auto")
         if heads is not None:
             heads = heads.to(tagger.model.device, tagger.model.dtype)
         logits = [None] * len(self.windows)
@@ -102,7 +102,7 @@ class Words(Sweep):
     def by(self, signal: torch.Tensor) -> Sweep:
         """The same words, leaving by another signal `[L, W]` in [0, 1]."""
         other = copy.copy(self)
-        other.uncertainty = signal
+        other.uncertainty = dict.fromkeys(self.uncertainty, signal)
         return other
 
 

@@ -96,7 +96,10 @@ Seed = Annotated[int, typer.Option(help="Runs with equal seeds are equal.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 Dev = Annotated[str | None, typer.Option(help="Data to score after each epoch.")]
 Copy = Annotated[str | None, typer.Option(help="post_norm or pre_norm. Default: the tagger's.")]
-Criterion = Annotated[str | None, typer.Option(help="entropy or max_prob. Default: the tagger's.")]
+Criterion = Annotated[
+    str | None,
+    typer.Option(help="entropy or max_prob. Default: both; for a promise, the tagger's."),
+]
 Schedule = Annotated[str | None, typer.Option(help="constant or doubling. Default: the tagger's.")]
 Growth = Annotated[
     float | None,

@@ -312,7 +312,7 @@ def calibrate(
     """
     from datasets import Dataset
 
-    from tokenexit.calibrate import FINE, GROWTHS, plot, policy_grid
+    from tokenexit.calibrate import CRITERIA, FINE, GROWTHS, plot, policy_grid
     from tokenexit.calibrate import calibrate as run
     from tokenexit.files import write_folder_aside
     from tokenexit.models.checkpoint import check_tagger_folder
@@ -350,7 +350,8 @@ def calibrate(
         texts = Dataset.from_dict({"words": tagger.split(read_texts(data, format))})
         grid = policy_grid(base, thresholds=FINE, growths=growths)
     else:
-        texts, grid = read_data(data, column, format), policy_grid(base, growths=growths)
+        texts, criteria = read_data(data, column, format), (criterion and (criterion,)) or CRITERIA
+        grid = policy_grid(base, growths=growths, criteria=criteria)
     with progress_bars() as progress:
         result = run(
             tagger,
