@@ -15,7 +15,6 @@ from tokenexit.calibrate import (
     Point,
     Sweep,
     calibrate,
-    learn_thresholds,
     pareto_front,
     plot,
     policy_grid,
@@ -272,57 +271,6 @@ def test_the_grid_has_growing_thresholds_which_are_those_of_the_second_layer():
     assert [policy.criterion for policy in both] == ["entropy"] * 6 + ["max_prob"] * 6
     listed = policy_grid(ExitPolicy(threshold=(0.1, 0.2)), windows=(0,), thresholds=(0.2,))
     assert listed == policy_grid(windows=(0,), thresholds=(0.2,))
-
-
-def test_a_layer_that_is_sure_and_wrong_learns_to_wait(setting):
-    """Half of the words leave by it, wrong; by the next all could leave, right and no later."""
-    sweep = Sweep(*setting, "auto")
-    gold = sweep.best[-1].clone()
-    sweep.best[:] = gold
-    sweep.best[0] = (gold + 1) % 3
-    half = torch.arange(len(gold)) % 2 == 0
-    unsure = sweep.uncertainty["entropy"]
-    unsure[:] = 0.2
-    unsure[0] = torch.where(half, 0.1, 0.9)
-    policy = ExitPolicy(window=0, threshold=0.06, schedule="doubling")
-    assert learn_thresholds(sweep, policy) == policy  # nobody leaves: no error to save
-    policy = policy.replace(threshold=0.12, schedule="constant")
-    assert (sweep.exits(policy) == torch.where(half, 1, 4)).all()
-    seen = []
-    progress = lambda *what: seen.append(what)  # noqa: E731
-    learned = learn_thresholds(sweep, policy, rounds=1, progress=progress)
-    assert seen == [("learn", done, 3) for done in range(4)]
-    assert (sweep.labels(sweep.exits(learned)) == gold).all()
-    assert sweep.speedup(sweep.exits(learned)) >= sweep.speedup(sweep.exits(policy))
-    assert learned.threshold[0] < 0.1 and learned.window == 0
-    growing = policy.replace(threshold=0.11, growth=1.01)
-    assert (sweep.exits(growing) == sweep.exits(policy)).all()
-    assert learn_thresholds(sweep, growing).threshold[0] < 0.1
-
-
-def test_learned_thresholds_are_run_and_chosen_by_what_they_do(setting, monkeypatch):
-    """All words leave at once by them: nothing is faster; and by a score, nothing is worse."""
-    tagger, data = setting
-    depth = tagger.model.config.num_hidden_layers
-    seen = []
-
-    def learned(sweep, policy, progress):
-        seen.append(policy)
-        return policy.replace(threshold=(*[1.0] * (depth - 1), 0.0), schedule="constant")
-
-    monkeypatch.setattr("tokenexit.calibrate.learn_thresholds", learned)
-    grid = policy_grid(windows=(0,), thresholds=(0.2, 0.5))
-    plain = calibrate(tagger, data, policies=grid, max_loss=1.0)
-    found = calibrate(tagger, data, policies=grid, max_loss=1.0, layer_thresholds=True)
-    assert seen == [plain.chosen.policy]
-    assert isinstance(found.chosen.policy.threshold, tuple)
-    assert found.chosen.speedup > plain.chosen.speedup
-    run = [p for p in found.verified if isinstance(p.policy.threshold, tuple)]
-    assert found.chosen in run
-    slow = calibrate(tagger, data, policies=grid, target_speedup=1.0, layer_thresholds=True)
-    assert slow.chosen.score >= max(p.score for p in plain.verified)
-    with pytest.raises(ValueError, match="layer_thresholds with max_disagreement"):
-        calibrate(tagger, data, max_disagreement=0.1, layer_thresholds=True)
 
 
 def test_pareto_front():

@@ -134,7 +134,7 @@ def test_train_calibrate_evaluate(trained, folder, capsys):
     weights = (trained / "model.safetensors").read_bytes()
     code, out, err = call(
         capsys, "calibrate", trained, "-d", folder / "dev.conll", "--target-speedup", 1.5,
-        "--layer-thresholds", "--report", report,
+        "--report", report,
     )  # fmt: skip
     assert code == 0, err
     assert "verified with real exits" in out and "chosen" in out
@@ -969,8 +969,6 @@ def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, com
         (["adapt", "{folder}/hf", "-t", "none.txt", "-o", "."], "no such file: none.txt"),
         (["calibrate", "{exits}", "-d", "{folder}/dev.conll", "--timing-runs", "1"],
          "timing_runs without max_disagreement"),
-        (["calibrate", "{exits}", "-d", "{folder}/dev.conll", "--max-disagreement", "0.1",
-          "--layer-thresholds"], "layer_thresholds with max_disagreement"),
         (["calibrate", "{exits}", "-d", "x", "--max-disagreement", "0.1", "--column", "1"],
          "got --column with --max-disagreement"),
         (["predict", "{exits}", "{folder}/dev.conll", "-o", ".", "--resume"], "is no file"),

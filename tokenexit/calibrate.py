@@ -40,7 +40,6 @@ THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1,
 WINDOWS = (0, 1, 2, 4)
 GROWTHS = (1.0, 1.5, 2.0)
 CRITERIA = ("entropy", "max_prob")
-SCALES = tuple(2 ** (i / 8) for i in range(-12, 13))  # of learned thresholds, all together
 CHEAP = 1_000_000  # words to be tagged with real exits, all policies together
 # Finer ones, and more cautious, as a promise is kept by the last step of a path before it breaks.
 FINE = tuple(float(f"{t:.2g}") for t in np.geomspace(1e-4, 0.7, 30))
@@ -160,7 +159,6 @@ def calibrate(
     original: Tagger | None = None,
     per_layer: bool = False,
     per_type: bool | Sequence[str] = False,
-    layer_thresholds: bool = False,
 ) -> Calibration:
     """Sweep policies on development data and pick one.
 
@@ -177,8 +175,7 @@ def calibrate(
         max_loss: pick the fastest policy that loses at most this much of the full-depth score,
             in the score's units: 0.005 is half a point of F1. The default, with 0.005.
         policies: to try; None for `policy_grid` with both criteria.
-        verify: at most so many run with real exits, the likeliest first. None: no limit. Likewise
-            of those with learned thresholds.
+        verify: at most so many run with real exits, the likeliest first. None: no limit.
         metric: see `tokenexit.text.scoring.score`.
         progress: called with (what, done, total).
         max_disagreement, confidence, per_layer, per_type, timing_runs: in place of the targets, a
@@ -186,14 +183,12 @@ def calibrate(
             is chosen where every policy with exits disagrees too much.
         original: the tagger that this one was before it was trained to exit: a loss is of its
             score, a promise about its labels, at full depth. None: full depth of this one.
-        layer_thresholds: from what was chosen, learn a threshold for each layer, see
-            `learn_thresholds`; it takes minutes where there are many sentences and layers.
 
     Raises:
-        ValueError: several targets; what is of a promise without its bound, or a metric or
-            layer_thresholds with it; a target that no policy reaches; no sentences or labels, or no
-            entity among them; classifiers that were never trained; too few sentences for the
-            promise; an original and a target speed-up.
+        ValueError: several targets; what is of a promise without its bound, or a metric with it; a
+            target that no policy reaches; no sentences or labels, or no entity among them;
+            classifiers that were never trained; too few sentences for the promise; an original and
+            a target speed-up.
     """
     targets = {
         "target_speedup": target_speedup,
@@ -214,10 +209,6 @@ def calibrate(
             raise ValueError(f"got verify {verify} with max_disagreement, which runs all of a path")
         if metric != "auto":
             raise ValueError(f"got metric {metric!r} with max_disagreement, which counts labels")
-        if layer_thresholds:
-            raise ValueError(
-                "got layer_thresholds with max_disagreement: they are learned by labels"
-            )
         found = make_dial(
             tagger,
             data["words"],
@@ -301,28 +292,17 @@ def calibrate(
         best = max(map(preference, good()), default=(0.0, 0.0))
         return [p for p in expected(max) if meets(p) and preference(p) > best]
 
-    def verify_likely(first: set[ExitPolicy], most: int):
-        """Run those first, then what could be better, at most so many."""
-        most = len(verified) + (most if verify is None else min(most, verify))
-        while len(verified) < most:
-            queue = [p for p in expected(fmean) if p.policy in first] or better()
-            if not queue:
-                break
-            policy = max(queue, key=likely).policy
-            real = evaluate(tagger, data, policy, metric=metric)
-            verified[policy] = Point(policy, real.score, real.flops_speedup)
-            progress("verify", len(verified), min(most, len(verified) + len(queue) - 1))
-
     cheap = len(policies) * sum(map(len, data["words"])) <= CHEAP
     first = {p.policy for p in (simulated if cheap else pareto_front(simulated))}
-    verify_likely(first, len(policies))
-    best = max(good(), key=preference, default=full)
-    if layer_thresholds and best is not full:
-        learned = learn_thresholds(sweep, best.policy, progress=progress)
-        more = {scaled(learned, factor) for factor in SCALES} - {p.policy for p in simulated}
-        points = [*map(sweep.point, more)]
-        simulated = sorted((*simulated, *points), key=lambda p: p.speedup)
-        verify_likely({p.policy for p in pareto_front(points)}, len(more))
+    most = len(policies) if verify is None else verify
+    while len(verified) < most:
+        queue = [p for p in expected(fmean) if p.policy in first] or better()
+        if not queue:
+            break
+        policy = max(queue, key=likely).policy
+        real = evaluate(tagger, data, policy, metric=metric)
+        verified[policy] = Point(policy, real.score, real.flops_speedup)
+        progress("verify", len(verified), min(most, len(verified) + len(queue) - 1))
     if not good() and target_speedup is None:
         best = max((*verified.values(), full), key=lambda p: p.score)
         raise ValueError(
@@ -713,16 +693,6 @@ class Sweep:
         """The numbers `[W]` of the labels that words have there."""
         return self.best.gather(0, exits[None] - 1)[0]
 
-    def annotated(self) -> torch.Tensor:
-        """The numbers `[W]` of the labels that words should have; -1: the model knows none such."""
-        ids = {name: i for i, name in enumerate(self.names)}
-        labels = (
-            ids.get(label, -1)
-            for w in self.windows
-            for label in self.gold[w.sentence][w.first_word : w.first_word + w.n_words]
-        )
-        return torch.tensor([*labels], device="cpu")
-
     def speedup(self, exits: torch.Tensor) -> float:
         """In multiply-adds over full depth."""
         layers = torch.arange(1, self.config.num_hidden_layers + 1, device="cpu")
@@ -740,76 +710,6 @@ class Sweep:
         labels = [[self.names[i] for i in chosen.tolist()] for chosen in of_windows]
         result = score(self.gold, merge(self.windows, labels), self.metric)
         return Point(policy, result["score"], self.speedup(exits))
-
-
-def scaled(policy: ExitPolicy, factor: float) -> ExitPolicy:
-    """All thresholds times that, at most 1."""
-    given = policy.threshold
-    if not isinstance(given, tuple):
-        return policy.replace(threshold=min(1.0, given * factor))
-    return policy.replace(threshold=tuple(min(1.0, t * factor) for t in given))
-
-
-def learn_thresholds(
-    sweep: Sweep,
-    policy: ExitPolicy,
-    rounds: int = 2,
-    factors: Sequence[float] = (0.25, 0.5, 0.7, 1.4, 2.0, 4.0),
-    progress: Progress = lambda what, done, total: None,
-) -> ExitPolicy:
-    """A threshold for each layer in place of a policy's, as fast in simulation, with fewer errors.
-
-    Coordinate descent: in turn each layer's threshold is multiplied by each factor, and all by a
-    common one, so that the speed-up stays. What labels most words as annotated is kept.
-
-    Args:
-        sweep: of annotated data, with the policy's criterion.
-        rounds: times that each layer has its turn.
-        progress: called with (what, done, total).
-
-    Returns:
-        The policy with a tuple of thresholds; itself, if no other makes fewer errors.
-    """
-    depth, gold = sweep.config.num_hidden_layers, sweep.annotated()
-
-    def right(exits: torch.Tensor) -> int:
-        return int((sweep.labels(exits) == gold).sum())
-
-    def found(thresholds: np.ndarray) -> tuple[int, ExitPolicy]:
-        mine = plain.replace(threshold=(*thresholds.tolist(), 0.0))
-        exits = sweep.exits(mine)
-        return (right(exits) if sweep.speedup(exits) >= fastest else -1), mine
-
-    def as_fast(thresholds: np.ndarray, low: float = -3.0, high: float = 3.0):
-        """With the least common factor, of powers of two, that is fast enough."""
-        for _ in range(7):
-            middle = (low + high) / 2
-            count, _ = found(np.clip(thresholds * 2**middle, 0, 1))
-            low, high = (low, middle) if count >= 0 else (middle, high)
-        thresholds = np.clip(thresholds * 2**high, 0, 1)
-        return thresholds, *found(thresholds)
-
-    exits = sweep.exits(policy)
-    fastest, best = sweep.speedup(exits), (right(exits), policy)
-    thresholds = np.array(policy.thresholds(depth)[:-1])
-    plain = policy.replace(threshold=0.0, schedule="constant", growth=1.0)
-    turns = rounds * (depth - 1)
-    for number in range(rounds):
-        before = best
-        for layer in range(depth - 1):
-            progress("learn", number * (depth - 1) + layer, turns)
-            tried = []
-            for factor in factors:
-                other = thresholds.copy()
-                other[layer] *= factor
-                tried.append(as_fast(other))
-            chosen, count, mine = max(tried, key=lambda found: found[1])
-            if count > best[0]:
-                thresholds, best = chosen, (count, mine)
-        if best == before:
-            break
-    progress("learn", turns, turns)
-    return best[1]
 
 
 def _pieces(window: Window) -> torch.Tensor:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from datasets import Dataset
 
-from tokenexit.calibrate import SCALES, Point, Sweep, learn_thresholds, scaled
+from experiments.thresholds import SCALES, learn_thresholds, scaled
+from tokenexit.calibrate import Point, Sweep
 from tokenexit.evaluate import Evaluation, evaluate, time_policies
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy

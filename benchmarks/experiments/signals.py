@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import nn
 
 from experiments.reading import TARGETS
+from experiments.thresholds import annotated
 from tokenexit.calibrate import Sweep
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
@@ -144,7 +145,7 @@ TEMPERED = "entropy, a temperature for each head"
 
 def temperatures(words: Words) -> torch.Tensor:
     """Of each layer `[L, 1, 1]` the temperature under which annotated labels are likeliest."""
-    gold = words.annotated()
+    gold = annotated(words)
     losses = [
         [F.cross_entropy(layer / t, gold, ignore_index=-1).item() for t in _TEMPERATURES]
         for layer in words.logits

@@ -15,7 +15,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from experiments import clock, packing, reading, report, runs, signals, sources
+from experiments import clock, packing, reading, report, runs, signals, sources, thresholds
 from experiments.__main__ import app, runs_of
 from experiments.runs import Run
 from random_models import random_tagger
@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
 
 from tokenexit import ExitPolicy
-from tokenexit.calibrate import pareto_front
+from tokenexit.calibrate import Sweep, pareto_front
 from tokenexit.evaluate import Evaluation
 from tokenexit.models.tagger import Tagger
 from tokenexit.text.encoding import encode
@@ -164,6 +164,33 @@ def test_learned_thresholds_are_as_high_as_has_to_be(monkeypatch):
     assert found[2.0].policy == learned
     scale = next(scale for scale in reading.SCALES if scale >= 1.5)
     assert found[2.5].policy == learned.replace(threshold=(0.1 * scale, 1.0, 0.0))
+
+
+def test_a_layer_that_is_sure_and_wrong_learns_to_wait(tiny_tokenizer):
+    """Half of the words leave by it, wrong; by the next all could leave, right and no later."""
+    tokenizer = tiny_tokenizer(["a", "b", "c", "d"])
+    tagger = Tagger(random_tagger(labels=3), tokenizer)
+    words = [["a", "b", "d"], ["c"], ["b", "a", "a", "d"]]
+    labels = [["LABEL_0"] * len(row) for row in words]
+    sweep = Sweep(tagger, {"words": words, "labels": labels}, "auto")
+    gold = thresholds.annotated(sweep)
+    sweep.best[:] = gold
+    sweep.best[0] = (gold + 1) % 3
+    half = torch.arange(len(gold)) % 2 == 0
+    unsure = sweep.uncertainty["entropy"]
+    unsure[:] = 0.2
+    unsure[0] = torch.where(half, 0.1, 0.9)
+    policy = ExitPolicy(window=0, threshold=0.06, schedule="doubling")
+    assert thresholds.learn_thresholds(sweep, policy) == policy  # nobody leaves: no error to save
+    policy = policy.replace(threshold=0.12, schedule="constant")
+    assert (sweep.exits(policy) == torch.where(half, 1, 4)).all()
+    learned = thresholds.learn_thresholds(sweep, policy, rounds=1)
+    assert (sweep.labels(sweep.exits(learned)) == gold).all()
+    assert sweep.speedup(sweep.exits(learned)) >= sweep.speedup(sweep.exits(policy))
+    assert learned.threshold[0] < 0.1 and learned.window == 0
+    growing = policy.replace(threshold=0.11, growth=1.01)
+    assert (sweep.exits(growing) == sweep.exits(policy)).all()
+    assert thresholds.learn_thresholds(sweep, growing).threshold[0] < 0.1
 
 
 def test_tables_average_over_seeds():
@@ -468,7 +495,7 @@ def test_other_heads_and_signals_are_simulated(tmp_path, monkeypatch):
         heads = runs.trained_heads(one, folder, tagger.model.config)
         data = sources.splits("wnut", texts).dev
         words = signals.Words(tagger, data, heads)
-        assert words.annotated().eq(words.best[-1]).float().mean() > 0.5
+        assert thresholds.annotated(words).eq(words.best[-1]).float().mean() > 0.5
         plain = signals.Words(tagger, data)
         assert not torch.equal(words.logits, plain.logits)
         assert not any("other" in name for name, _ in tagger.model.named_parameters())

@@ -290,12 +290,6 @@ def calibrate(
             help="At most so many policies run with real exits. Default: all needed.", min=1
         ),
     ] = None,
-    layer_thresholds: Annotated[
-        bool,
-        typer.Option(
-            "--layer-thresholds", help="Learn a threshold for each layer, which takes longer."
-        ),
-    ] = False,
     column: Column = None,
     format: Format = None,
     metric: Metric = "auto",
@@ -368,7 +362,6 @@ def calibrate(
             original=theirs,
             per_layer=per_layer,
             per_type=parse_types(per_type),
-            layer_thresholds=layer_thresholds,
         )
     tagger.model.policy = result.chosen.policy
     if promised:
