@@ -126,9 +126,6 @@ def test_targets_out_of_reach_and_bad_ones(setting):
             calibrate(tagger, data, **{name: float("nan")})
     with pytest.raises(ValueError, match="no sentences"):
         calibrate(tagger, data.take(0))
-    mixed = [ExitPolicy(), ExitPolicy(criterion="max_prob")]
-    with pytest.raises(ValueError, match="share criterion, copy, neighbors; got .*max_prob"):
-        calibrate(tagger, data, policies=mixed, max_disagreement=0.5, confidence=0.5)
 
 
 def fake(monkeypatch, simulated, real, cheap):

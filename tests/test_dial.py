@@ -292,6 +292,22 @@ def test_another_model_may_be_what_is_held_against(tagger, found):
     assert 0 < other.dial.speeds[0].bound < BOUND and other.dial.speeds[0].disagreement == 0
 
 
+def test_the_speeds_of_a_dial_share_a_criterion(tagger, found):
+    """The one whose simulated exits are fastest within the bound."""
+    other = [policy.replace(criterion="max_prob") for policy in GRID]
+    alone = make_dial(tagger, sentences(200), BOUND, 0.9, policies=other)
+    both = make_dial(tagger, sentences(200), BOUND, 0.9, policies=[*other, *GRID])
+    fastest = [
+        max(point.speedup for point in one.simulated if point.score >= 1 - BOUND)
+        for one in (alone, found)
+    ]
+    assert fastest[0] != fastest[1]
+    best = (alone, found)[fastest[1] > fastest[0]].dial
+    assert [s.policy for s in both.dial.speeds] == [s.policy for s in best.speeds]
+    mixed = tagger.tag(sentences(3), [speed.policy for speed in both.dial.speeds[:3]])
+    assert len(mixed) == 3
+
+
 def test_calibrate_promises(tagger):
     data = Dataset.from_dict({"words": sentences(200)})
     seen = []

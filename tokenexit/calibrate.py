@@ -358,9 +358,9 @@ def make_dial(
             None: the tagger's own at full depth.
         known, known_reference: sentences to find the path with, and their labels, such as those
             that classifiers learnt from; then all others test it. None: three tenths, as above.
-        policies: to take the path from, all of one criterion, copy and neighbors, as sentences at
-            several speeds go through the model together. None: `policy_grid` with `FINE`
-            thresholds.
+        policies: to take the path from: of those that share criterion, copy and neighbors with the
+            fastest that may keep the bound. None: `policy_grid` with `FINE` thresholds and both
+            criteria.
         per_layer: promise the same of the words that left at or before each layer by themselves, so
             that bad exits that come early do not hide behind good ones that come late (Ringel et
             al., arXiv 2402.00857). Layers by which words of too few sentences left are not held to
@@ -417,15 +417,8 @@ def make_dial(
         words, cut = [list(known[i]) for i in first] + words, len(first)
         if labels is not None:
             labels = [list(known_reference[i]) for i in first] + labels
-    policies = _to_try(policies, thresholds=FINE)
-    kinds = {(p.criterion, p.copy, p.neighbors) for p in policies}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"policies of a dial share criterion, copy, neighbors; got {sorted(kinds)}"
-        )
-    plain = {"level": "token", "schedule": "constant", "min_active": 1, "growth": 1.0}
-    full = policies[0].replace(threshold=0.0, **plain)
-    whole = labels or tag_windows(tagger, tagger.windows(words), full).labels
+    policies = _to_try(policies, thresholds=FINE, criteria=CRITERIA)
+    whole = labels or _whole(tagger, words)
     check_types(whole[cut:], type_of, max_disagreement, confidence, given)
     data = {"words": words[:cut], "labels": whole[:cut]}
     sweep = Sweep(tagger, data, "accuracy")
@@ -434,6 +427,12 @@ def make_dial(
         simulated.append(sweep.point(policy))
         progress("simulate", number, len(policies))
     simulated.sort(key=lambda p: p.speedup)
+    # Sentences at several speeds go through the model together, so these share the best's kind.
+    good = [point for point in simulated if point.score >= 1 - max_disagreement]
+    best = (good or simulated)[-1].policy
+    simulated = [p for p in simulated if _kind(p.policy) == _kind(best)]
+    plain = {"level": "token", "schedule": "constant", "min_active": 1, "growth": 1.0}
+    full = best.replace(threshold=0.0, **plain)
     likely = _by_speed([p for p in simulated if p.score >= 1 - max(0.1, 10 * max_disagreement)])
     tried = []
     for number, point in enumerate(likely, 1):
@@ -499,6 +498,11 @@ def make_dial(
         ),
         needed=needed,
     )
+
+
+def _kind(policy: ExitPolicy) -> tuple[str, ...]:
+    """What policies of one batch share."""
+    return policy.criterion, policy.copy, policy.neighbors
 
 
 def _whole(tagger: Tagger, sentences: Sequence[Sequence[str]]) -> list[list[str]]:

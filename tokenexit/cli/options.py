@@ -97,8 +97,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last chec
 Dev = Annotated[str | None, typer.Option(help="Data to score after each epoch.")]
 Copy = Annotated[str | None, typer.Option(help="post_norm or pre_norm. Default: the tagger's.")]
 Criterion = Annotated[
-    str | None,
-    typer.Option(help="entropy or max_prob. Default: both; for a promise, the tagger's."),
+    str | None, typer.Option(help="entropy or max_prob. Default: both are tried.")
 ]
 Schedule = Annotated[str | None, typer.Option(help="constant or doubling. Default: the tagger's.")]
 Growth = Annotated[

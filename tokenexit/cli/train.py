@@ -330,7 +330,7 @@ def calibrate(
         with write_folder_aside(folder):  # told now, if it can't be
             pass
     tagger = load_tagger(model, batch_size)
-    kinds = {"criterion": criterion, "copy": copy, "schedule": schedule, "neighbors": neighbors}
+    kinds = {"copy": copy, "schedule": schedule, "neighbors": neighbors}
     base = tagger.model.policy.replace(
         threshold=0.0,
         growth=1.0,
@@ -338,14 +338,16 @@ def calibrate(
     )
     if growth is not None and base.schedule != "constant":
         raise ValueError(f"got --growth with the schedule {base.schedule!r}; expected 'constant'")
-    growths = GROWTHS if growth is None else (growth,)
+    tried = {
+        "growths": GROWTHS if growth is None else (growth,),
+        "criteria": CRITERIA if criterion is None else (criterion,),
+    }
     theirs = original and load_tagger(original, batch_size)
     if promised:
         texts = Dataset.from_dict({"words": tagger.split(read_texts(data, format))})
-        grid = policy_grid(base, thresholds=FINE, growths=growths)
+        grid = policy_grid(base, thresholds=FINE, **tried)
     else:
-        texts, criteria = read_data(data, column, format), (criterion and (criterion,)) or CRITERIA
-        grid = policy_grid(base, growths=growths, criteria=criteria)
+        texts, grid = read_data(data, column, format), policy_grid(base, **tried)
     with progress_bars() as progress:
         result = run(
             tagger,
