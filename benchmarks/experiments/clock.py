@@ -29,7 +29,12 @@ from tokenexit.models.tagger import Tagger
 from tokenexit.text.encoding import Window
 from tokenexit.training.self_sampling import SelfSampling
 
-BASES = (ExitPolicy(window=0), ExitPolicy(window=1), ExitPolicy(window=0, min_active=2))
+BASES = (
+    ExitPolicy(window=0, criterion="max_prob", growth=1.5),
+    ExitPolicy(window=0),
+    ExitPolicy(window=1),
+    ExitPolicy(window=0, min_active=2),
+)
 THRESHOLDS = (0.02, 0.04, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
 RESERVE = 8  # seconds of a path, for what comes behind it
 PARTS = ("trained", "BERT-base", "training step")
@@ -128,11 +133,8 @@ def read(
             **harness.origin(),
         }
         harness.write("gpu_scores", [row], out)
-        name = "full depth"
-        if one is not found[0]:
-            name = f"k={policy.window} t={policy.threshold} m={policy.min_active}"
         gpu_probes.say(
-            f"  {name:15} dev {100 * one.score:.2f} test {100 * on_test.score:.2f} "
+            f"  {policy!s:40} dev {100 * one.score:.2f} test {100 * on_test.score:.2f} "
             f"operations x{on_test.flops_speedup:.2f} token-layers x{row['layer_speedup']:.2f}"
             f"{' <- chosen on dev' if policy == chosen else ''}",
             keep=True,

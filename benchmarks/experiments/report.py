@@ -10,6 +10,8 @@ import gpu
 import harness
 from gpu_exits import EXITS, FULL, LAYERS, LAYERS_EXITS, VARLEN
 
+from tokenexit.policy import ExitPolicy
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
 
 
@@ -153,11 +155,8 @@ def scores(rows: Sequence[dict]) -> str:
         "| --- | --: | --: | --: | --: | --- |",
     ]
     for row in last:
-        rule = row["policy"]
-        name = f"window {rule['window']}, threshold {rule['threshold']:g}"
-        name += f", at least {rule['min_active']} active" if rule["min_active"] > 1 else ""
         lines.append(
-            f"| {'full depth' if row['kind'] == 'full depth' else name} | {100 * row['dev']:.2f} "
+            f"| {ExitPolicy.from_dict(row['policy'])} | {100 * row['dev']:.2f} "
             f"| {100 * row['test']:.2f} | {row['flops_speedup']:.2f} | {row['layer_speedup']:.2f} "
             f"| {'chosen' if row['chosen'] else ''} |"
         )
