@@ -184,21 +184,26 @@ def retime(
     plan: Annotated[Path, typer.Argument(help="A YAML file, see `runs_of`.")],
     texts: Annotated[Path | None, typer.Option(help=TEXTS)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    only: Annotated[str, typer.Option(help="Runs whose name has this.")] = "",
+    kind: Annotated[list[str] | None, typer.Option(help="Of policies. Default: all.")] = None,
+    fp32: Annotated[bool, typer.Option("--fp32", help="In fp32, beside the plan's dtype.")] = False,
 ):
     """Measure the wall clock of what a plan has read once more, as on a machine that was busy."""
     rows = harness.read(ROWS)
     for one in runs_of(plan):
         folder = cache_folder() / "experiments" / one.name / "tagger"
         mine = [row for row in rows if row["run"] == one.name and row["kind"] != FULL]
-        if not mine or not folder.is_dir():
+        mine = [row for row in mine if not kind or row["kind"] in kind]
+        if only not in one.name or not mine or not folder.is_dir():
             continue
-        tagger = Tagger.from_pretrained(folder, dtype=getattr(torch, one.dtype))
+        dtype = "float32" if fp32 else one.dtype
+        tagger = Tagger.from_pretrained(folder, dtype=getattr(torch, dtype))
         tagger.model.to(device)
         policies = [ExitPolicy.from_dict(row["policy"]) for row in mine]
         dev = sources.splits(one.data, texts).dev
         for row, wall in zip(mine, reading.wall_speedups(tagger, dev, policies), strict=True):
             print(f"{one.name}, {row['kind']}, {row['target']:g}x: {wall:.2f}x", flush=True)
-            row["wall_speedup"] = wall
+            row["wall_speedup_fp32" if fp32 else "wall_speedup"] = wall
         harness.write_anew(ROWS, rows)
 
 

@@ -70,8 +70,9 @@ def speeds(rows: Sequence[dict]) -> str:
     """
     fewer = _fewer_layers(rows)
     lines = [
-        "| run | policy | asked | dev | test | operations | token layers | wall clock | broken |",
-        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
+        "| run | policy | asked | dev | test | operations | token layers | wall clock | in fp32 "
+        "| broken |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     groups: dict[tuple, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["kind"] != "full depth"):
@@ -80,11 +81,12 @@ def speeds(rows: Sequence[dict]) -> str:
         speeds = (
             fewer[system] * mean_of(group, name) for name in ("flops_speedup", "layer_speedup")
         )
+        walls = (mean(group, name) for name in ("wall_speedup", "wall_speedup_fp32"))
         lines.append(
             f"| {system} | {kind} | {'' if target is None else f'{target:g}x'} "
             f"| {spread([r['dev'] for r in group])} | {spread([r['test'] for r in group])} "
             f"| {' | '.join(f'{speed:.2f}' for speed in speeds)} "
-            f"| {mean(group, 'wall_speedup')} | {round(mean_of(group, 'broken'))} |"
+            f"| {' | '.join(walls)} | {round(mean_of(group, 'broken'))} |"
         )
     return "\n".join(lines)
 
@@ -229,7 +231,7 @@ def mean_of(rows: Sequence[dict], name: str) -> float:
 
 def mean(rows: Sequence[dict], name: str) -> str:
     """A speed-up as it is shown; empty where it was not measured."""
-    return "" if any(row[name] is None for row in rows) else f"{mean_of(rows, name):.2f}"
+    return "" if any(row.get(name) is None for row in rows) else f"{mean_of(rows, name):.2f}"
 
 
 def draw(rows: Sequence[dict], title: str, path: Path):

@@ -202,12 +202,12 @@ def test_tables_average_over_seeds():
         }  # fmt: skip
 
     rows = [row(1, 0.5), row(3, 0.75)]
-    assert "| joint | full depth |  | 50.00 ± 0.00 | 62.50 ± 17.68 | 1.00 | 1.00 |  | 2 |" in (
+    assert "| joint | full depth |  | 50.00 ± 0.00 | 62.50 ± 17.68 | 1.00 | 1.00 |  |  | 2 |" in (
         report.speeds(rows)
     )
     assert report.layers(rows).endswith("| joint | 25.0 | 62.5 |")
     one = {**row(1, 0.25), "run": "one-1", "test_layers": [0.25]}
-    assert "| one | full depth |  | 50.00 | 25.00 | 2.00 | 2.00 |  | 1 |" in (
+    assert "| one | full depth |  | 50.00 | 25.00 | 2.00 | 2.00 |  |  | 1 |" in (
         report.speeds([*rows, one])  # of half the layers
     )
     faster = [
@@ -411,6 +411,11 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
     assert done.exit_code == 0 and "joint-1, sentence, 2x: 3.00x" in done.output, done.output
     first, *others = harness.read("experiments")
     assert first == {**rows[0], "wall_speedup": 3.0} and others == rows[1:]
+    again = ["retime", str(plan), "--texts", str(texts), "--fp32", "--kind"]
+    for kind, wall in (("token", None), ("sentence", 3.0)):
+        done = CliRunner().invoke(app, [*again, kind])
+        assert done.exit_code == 0, done.output
+        assert harness.read("experiments")[0].get("wall_speedup_fp32") == wall
 
     rows[0]["data"], free = "wnut", {row["test"] for row in full}
     harness.write_anew("experiments", rows)
