@@ -12,12 +12,18 @@ from gpu_exits import EXITS, FULL, LAYERS, LAYERS_EXITS, VARLEN
 
 from tokenexit.policy import ExitPolicy
 
+GROUPS = {
+    "words": ("token", "token, max_prob", "token, growing", "token, growing, max_prob"),
+    "words, one threshold": ("token",),
+    "sentences": ("sentence", "sentence, growing"),
+}
 DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
 
 
 def write(document: Path = DOCUMENT):
     """Fill the document's marked parts, and draw a picture for each data set beside it."""
     rows = harness.read("experiments")
+    harness.between(document, "summary", summary(rows))
     for data in dict.fromkeys(row["data"] for row in rows):
         mine = [row for row in rows if row["data"] == data]
         harness.between(document, f"{data}: scores", at_speeds(mine))
@@ -36,6 +42,45 @@ def write(document: Path = DOCUMENT):
         times = [row for row in harness.read("gpu_check") if row["stage"] == "evidence"]
         parts = scores(on_gpu), clocks(times), steps(times)
         harness.between(document, "gpu", "\n\n".join(filter(None, parts)))
+
+
+def summary(rows: Sequence[dict]) -> str:
+    """A table of all sets: of joint training each group of policies, and encoders of fewer layers.
+
+    Of a group stands at each speed what development data choose, seed by seed.
+    """
+    found: dict[tuple[str, str], dict[float, list[float]]] = {}
+
+    def add(row: dict, group: str, speed: float):
+        found.setdefault((row["data"], group), {}).setdefault(speed, []).append(row["test"])
+
+    for data in dict.fromkeys(row["data"] for row in rows):
+        mine = [row for row in rows if row["data"] == data]
+        fewer = _fewer_layers(mine)
+        joint = [row for row in mine if _system(row).endswith("-joint")]
+        for row in joint:
+            if row["target"] is None:
+                add(row, "full depth", 1.0)
+        for group, kinds in GROUPS.items():
+            best: dict[tuple, dict] = {}
+            for row in joint:
+                key = row["run"], row["target"]
+                if row["kind"] in kinds and (key not in best or row["dev"] > best[key]["dev"]):
+                    best[key] = row
+            for (_, target), row in best.items():
+                add(row, group, target)
+        for row in mine:
+            if row["target"] is None and fewer[_system(row)] > 1:
+                add(row, "fewer layers, distilled", fewer[_system(row)])
+    speeds = sorted({speed for each in found.values() for speed in each})
+    lines = [
+        f"| set | | {' | '.join(f'{speed:g}x' for speed in speeds)} |",
+        f"| --- | --- |{' --: |' * len(speeds)}",
+    ]
+    for names, each in found.items():
+        cells = [spread(each[speed]) if speed in each else "" for speed in speeds]
+        lines.append(f"| {' | '.join((*names, *cells))} |")
+    return "\n".join(lines)
 
 
 def at_speeds(rows: Sequence[dict]) -> str:

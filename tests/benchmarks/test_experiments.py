@@ -222,15 +222,41 @@ def test_tables_average_over_seeds():
     ]
 
 
+def test_a_summary_has_what_development_data_choose_seed_by_seed():
+    def row(run, kind, target, dev, test, layers=4):
+        return {"data": "a", "run": run, "kind": kind, "target": target, "dev": dev, "test": test,
+                "test_layers": None if target else [0.0] * layers}  # fmt: skip
+
+    rows = [row(f"a-{x}", "full depth", None, 0, 0.5) for x in ("joint-1", "joint-2", "longer-1")]
+    rows += [
+        row("a-joint-1", "token", 2.0, 0.6, 0.25),
+        row("a-joint-1", "token, growing", 2.0, 0.7, 0.5),
+        row("a-joint-1", "token, growing, max_prob", 2.0, 0.65, 0.75),
+        row("a-joint-1", "token, no window", 2.0, 0.9, 0.9),  # of no group
+        row("a-joint-2", "token", 2.0, 0.6, 0.25),
+        row("a-longer-1", "token", 2.0, 0.9, 0.9),  # of another training
+        row("a-two-1", "full depth", None, 0, 0.375, layers=2),
+    ]
+    assert report.summary(rows).splitlines() == [
+        "| set | | 1x | 2x |",
+        "| --- | --- | --: | --: |",
+        "| a | full depth | 50.00 ± 0.00 |  |",
+        "| a | words |  | 37.50 ± 17.68 |",
+        "| a | words, one threshold |  | 25.00 ± 0.00 |",
+        "| a | fewer layers, distilled |  | 37.50 |",
+    ]
+
+
 def test_the_document_has_a_place_for_each_table(tmp_path):
     document = tmp_path / "results.md"
     document.write_text(report.DOCUMENT.read_text(encoding="utf-8"), encoding="utf-8")
     places = {row["data"] for row in harness.read("experiments")}
     markers = [f"{data}: {part}" for data in places for part in ("scores", "speeds", "layers")]
     markers += [f"{data}: signals" for data in {row["data"] for row in harness.read("signals")}]
-    for marker in ("gpu", "conll: decoding", *markers):
+    markers += ["summary", "gpu", "conll: decoding"]
+    for marker in markers:
         report.harness.between(document, marker, f"table of {marker}")
-    assert document.read_text(encoding="utf-8").count("\ntable of") == 2 + len(markers) >= 5
+    assert document.read_text(encoding="utf-8").count("\ntable of") == len(markers) >= 6
 
 
 def test_a_run_says_what_it_does_not_know():
