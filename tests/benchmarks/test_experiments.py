@@ -101,6 +101,17 @@ def test_sentences_of_the_newspaper():
     assert ("".join(words), "".join(labels)) == ("共产党员去", "BMMES")
 
 
+def test_utterances_and_their_tags():
+    text = (
+        "@Begin\n*XXA:\t喂 遲 啲\n\t去 ?\n%mor:\te|wai3 a|ci4\n\tu|di1 v|heoi3\n\t?\n*XXB:\t吓 ?\n"
+    )
+    assert [*sources.utterances(text)] == [
+        (["喂", "遲", "啲", "去", "?"], ["e", "a", "u", "v", "punct"])
+    ]
+    with pytest.raises(ValueError, match="with 1 tags; expected one each"):
+        [*sources.utterances(text + "%mor:\te|haa5\n")]
+
+
 def test_plan_goes_on_from_runs_of_the_same_seed(tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text(
