@@ -45,7 +45,9 @@ Format = Annotated[
 Metric = Annotated[str, typer.Option(help="auto, entity_f1, word_f1 or accuracy.")]
 MOST = 2**31 - 1  # that a number of things may be
 BatchSize = Annotated[int, typer.Option(help="Sentences a forward pass.", min=1, max=MOST)]
-Threshold = Annotated[float | None, typer.Option(help="In place of the model's; the first layer's, if they grow.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="In place of the model's; the first layer's, if they grow.")
+]
 Window = Annotated[int | None, typer.Option(help="In place of the model's window.")]
 Level = Annotated[str | None, typer.Option(help="token or sentence, in place of the model's.")]
 MinActive = Annotated[
