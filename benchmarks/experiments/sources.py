@@ -246,8 +246,8 @@ def unpack_e5(packed: bytes) -> tuple[BertModel, PreTrainedTokenizerFast]:
     texts_of = [blob[a:b].decode() for a, b in zip(ends[:-1], ends[1:], strict=True)]
     core = Tokenizer(models.Unigram(list(zip(texts_of, scores.tolist(), strict=True)), unk_id=unk))
     core.normalizer = normalizers.NFKC()
-    # Before a Han character the mark of a word's beginning would be a token by itself, and labels be
-    # read from it, which says nothing.
+    # Before a Han character the mark of a word's beginning would be a token by itself, and labels
+    # be read from it, which says nothing.
     mark = pre_tokenizers.Split(Regex(r"▁(?=\p{Han})"), "removed")
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), mark])
     specials = {name: texts_of[i] for name, i in (("bos", bos), ("eos", eos), ("pad", pad))}
