@@ -54,7 +54,11 @@ class Neighbors(nn.Module):
         return self.classify(h.mT).mT
 
 
-HEADS: dict[str, type[nn.Module]] = {"adapter": Adapter, "neighbors": Neighbors}
+HEADS: dict[str, type[nn.Module]] = {
+    "plain": nn.Linear,  # what the others are held against: trained and read as they are
+    "adapter": Adapter,
+    "neighbors": Neighbors,
+}
 
 
 def heads_of(kind: str, config) -> nn.ModuleList:
