@@ -133,8 +133,8 @@ def test_presets():
             "token, window 2, threshold 0.1, max_prob, at least 3 active",
         ),
         (
-            ExitPolicy(criterion="max_prob", growth=1.5),
-            "token, window 2, threshold 0.1 x 1.5 a layer, max_prob",
+            ExitPolicy(threshold=0.11 / 1.5, criterion="max_prob", growth=1.5),
+            "token, window 2, threshold 0.0733 x 1.5 a layer, max_prob",
         ),
     ],
     ids=str,

@@ -191,9 +191,9 @@ class ExitPolicy:
             return "full depth"
         where = "sentence" if self.level == "sentence" else f"token, window {self.window}"
         if isinstance(self.threshold, tuple):
-            limit = "[" + ", ".join(f"{t:g}" for t in self.threshold) + "]"
+            limit = "[" + ", ".join(f"{t:.3g}" for t in self.threshold) + "]"
         else:
-            limit = f"{self.threshold:g}"
+            limit = f"{self.threshold:.3g}"
         default = ExitPolicy()
         rest = [
             f", {getattr(self, name)}"
