@@ -430,7 +430,7 @@ def make_dial(
     # Sentences at several speeds go through the model together, so these share the best's kind.
     good = [point for point in simulated if point.score >= 1 - max_disagreement]
     best = (good or simulated)[-1].policy
-    simulated = [p for p in simulated if _kind(p.policy) == _kind(best)]
+    simulated = [p for p in simulated if p.policy.kind == best.kind]
     plain = {"level": "token", "schedule": "constant", "min_active": 1, "growth": 1.0}
     full = best.replace(threshold=0.0, **plain)
     likely = _by_speed([p for p in simulated if p.score >= 1 - max(0.1, 10 * max_disagreement)])
@@ -498,11 +498,6 @@ def make_dial(
         ),
         needed=needed,
     )
-
-
-def _kind(policy: ExitPolicy) -> tuple[str, ...]:
-    """What policies of one batch share."""
-    return policy.criterion, policy.copy, policy.neighbors
 
 
 def _whole(tagger: Tagger, sentences: Sequence[Sequence[str]]) -> list[list[str]]:

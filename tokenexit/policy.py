@@ -136,6 +136,11 @@ class ExitPolicy:
         return cls(threshold=0.0)
 
     @property
+    def kind(self) -> tuple[str, str, str]:
+        """What policies of one batch share: criterion, copy and neighbors."""
+        return self.criterion, self.copy, self.neighbors
+
+    @property
     def reach(self) -> int:
         """Words on each side that a decision looks at."""
         return UNBOUNDED if self.level == "sentence" else min(self.window, UNBOUNDED)

@@ -74,7 +74,7 @@ class Schedule:
             raise TypeError(f"got policies {policies!r}; expected an ExitPolicy for each sentence")
         if len(policies) != num_sentences and not shared:
             raise ValueError(f"got {len(policies)} policies for {num_sentences} sentences")
-        kinds = {(p.criterion, p.copy, p.neighbors) for p in policies}
+        kinds = {p.kind for p in policies}
         if len(kinds) != 1:
             raise ValueError(
                 "policies of one batch must share criterion, copy and neighbors; "

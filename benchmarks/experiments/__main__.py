@@ -171,7 +171,7 @@ def run(
         except OutOfTime:
             print(f"{one.name}: out of time; the next call goes on", flush=True)
             break
-        if not read_all and one.head == "linear":
+        if not read_all:
             read(one, tagger, splits, dev_sentences, seconds_trained(folder))
     else:
         print("all runs of the plan are done")

@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 from experiments import sources
 from experiments.signals import HEADS, heads_of, logits_of
+from tokenexit.calibrate import WINDOWS
+from tokenexit.models.loss import exit_loss
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
@@ -109,7 +111,7 @@ class Run:
         return SelfSampling(policy, **fields)
 
 
-def _of(*growths: float, windows: Sequence[int] = (0, 1, 2, 4), **fields) -> list[ExitPolicy]:
+def _of(*growths: float, windows: Sequence[int] = WINDOWS, **fields) -> list[ExitPolicy]:
     """Of every growth with every window, whose thresholds are yet to be found."""
     growths = growths or (1.0,)
     return [ExitPolicy(window=k, growth=g, **fields) for g in growths for k in windows]
@@ -129,7 +131,7 @@ KINDS: dict[str, list[ExitPolicy]] = {
     # Thresholds are learned, from the best of these.
     "token, per layer": _of(),
     "token, growing, per layer": _of(1.5, 2.0),
-    "authors": [ExitPolicy.authors_code(window=k) for k in (0, 1, 2, 4)],
+    "authors": [ExitPolicy.authors_code(window=k) for k in WINDOWS],
     "sentence": [ExitPolicy.sentence()],
     "sentence, growing": _of(1.5, 2.0, windows=[0], level="sentence"),
     **{f"token, window {k}": _of(windows=[k]) for k in (1, 2, 4, 8)},
@@ -202,9 +204,7 @@ class _Trainer(ExitTrainer):
             logits = logits_of(self.heads, output.hidden_states, inputs["attention_mask"] != 0)
         logits = logits[:, at_words].float()  # [L, n, C]
         if self.run.loss == "joint":
-            weights = torch.arange(1.0, len(logits) + 1, device=logits.device)
-            losses = torch.stack([F.cross_entropy(layer, wanted) for layer in logits])
-            loss = (weights / weights.sum()) @ losses
+            loss = exit_loss([(slice(None), layer) for layer in logits], wanted, len(logits))
         elif self.run.loss == "distilled":
             if self.teacher is None:
                 target = logits[-1].detach()

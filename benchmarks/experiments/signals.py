@@ -16,12 +16,11 @@ from torch import nn
 
 from experiments.reading import TARGETS
 from experiments.thresholds import annotated
-from tokenexit.calibrate import Sweep
+from tokenexit.calibrate import WINDOWS, Sweep
 from tokenexit.models.tagger import Tagger
 from tokenexit.policy import ExitPolicy
 from tokenexit.reference import uncertainty
 
-WINDOWS = (0, 1, 2, 4)
 _TEMPERATURES = [2 ** (i / 8) for i in range(-24, 25)]
 _HALVINGS = 14
 

@@ -392,18 +392,24 @@ def test_exits_are_kept_token_by_token(tmp_path, tiny_tokenizer):
     assert len(gpu_exits.batches(windows, exits, 1, "file", 2)) == 2
 
 
-def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(tmp_path, monkeypatch):
+@pytest.fixture
+def around_a_plan(tmp_path, monkeypatch):
+    """Texts, a tiny encoder and the file of a plan; rows and taggers stay in the test's folder."""
+    for name in ("write", "write_anew", "read"):
+        monkeypatch.setattr(harness, name, partial(getattr(harness, name), folder=tmp_path))
+    monkeypatch.setenv("TOKENEXIT_CACHE", str(tmp_path / "cache"))
     texts, whole = texts_of(tmp_path / "texts", SENTENCES * 3), encoder_of(tmp_path / "whole")
-    plan = tmp_path / "plan.yaml"
+    return texts, whole, tmp_path / "plan.yaml"
+
+
+def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(around_a_plan, monkeypatch):
+    texts, whole, plan = around_a_plan
     plan.write_text(
         f"defaults: {{data: wnut, encoder: {whole}, dtype: bfloat16, "
         "settings: {max_steps: 1, save_strategy: 'no'}}\n"
         "runs: [{name: joint, read: [sentence, token]}, {name: last, loss: last}, "
         "{name: one, layers: 1, loss: distilled, teacher: last, distill_last: true}]\n"
     )
-    for name in ("write", "write_anew", "read"):
-        monkeypatch.setattr(harness, name, partial(getattr(harness, name), folder=tmp_path))
-    monkeypatch.setenv("TOKENEXIT_CACHE", str(tmp_path / "cache"))
     computed, evaluate, chosen, choose = set(), reading.evaluate, [], reading.choose
 
     def noted(tagger, dev, sweep, bases):
@@ -502,18 +508,14 @@ def test_the_lowest_threshold_that_is_fast_enough():
     assert signals.just_fast_enough(sweep, 2, 6.0) is None
 
 
-def test_other_heads_and_signals_are_simulated(tmp_path, monkeypatch):
-    texts, whole = texts_of(tmp_path / "texts", SENTENCES * 3), encoder_of(tmp_path / "whole")
-    plan = tmp_path / "plan.yaml"
+def test_other_heads_and_signals_are_simulated(around_a_plan, tmp_path, monkeypatch):
+    texts, whole, plan = around_a_plan
     plan.write_text(
         f"defaults: {{data: wnut, encoder: {whole}, head_learning_rate: 0.02, "
         "settings: {max_steps: 25, save_strategy: 'no'}}\n"
         "runs: [{name: joint}, {name: adapter, head: adapter}, "
         "{name: neighbors, head: neighbors}]\n"
     )
-    for name in ("write", "read"):
-        monkeypatch.setattr(harness, name, partial(getattr(harness, name), folder=tmp_path))
-    monkeypatch.setenv("TOKENEXIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(signals, "TARGETS", (1.0,))
     run = partial(CliRunner().invoke, app)
     for _ in range(2):
