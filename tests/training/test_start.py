@@ -106,6 +106,8 @@ def test_new_rows_win_nothing(tiny_tokenizer):
     before = model(input_ids=x).logits
     set_labels(model, ["LABEL_0", "LABEL_1", "LABEL_2", "X", "Y"], keep=True)
     after = model(input_ids=x).logits
-    assert torch.equal(after[..., :3], before) and torch.equal(after.argmax(-1), before.argmax(-1))
-    assert torch.allclose(after[..., 3], before.mean(-1))
+    # Products of other widths are summed otherwise on some processors.
+    torch.testing.assert_close(after[..., :3], before)
+    assert torch.equal(after.argmax(-1), before.argmax(-1))
+    torch.testing.assert_close(after[..., 3], before.mean(-1))
     assert model.exit_heads[0].weight.dtype == torch.float64 and not model.exit_heads[0].training
