@@ -118,15 +118,48 @@ def _exit_decision_kernel(
 
 
 @triton.jit
+def _hear(
+    b, first, last, active_ptr, cu_tokens_ptr, word_at_ptr, said_ptr, logits_ptr, u_ptr,
+    C: tl.constexpr, MAX_PROB: tl.constexpr, DECIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Logits, and uncertainties, of a sentence's active tokens: what they said of themselves and
+    what those beside them told last."""
+    begins_at = tl.load(cu_tokens_ptr + b)
+    ends_at = tl.load(cu_tokens_ptr + b + 1)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    for start in range(first, last, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        mask_r = rows < last
+        tokens = tl.load(active_ptr + rows, mask=mask_r, other=0)
+        mask = mask_r[:, None] & mask_c[None, :]
+        at = said_ptr + tokens[:, None] * (3 * C) + offs_c[None, :]
+        # From the row before, its second part; from the row after, its third.
+        has_last, has_next = tokens > begins_at, tokens + 1 < ends_at
+        own = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        before = tl.load(at - 2 * C, mask=mask & has_last[:, None], other=0.0).to(tl.float32)
+        after = tl.load(at + 5 * C, mask=mask & has_next[:, None], other=0.0).to(tl.float32)
+        heard = (own + before + after).to(logits_ptr.dtype.element_ty)
+        tl.store(logits_ptr + tokens[:, None] * C + offs_c[None, :], heard, mask=mask)
+        if DECIDE:
+            words = tl.load(word_at_ptr + tokens, mask=mask_r, other=-1)
+            u = _uncertainty(heard.to(tl.float32), mask_c, C, MAX_PROB)
+            tl.store(u_ptr + words, u, mask=words >= 0)
+
+
+@triton.jit
 def _exit_step_kernel(
     x_ptr, stats_ptr, norm_weight_ptr, norm_bias_ptr, head_weight_ptr, head_bias_ptr,
     active_ptr, cu_active_ptr, word_at_ptr, h_ptr, logits_ptr, token_layer_ptr, u_ptr, exit_ptr,
-    cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr, arrived_ptr,
+    cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr, arrived_ptr, said_ptr, cu_tokens_ptr,
     D, stride_xr, stride_ht, num_stats, layer, EPS: tl.constexpr,
     C: tl.constexpr, MAX_PROB: tl.constexpr, ANSWER: tl.constexpr, DECIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    HEARS: tl.constexpr = said_ptr is not None
+    OUTPUTS: tl.constexpr = 3 * C if HEARS else C  # of the head
     begin(DEPENDENT)
     b = tl.program_id(0)
     first = tl.load(cu_active_ptr + b)
@@ -137,8 +170,8 @@ def _exit_step_kernel(
     rows = start + tl.arange(0, BLOCK_R)
     mask_r = rows < last
     tokens = tl.load(active_ptr + rows, mask=mask_r, other=0)
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
+    offs_o = tl.arange(0, BLOCK_O)
+    mask_o = offs_o < OUTPUTS
     # Asked for before they are needed.
     if DECIDE:
         words = tl.load(word_at_ptr + tokens, mask=mask_r, other=-1)
@@ -147,7 +180,7 @@ def _exit_step_kernel(
         )
     sums, squares = load_stats(stats_ptr, rows, mask_r, num_stats, S, 1)
     mean, rstd = mean_rstd(sums, squares, D, num_stats, EPS, BLOCK_S, S, 1)
-    logits = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    said = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
@@ -158,29 +191,38 @@ def _exit_step_kernel(
         h = h.to(x.dtype)
         tl.store(h_ptr + tokens[:, None] * stride_ht + offs_d[None, :], h, mask=mask)
         if ANSWER:
-            w_at = head_weight_ptr + offs_c[None, :] * D + offs_d[:, None]
-            w = tl.load(w_at, mask=mask_c[None, :] & mask_d[:, None], other=0.0)
-            logits = tl.dot(h, w, logits, input_precision="ieee")
+            w_at = head_weight_ptr + offs_o[None, :] * D + offs_d[:, None]
+            w = tl.load(w_at, mask=mask_o[None, :] & mask_d[:, None], other=0.0)
+            said = tl.dot(h, w, said, input_precision="ieee")
     if ANSWER:
-        logits += tl.load(head_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-        rounded = logits.to(logits_ptr.dtype.element_ty)
-        to = logits_ptr + tokens[:, None] * C + offs_c[None, :]
-        tl.store(to, rounded, mask=mask_r[:, None] & mask_c[None, :])
+        said += tl.load(head_bias_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)[None, :]
+        rounded = said.to(logits_ptr.dtype.element_ty)
+        to = (said_ptr if HEARS else logits_ptr) + tokens[:, None] * OUTPUTS + offs_o[None, :]
+        tl.store(to, rounded, mask=mask_r[:, None] & mask_o[None, :])
         tl.store(token_layer_ptr + tokens, tl.full((BLOCK_R,), layer, tl.int64), mask=mask_r)
-        if DECIDE:
-            u = _uncertainty(rounded.to(tl.float32), mask_c, C, MAX_PROB)
+        if DECIDE and not HEARS:
+            u = _uncertainty(rounded.to(tl.float32), mask_o, C, MAX_PROB)
             tl.store(u_ptr + words, u, mask=words >= 0)
-            # The sentence's last program decides. All of a program's uncertainties are stored
-            # before it arrives; the atomic's release and acquire make the others' visible to it.
+        if DECIDE or HEARS:
+            # The sentence's last program does what hangs on all its tokens. All that a program
+            # says is stored before it arrives; the atomic's release and acquire make the others'
+            # visible to it.
             tl.debug_barrier()
             arrived = tl.atomic_add(arrived_ptr + b, 1, sem="acq_rel", scope="gpu")
             tl.debug_barrier()
             if arrived == tl.cdiv(last - first, BLOCK_R) - 1:
                 tl.store(arrived_ptr + b, 0)
-                _decide(
-                    u_ptr, exit_ptr, exit_ptr, first_word, num_words, window, limit, least, layer,
-                    BLOCK_W,
-                )  # fmt: skip
+                if HEARS:
+                    _hear(
+                        b, first, last, active_ptr, cu_tokens_ptr, word_at_ptr, said_ptr,
+                        logits_ptr, u_ptr, C, MAX_PROB, DECIDE, BLOCK_R, BLOCK_C,
+                    )  # fmt: skip
+                    tl.debug_barrier()
+                if DECIDE:
+                    _decide(
+                        u_ptr, exit_ptr, exit_ptr, first_word, num_words, window, limit, least,
+                        layer, BLOCK_W,
+                    )  # fmt: skip
 
 
 @triton_op("tokenexit_triton::exit_decision", mutates_args={})
@@ -217,7 +259,7 @@ def exit_decision(
 
 @custom_op(
     "tokenexit_triton::exit_step_",
-    mutates_args={"h", "logits", "token_layer", "uncertainty", "exit_layer", "arrived"},
+    mutates_args={"h", "logits", "token_layer", "uncertainty", "exit_layer", "arrived", "said"},
 )
 def exit_step_(
     x: Tensor, norm_stats: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
@@ -225,6 +267,7 @@ def exit_step_(
     h: Tensor, logits: Tensor, token_layer: Tensor, uncertainty: Tensor, exit_layer: Tensor,
     cu_words: Tensor, window: Tensor, threshold: Tensor, min_active: Tensor | None, arrived: Tensor,
     layer: int, max_length: int, max_prob: bool = False, decide: bool = True, answer: bool = True,
+    said: Tensor | None = None, cu_tokens: Tensor | None = None,
 ) -> None:  # fmt: skip
     """A layer's end in one launch: LayerNorm, store, head and decision (post_norm, frozen).
 
@@ -235,11 +278,16 @@ def exit_step_(
         token_layer[mine] = layer
         uncertainty, exit_layer = exit_decision(logits[mine], word_at[mine], ...)  # if decide
 
+    Of a head that tells neighbours, in place of the second line::
+
+        said[mine] = F.linear(h[mine], head_weight, head_bias)
+        logits[mine] = reference.heard(said[mine, :C], said[:, C:], mine, ...)
+
     Args:
         x, norm_stats: `[A, d]` and its stats, of `tokenexit.kernels.linear.linear`.
         norm_weight, norm_bias, eps: the LayerNorm.
-        head_weight, head_bias: `[C, d]` contiguous and `[C]`, C at most 256. fp32 products are not
-            rounded to tf32 here: decisions hang on them.
+        head_weight, head_bias: `[C, d]` contiguous and `[C]`, or `[3C, d]` and `[3C]`; at most 256
+            rows. fp32 products are not rounded to tf32 here: decisions hang on them.
         active, cu_active: `[A]` and `[B+1]` int64.
         word_at: `[T]` int64, the word whose first token it is, or -1.
         h: `[T, d]`, the stored states; logits: `[T, C]` contiguous; token_layer: `[T]` int64.
@@ -248,24 +296,32 @@ def exit_step_(
         arrived: `[B]` int32, zeros; and zeros again afterwards.
         max_length: no sentence has more tokens.
         decide: False if exits are given, or nobody asks.
-        answer: False if no token can leave here: logits and token_layer stay as they are.
+        answer: False if no token can leave here: logits, token_layer and said stay as they are.
+        said: `[T, 3C]` contiguous in the dtype of logits, for heads that tell neighbours. None: of
+            others.
+        cu_tokens: `[B+1]` int64, with `said`.
 
     Raises:
-        ValueError: more than 256 labels, or norm_stats of another shape.
+        ValueError: more than 256 outputs of a head, or not as many as there have to be; norm_stats
+            of another shape.
     """
-    labels, d = head_weight.shape
-    num_stats = norm_stats.shape[1]
-    if labels > 256:
-        raise ValueError(f"got {labels} labels; expected at most 256")
+    outputs, d = head_weight.shape
+    labels, num_stats = logits.shape[1], norm_stats.shape[1]
+    if outputs > 256:
+        raise ValueError(f"got {outputs} outputs of a head; expected at most 256")
+    if outputs != (labels if said is None else 3 * labels):
+        raise ValueError(f"got {outputs} outputs of a head for {labels} labels; expected as many, "
+                         "or with `said` three times as many")  # fmt: skip
     if norm_stats.shape != (len(x), num_stats, 2):
         raise ValueError(f"got norm_stats {tuple(norm_stats.shape)}; expected [A, blocks, 2]")
     if len(window) and max_length:
         _exit_step_kernel[(len(window), triton.cdiv(max_length, _ROWS))](
             x, norm_stats, norm_weight, norm_bias, head_weight, head_bias,
             active, cu_active, word_at, h, logits, token_layer, uncertainty, exit_layer,
-            cu_words, window, threshold, min_active, arrived,
+            cu_words, window, threshold, min_active, arrived, said, cu_tokens,
             d, x.stride(0), h.stride(0), num_stats, layer, eps, labels, max_prob, answer, decide,
             stats_block(norm_stats, d), triton.next_power_of_2(num_stats),
-            _ROWS, _BYTES // x.element_size(), max(16, triton.next_power_of_2(labels)), _WORDS,
+            _ROWS, _BYTES // x.element_size(), max(16, triton.next_power_of_2(outputs)),
+            triton.next_power_of_2(labels), _WORDS,
             num_stages=2, **begins(x),
         )  # fmt: skip

@@ -82,6 +82,10 @@ def calls(hidden, num_heads, dtype):
         step = x, stats_of(x), weight, weight, 1e-12, head, weight, i, cu, i, x, logits, i, u, i
         rest = cu, i[:b], u[:b], i[:b], torch.empty(b).int(), 3, 128
         yield f"{labels}", decision.exit_step_, (*step, *rest)
+        said, telling = numbers(8192, 3 * labels), numbers(3 * labels, hidden)
+        step = *step[:5], telling, telling[:, 0], *step[7:]
+        rest = *rest, False, True, True, said, cu
+        yield f"hearing_{labels}", decision.exit_step_, (*step, *rest)
 
     square, up, down = (
         numbers(hidden, hidden),

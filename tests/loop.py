@@ -145,7 +145,7 @@ def _attend_norm_first(layer, sums, i, is_first):
 
 
 @torch.no_grad()
-def loop_forward(states, layers, heads, word_of, policy, bias=None, neck=None):
+def loop_forward(states, layers, heads, word_of, policy, bias=None, neck=None, hears=False):
     """One sentence.
 
     Args:
@@ -154,6 +154,8 @@ def loop_forward(states, layers, heads, word_of, policy, bias=None, neck=None):
             the state [d] of the distance from a key to a query.
         neck: what comes before the heads of layers that normalise first: these layers' states are
             sums, and what is copied of a token that left is its sum, whatever the policy's `copy`.
+        hears: heads below the last also say what a token tells the one after it and the one before
+            it; a token that left said it with the head of its last layer.
 
     Returns:
         logits (list of n tensors [C]), exit layers (list of n ints), and the smallest distance of
@@ -165,6 +167,7 @@ def loop_forward(states, layers, heads, word_of, policy, bias=None, neck=None):
     left_at = {}  # word -> layer
     own = {}  # word -> its last known uncertainty
     logits, exits, stored = [None] * n, [None] * n, [None] * n
+    told = {}  # token -> what it told last
     margin = math.inf
 
     def ask(head, state):
@@ -188,12 +191,22 @@ def loop_forward(states, layers, heads, word_of, policy, bias=None, neck=None):
             else:
                 normed = {i: _norm(layer.output_norm, x) for i, x in fresh.items()}
                 states = [normed.get(i, states[i]) for i in range(n)]
+        said = {i: ask(head, states[i]) for i in range(n)}
+        if hears and number < num_layers:
+            thirds = {i: said[i].view(3, -1) for i in range(n)}
+            told.update({i: thirds[i][1:] for i in active})
+            for i in range(n):
+                said[i] = thirds[i][0]
+                if i > 0:
+                    said[i] = said[i] + told[i - 1][0]
+                if i < n - 1:
+                    said[i] = said[i] + told[i + 1][1]
         for i in active:
-            logits[i] = ask(head, states[i])
+            logits[i] = said[i]
             exits[i] = number
         for w in words:
             if w not in left_at or policy.neighbors == "recompute":
-                own[w] = _uncertainty(ask(head, states[first[w]]), policy.criterion)
+                own[w] = _uncertainty(said[first[w]], policy.criterion)
         if number == num_layers:
             break
         leaving = []

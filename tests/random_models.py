@@ -8,6 +8,7 @@ from tokenexit.models import families
 
 FAMILIES = ("bert", "mpnet")  # those whose layers differ
 ALL_FAMILIES = tuple(families.FAMILIES)
+HEARING = "bert, hearing"
 # What has a family's code run that its defaults leave out.
 SETTINGS = {
     "deberta-v2": {
@@ -54,8 +55,14 @@ def random_classifier(family="bert", layers=4, labels=5, hidden=32, heads=4, see
 
 
 def random_tagger(family="bert", dtype=torch.float64, seed=0, **kwargs):
-    """A converted one whose heads disagree enough for words to leave at every layer."""
-    model = tokenexit.convert(random_classifier(family, seed=seed, **kwargs)).to(dtype)
+    """A converted one whose heads disagree enough for words to leave at every layer.
+
+    Args:
+        family: `HEARING` for a BERT whose heads hear their neighbours.
+    """
+    hears = {"neighbor_heads": family == HEARING}
+    theirs = random_classifier("bert" if family == HEARING else family, seed=seed, **kwargs)
+    model = tokenexit.convert(theirs, **hears).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for head in model.exit_heads:

@@ -21,6 +21,13 @@ def test_counts_of_layers_that_normalise_first():
     assert spent.tolist() == [layer(4, 4) + layer(2, 4) + gates_and_necks]
 
 
+def test_counts_of_heads_that_hear():
+    config = TokenExitConfig(**{**CONFIG.to_dict(), "neighbor_heads": True})
+    spent = flops.multiply_adds(torch.tensor([[4, 2, 1]]), torch.tensor([4]), config)
+    told = (4 + 2) * 10 * 2 * 4
+    assert spent.tolist() == [layer(4, 4) + layer(2, 4) + layer(1, 4) + told]
+
+
 def test_counts():
     exits = torch.tensor([[3, 1, 2, 3], [1, 1, 0, 0]])
     active = flops.active_tokens(exits, 3)

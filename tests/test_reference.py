@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from loop import loop_forward
-from random_models import CONVOLVED, FAMILIES, random_batch, random_tagger
+from random_models import CONVOLVED, FAMILIES, HEARING, random_batch, random_tagger
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from tokenexit import ExitPolicy, reference
@@ -44,7 +44,7 @@ def bias_of(tagger):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2", "modernbert"])
+@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2", "modernbert", HEARING])
 def test_exit_forward_is_the_contract(family, policy):
     tagger = random_tagger(family, seed=3, **(CONVOLVED if family == "deberta-v2" else {}))
     tagger.backend = "reference"
@@ -65,6 +65,7 @@ def test_exit_forward_is_the_contract(family, policy):
                 policy,
                 bias,
                 tagger.encoder.neck,
+                tagger.config.neighbor_heads,
             )
             assert margin > 1e-9
             assert got.exit_layers[row, :n].tolist() == exits

@@ -67,6 +67,7 @@ def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | 
     model = TokenExitForTokenClassification.from_pretrained(
         assets.encoder,
         tokenizer=tokenizer,
+        neighbor_heads=True,
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
     )

@@ -441,6 +441,31 @@ class ExitHead(nn.Linear):
         return linear(h, self.weight, self.bias)
 
 
+@passable
+class NeighborHead(ExitHead):
+    """A classifier that tells the tokens beside it what it knows: `[n, d] -> [n, 3C]`.
+
+    The first C of what it gives are for the token itself; C more are told to the token after it, C
+    to the one before it. A token's logits are its own and what those beside it told last: with the
+    head of the layer that they left at, if they have. See `tokenexit.reference.heard`. It costs a
+    token that left nothing.
+
+    Args:
+        hidden_size, num_labels, dropout: of `ExitHead`. What is told starts at zero: as an
+            `ExitHead`.
+    """
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float = 0.0):
+        super().__init__(hidden_size, 3 * num_labels, dropout)
+        self.quiet()
+
+    @torch.no_grad()
+    def quiet(self):
+        """Tell nothing."""
+        for part in (self.weight, self.bias):
+            part[len(part) // 3 :] = 0
+
+
 class ExitNeck(nn.Module):
     """What stands between states and the classifiers of all layers: `[n, d] -> [n, d]`.
 
@@ -529,7 +554,7 @@ def costs_of(found: Reads, layer: ExitLayer) -> list[float]:
 
 
 def _head_kind(head):
-    return nn.Linear if type(head) is nn.Linear else ExitHead
+    return type(head) if type(head) in (nn.Linear, NeighborHead) else ExitHead
 
 
 @lru_cache

@@ -24,6 +24,7 @@ __all__ = [
     "exit_decision",
     "exit_forward",
     "exit_step",
+    "heard",
     "layer_sum",
     "linear",
     "norm_first_sum",
@@ -168,6 +169,26 @@ def too_few(exit_layer, cu_words, min_active):
     active = exit_layer == 0
     count = torch.zeros_like(lengths).index_add_(0, sentence, active.to(lengths.dtype))
     return active & ((count < lengths) & (count < min_active))[sentence]
+
+
+def heard(own, told, tokens, positions):
+    """Logits of classifiers that hear their neighbours: own and what these told last, `[n, C]`.
+
+    Sums are taken in fp32 or fp64, and rounded once.
+
+    Args:
+        own: `[n, C]`, what classifiers said of the tokens themselves.
+        told: `[T, 2C]`, what each token told last to the one after it, and to the one before it.
+        tokens: `[n]` int64, which they are.
+        positions: `[T]` int64 in their sentences, from 0 on, but at tokens in no sentence, who told
+            nothing.
+    """
+    labels, ends = own.shape[1], F.pad(positions[1:], (0, 1)) == 0
+    to_next, to_last = told.split(labels, 1)
+    before = to_next[(tokens - 1).clamp(min=0)].masked_fill((positions[tokens] == 0)[:, None], 0)
+    after = to_last[(tokens + 1).clamp(max=told.shape[0] - 1)].masked_fill(ends[tokens][:, None], 0)
+    wide = torch.promote_types(own.dtype, torch.float32)
+    return (own.to(wide) + before.to(wide) + after.to(wide)).to(own.dtype)
 
 
 def compact_active(active, cu_active, word_of_token, exit_layer, cu_tokens=None, scratch=None):
@@ -359,12 +380,20 @@ def exit_step(
     layer,
     max_prob=False,
     decide=True,
+    said=None,
+    cu_tokens=None,
 ):
     """What `exit_step_` of `tokenexit.kernels.decision` makes of h, logits, token_layer,
     uncertainty and exit_layer, in new tensors."""
     mine = active[: cu_active[-1]]
     fresh = F.layer_norm(x[: len(mine)], x.shape[1:], norm_weight, norm_bias, eps)
     asked = F.linear(fresh, head_weight, head_bias)
+    if said is not None:
+        labels = logits.shape[1]
+        told = said[:, labels:].index_copy(0, mine, asked[:, labels:])
+        starts = cu_tokens[:-1].repeat_interleave(cu_tokens.diff())
+        positions = torch.arange(len(starts), device=h.device) - starts
+        asked = heard(asked[:, :labels], told, mine, positions)
     h, logits = h.index_copy(0, mine, fresh), logits.index_copy(0, mine, asked)
     token_layer = token_layer.index_fill(0, mine, layer)
     if decide:
@@ -440,7 +469,15 @@ def layer_sum(layer, h, bias=None, tokens=slice(None)):
     return layer.inner_norm(h) + layer.convolved(near)
 
 
-def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None):
+def _from_both_sides(told):
+    """What the tokens of one sentence hear from those beside them: `[n, 2C] -> [n, C]`."""
+    to_next, to_last = told.chunk(2, 1)
+    return F.pad(to_next[:-1], (0, 0, 1, 0)) + F.pad(to_last[1:], (0, 0, 0, 1))
+
+
+def exit_forward(
+    h, layers, heads, packed, schedule, bias=None, exit_layer=None, neighbor_heads=False
+):
     """The exit forward, sentence by sentence; every layer computes all tokens, keeps the active.
 
     Args:
@@ -453,6 +490,8 @@ def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None)
             disentangled attention, `tokenexit.layers.Relative`; for those that normalise first,
             `tokenexit.layers.Rotary`.
         exit_layer: `[W]` or None; where given, words leave there, and the schedule is not asked.
+        neighbor_heads: heads below the last are `[n, d] -> [n, 3C]`, see
+            `tokenexit.layers.NeighborHead`.
 
     Returns:
         For each layer that was reached, `(active [A], logits [A, C])`: the tokens computed in
@@ -469,6 +508,7 @@ def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None)
         left = torch.zeros_like(head_token)  # the layer each word left at; 0: active
         u = state.new_zeros(len(left), dtype=schedule.threshold.dtype)
         whole = torch.tensor([0, len(left)], device=h.device)
+        told = 0  # [n, 2C], what each token told its neighbours last
         for number, (layer, head) in enumerate(zip(layers, heads, strict=True), 1):
             if (left > 0).all():
                 break
@@ -480,7 +520,12 @@ def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None)
             else:
                 state = torch.where(active[:, None], layer.output_norm(fresh), state)
             tokens = active.nonzero().squeeze(1)
-            trace[number - 1].append((first + tokens, head(state[tokens])))
+            said = head(state)
+            if neighbor_heads and number < len(layers):
+                said, tells = said.tensor_split([said.shape[1] // 3], 1)
+                told = torch.where(active[:, None], tells, told)
+                said = said + _from_both_sides(told)
+            trace[number - 1].append((first + tokens, said[tokens]))
             if exit_layer is not None:
                 left = left.masked_fill(exit_layer[w0:w1] == number, number)
                 continue
@@ -488,7 +533,7 @@ def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None)
             if not schedule.recompute:
                 asked = asked.masked_fill(left > 0, -1)
             u, left = exit_decision(
-                head(state[head_token]).detach(),
+                said[head_token].detach(),
                 asked,
                 u,
                 left,

@@ -47,6 +47,7 @@ class Run:
         distill_last: only the last layer does.
         head: "linear", or a key of `signals.HEADS` for heads of another kind, whose exits are
             simulated only.
+        neighbor_heads: heads that hear their neighbours, see `tokenexit.convert`.
         sampling: fields of `SelfSampling`, with those of its policy under "policy"; None: full
             depth.
         layers: keep the first so many layers of the encoder.
@@ -70,6 +71,7 @@ class Run:
     loss: str = "joint"
     distill_last: bool = False
     head: str = "linear"
+    neighbor_heads: bool = False
     sampling: Mapping | None = None
     layers: int | None = None
     sentences: int | None = None
@@ -355,6 +357,7 @@ def new(run: Run, splits: sources.Splits, device: str, texts: Path | None = None
     model = TokenExitForTokenClassification.from_pretrained(
         folder,
         tokenizer=tokenizer,
+        neighbor_heads=run.neighbor_heads,
         dtype=torch.float32,  # though it may be stored in half precision
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},

@@ -105,6 +105,16 @@ INLINE void bf16_of(const float* from, int64_t count, uint16_t* to) {
   }
 }
 
+// To what bf16 holds, in place.
+template <class S>
+INLINE void round_to_bf16(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint16_t rounded;
+    bf16_of<S>(x + i, 1, &rounded);
+    floats_of<S>(&rounded, 1, x + i);
+  }
+}
+
 // Words of two rows' numbers, neighbors in a column: what a product over rows reads. Those of int8 are
 // exact in bf16.
 template <class S>

@@ -13,6 +13,30 @@
 namespace tokenexit {
 namespace {
 
+// Of heads that tell neighbours: what they said, [rows][3 C], becomes logits [rows][C] in its place.
+// told: [T][2 C], by each token to the one after it and to the one before it.
+void hear(
+    const int64_t* active, const int64_t* first, const int64_t* start, int64_t num_sentences,
+    int64_t num_labels, float* told, float* said) {
+  const int64_t told_by_each = 2 * num_labels;
+  for (int64_t i = 0; i < first[num_sentences]; ++i) {
+    const float* tells = said + 3 * num_labels * i + num_labels;
+    std::copy_n(tells, told_by_each, told + told_by_each * active[i]);
+  }
+  for (int64_t b = 0; b < num_sentences; ++b) {
+    for (int64_t i = first[b]; i < first[b + 1]; ++i) {
+      const int64_t t = active[i];
+      const float* before = t > start[b] ? told + told_by_each * (t - 1) : nullptr;
+      const float* after =
+          t + 1 < start[b + 1] ? told + told_by_each * (t + 1) + num_labels : nullptr;
+      for (int64_t c = 0; c < num_labels; ++c) {
+        const float own = said[3 * num_labels * i + c];
+        said[num_labels * i + c] = own + (before ? before[c] : 0) + (after ? after[c] : 0);
+      }
+    }
+  }
+}
+
 std::tuple<Tensor, Tensor> exit_loop(
     const Tensor& h_, const Tensor& positions_, const Tensor& cu_tokens_, const Tensor& cu_words_,
     const Tensor& word_of_token_, const Tensor& word_at_, std::vector<Tensor> weights,
@@ -33,7 +57,7 @@ std::tuple<Tensor, Tensor> exit_loop(
       "got ", weights.size(), " weights, ", scales.size(), " scales and ", classifiers.size(),
       " of classifiers for ", num_layers, " layers; expected ", LAYER_TENSORS,
       " a layer, as many or none, and 2");
-  const Tensor& labels = classifiers[1];
+  const Tensor& labels = classifiers.back();
   STD_TORCH_CHECK(
       h_.dim() == 2 && (h_.scalar_type() == ScalarType::Float || is_bf16(h_)) &&
           cu_tokens_.numel() > 0 && labels.numel() > 0,
@@ -41,13 +65,19 @@ std::tuple<Tensor, Tensor> exit_loop(
   const bool bf16 = is_bf16(h_);
   const int64_t num_tokens = h_.size(0), d = h_.size(1), num_labels = labels.numel();
   const int64_t num_sentences = cu_tokens_.numel() - 1;
+  int64_t outputs = num_labels;  // of a head at most: three times that below the last layer
   for (size_t i = 0; i < classifiers.size(); ++i) {
     const Tensor& x = classifiers[i];
+    const bool is_plain = x.scalar_type() == h_.scalar_type() && x.is_contiguous();
+    const bool fits = i % 2 ? x.dim() == 1 && x.numel() == classifiers[i - 1].size(0)
+                            : x.dim() == 2 && x.size(1) == d;
+    const bool tells = i + 2 < classifiers.size() && fits && x.size(0) == 3 * num_labels;
     STD_TORCH_CHECK(
-        x.scalar_type() == h_.scalar_type() && x.is_contiguous() && x.dim() == 2 - int64_t(i % 2) &&
-            x.size(0) == num_labels && (i % 2 || x.size(1) == d),
+        is_plain && fits && (tells || x.size(0) == num_labels),
         "got a classifier's tensor of ", x.dim(), " dimensions and ", x.numel(),
-        " elements; expected [C, d] and [C] of h's dtype, contiguous");
+        " elements; expected [C, d] and [C] of h's dtype, contiguous, or [3C, d] and [3C] below the "
+        "last layer");
+    outputs = std::max(outputs, x.size(0));
   }
   const Tensor cu_tokens = checked_vector(cu_tokens_, "cu_tokens", num_sentences + 1);
   const Tensor cu_words = checked_vector(cu_words_, "cu_words", num_sentences + 1);
@@ -96,7 +126,8 @@ std::tuple<Tensor, Tensor> exit_loop(
   std::vector<int64_t> active(num_tokens), kept(num_tokens), words(num_tokens), positions;
   std::vector<int64_t> first(start, start + num_sentences + 1), first_kept(first);
   std::vector<int64_t> left(num_words, 0);
-  std::vector<float> uncertainty(num_words, 0.0f), logits(num_tokens * num_labels);
+  std::vector<float> uncertainty(num_words, 0.0f), logits(num_tokens * outputs);
+  std::vector<float> told(outputs > num_labels ? num_tokens * 2 * num_labels : 0);
   for (int64_t t = 0; t < num_tokens; ++t) active[t] = t;
   if (bias.entries) positions.resize(num_tokens);
 
@@ -118,8 +149,12 @@ std::tuple<Tensor, Tensor> exit_loop(
       if (bf16) head[i] = floats_of(x);
       classifier[i] = bf16 ? head[i].data() : x.const_data_ptr<float>();
     }
-    linear(states, bf16, active.data(), classifier[0], classifier[1], logits.data(), count, d,
-           num_labels);
+    const int64_t said = classifiers[2 * at].size(0);
+    linear(states, bf16, active.data(), classifier[0], classifier[1], logits.data(), count, d, said);
+    if (said > num_labels) {
+      hear(active.data(), first.data(), start, num_sentences, num_labels, told.data(), logits.data());
+      if (bf16) round_to_bf16<Portable>(logits.data(), count * num_labels);
+    }
     const auto* end = logits.data() + count * num_labels;
     if (std::any_of<const float*>(logits.data(), end, [](float x) { return std::isnan(x); })) {
       std::fill_n(logits_of, num_tokens * num_labels, std::numeric_limits<float>::quiet_NaN());

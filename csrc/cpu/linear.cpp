@@ -40,11 +40,7 @@ struct Panel {
       unpack_panel<S>(
           y, p->features, [&](int64_t i) { return p->out + (first + i) * p->features; }, 0, lanes);
       float* out = p->out + first * p->features;
-      for (int64_t i = 0; p->bf16 && i < lanes * p->features; ++i) {
-        uint16_t rounded;
-        bf16_of<S>(out + i, 1, &rounded);
-        floats_of<S>(&rounded, 1, out + i);
-      }
+      if (p->bf16) round_to_bf16<S>(out, lanes * p->features);
     }
   }
 };

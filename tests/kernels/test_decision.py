@@ -156,8 +156,12 @@ def test_strided_logits_and_no_words(device):
     assert len(u) == len(left) == 0
 
 
-def make_step(lengths, d, labels, dtype, device, seed=0, first_layer=False):
-    """A layer's end: sentences of one to three pieces a word, between special tokens."""
+def make_step(lengths, d, labels, dtype, device, seed=0, first_layer=False, hears=False):
+    """A layer's end: sentences of one to three pieces a word, between special tokens.
+
+    Args:
+        hears: the head tells neighbours; those that left have told them something before.
+    """
     g = torch.Generator().manual_seed(seed)
     words = make_words(lengths, "cpu", seed)
     word_of_token, starts, sentence, w = [], [], [], 0
@@ -184,19 +188,24 @@ def make_step(lengths, d, labels, dtype, device, seed=0, first_layer=False):
     open_ = torch.zeros(len(lengths)).index_add_(0, sentence, stays.float()) > 0
     active = (stays | (word < 0) & open_[sentence]).nonzero()[:, 0]
     counts = torch.bincount(sentence[active], minlength=len(lengths))
-    num_tokens = len(word)
+    num_tokens, outputs = len(word), 3 * labels if hears else labels
     step = {
         "x": torch.randn(num_tokens, d, generator=g).to(dtype),
         "norm_weight": torch.randn(d, generator=g).to(dtype),
         "norm_bias": torch.randn(d, generator=g).to(dtype),
-        "head_weight": (8 * d**-0.5 * torch.randn(labels, d, generator=g)).to(dtype),
-        "head_bias": torch.randn(labels, generator=g).to(dtype),
+        "head_weight": (8 * d**-0.5 * torch.randn(outputs, d, generator=g)).to(dtype),
+        "head_bias": torch.randn(outputs, generator=g).to(dtype),
         "active": F.pad(active, (0, num_tokens - len(active)), value=-(10**9)),
         "cu_active": F.pad(counts.cumsum(0), (1, 0)),
         "word_at": word.masked_fill(~torch.tensor(starts), -1),
         "max_length": int(torch.bincount(sentence).max()),
     }
     step["x"][len(active) :] = NAN
+    if hears:
+        step["said"] = torch.randn(num_tokens, outputs, generator=g).to(dtype)
+        step["said"][:, :labels] = NAN  # of themselves they say nothing more
+        step["said"][active] = NAN
+        step["cu_tokens"] = F.pad(torch.bincount(sentence).cumsum(0), (1, 0))
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in (step | words).items()}
 
 
@@ -204,20 +213,23 @@ def run_step(step, **options):
     """The step with poisoned outputs; what it wrote, by name."""
     x, device = step["x"], step["x"].device
     num_tokens, d = x.shape
+    hears = "said" in step
     _, stats = linear(
         x, torch.eye(d, device=device, dtype=x.dtype), count=step["cu_active"][-1:],
         want_stats=True, precision="ieee",
     )  # fmt: skip
     made = {
         "h": torch.full_like(x, NAN),
-        "logits": x.new_full((num_tokens, len(step["head_weight"])), NAN),
+        "logits": x.new_full((num_tokens, len(step["head_weight"]) // (3 if hears else 1)), NAN),
         "token_layer": torch.full((num_tokens,), -1, device=device),
         "arrived": torch.zeros(len(step["window"]), dtype=torch.int32, device=device),
         "uncertainty": step["uncertainty"].clone(),
         "exit_layer": step["exit_layer"].clone(),
     }
+    if hears:
+        made["said"] = step["said"].clone()
     options = {"min_active": None, "layer": 3} | options
-    exit_step_(norm_stats=stats, eps=1e-5, **(step | made), **options)
+    exit_step_(norm_stats=stats, eps=1e-5, **(step | made | options))
     return made
 
 
@@ -231,7 +243,7 @@ def step_by_reference(step, dtype):
         else value
         for name, value in step.items()
     }
-    rows, labels = len(given["x"]), len(given["head_weight"])
+    rows, labels = len(given["x"]), len(given["head_weight"]) // (3 if "said" in given else 1)
     given["uncertainty_"] = given.pop("uncertainty")
     del given["max_length"]
     made = reference.exit_step(
@@ -248,10 +260,10 @@ def step_by_reference(step, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("labels", [1, 9, 44])
+@pytest.mark.parametrize("labels, hears", [(1, False), (9, False), (44, False), (9, True)])
 @pytest.mark.parametrize(("lengths", "d"), [([1], 16), ([5, 0, 60, 20, 1], 40), ([7, 30], 150)])
-def test_exit_step(lengths, d, labels, dtype, device):
-    step = make_step(lengths, d, labels, dtype, device)
+def test_exit_step(lengths, d, labels, hears, dtype, device):
+    step = make_step(lengths, d, labels, dtype, device, hears=hears)
     made = run_step(step)
     mine = step["active"][: step["cu_active"][-1]]
     truth, plain = step_by_reference(step, torch.float64), step_by_reference(step, dtype)
@@ -270,9 +282,10 @@ def test_exit_step(lengths, d, labels, dtype, device):
     assert_decides_right((made["uncertainty"], made["exit_layer"]), known | asked | {"layer": 3})
 
 
+@pytest.mark.parametrize("hears", [False, True], ids=["", "hears"])
 @pytest.mark.parametrize("max_prob", [False, True], ids=["entropy", "max_prob"])
-def test_exit_step_decides_as_exit_decision(max_prob, device):
-    step = make_step([5, 0, 60, 20, 1], 40, 9, torch.float32, device, seed=2)
+def test_exit_step_decides_as_exit_decision(max_prob, hears, device):
+    step = make_step([5, 0, 60, 20, 1], 40, 9, torch.float32, device, seed=2, hears=hears)
     few = torch.tensor([3, 1, 30, 1, 1], device=device)
     made = run_step(step, max_prob=max_prob, min_active=few)
     mine = step["active"][: step["cu_active"][-1]]
@@ -295,8 +308,9 @@ def test_exit_step_decides_when_all_rows_are_known(device):
     assert 0 < (made["exit_layer"] == 3).sum() < 100
 
 
-def test_exit_step_without_a_decision(device):
-    step = make_step([5, 9], 16, 9, torch.float32, device)
+@pytest.mark.parametrize("hears", [False, True], ids=["", "hears"])
+def test_exit_step_without_a_decision(hears, device):
+    step = make_step([5, 9], 16, 9, torch.float32, device, hears=hears)
     made, decided = run_step(step, decide=False), run_step(step)
     for name in ("uncertainty", "exit_layer"):
         assert torch.equal(made[name], step[name])
@@ -317,8 +331,9 @@ def test_exit_step_where_no_token_can_leave(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_exit_step_is_the_same_in_every_run(device):
-    step = make_step([200] * 64, 768, 44, torch.float16, device)
+@pytest.mark.parametrize("hears", [False, True], ids=["", "hears"])
+def test_exit_step_is_the_same_in_every_run(hears, device):
+    step = make_step([200] * 64, 768, 44, torch.float16, device, hears=hears)
     first = run_step(step)
     for _ in range(50):
         for name, value in run_step(step).items():
@@ -327,5 +342,10 @@ def test_exit_step_is_the_same_in_every_run(device):
 
 def test_too_many_labels(device):
     step = make_step([3], 16, 257, torch.float32, device)
-    with pytest.raises(ValueError, match="got 257 labels; expected at most 256"):
+    with pytest.raises(ValueError, match="got 257 outputs of a head; expected at most 256"):
         run_step(step)
+    step = make_step([3], 16, 9, torch.float32, device, hears=True)
+    step["head_weight"], step["head_bias"] = step["head_weight"][:9], step["head_bias"][:9]
+    made = {"logits": torch.zeros(len(step["x"]), 9, device=device)}
+    with pytest.raises(ValueError, match="got 9 outputs of a head for 9 labels; .* three times"):
+        run_step(step, **made)

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import recording
 import torch
-from random_models import FAMILIES, random_batch, random_tagger
+from random_models import FAMILIES, HEARING, random_batch, random_tagger
 from test_reference import POLICIES
 
 from tokenexit import ExitPolicy
@@ -49,7 +49,10 @@ def both(tagger, batch, **kwargs):
 CHOSEN = [*MINE[:-1:4], MINE[-1], ExitPolicy(window=1, threshold=(0.0, 0.5, 0.0, 0.0))]
 
 
-@pytest.mark.parametrize("family, policy", list(zip(itertools.cycle(FAMILIES), CHOSEN)), ids=str)
+PAIRS = [*zip(itertools.cycle(FAMILIES), CHOSEN), *((HEARING, policy) for policy in CHOSEN[::2])]
+
+
+@pytest.mark.parametrize("family, policy", PAIRS, ids=str)
 @torch.no_grad()
 def test_equals_the_reference(family, policy, device, taken, poisoned):
     tagger = random_tagger(family, dtype=torch.float32).to(device)
@@ -80,9 +83,10 @@ def test_a_policy_for_each_sentence_and_few_words_left(device, taken):
     torch.testing.assert_close(ours.logits, truth.logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["bert", HEARING])
 @torch.no_grad()
-def test_given_exits(device, taken):
-    tagger = random_tagger(dtype=torch.float32).to(device)
+def test_given_exits(family, device, taken):
+    tagger = random_tagger(family, dtype=torch.float32).to(device)
     batch = {name: value.to(device) for name, value in random_batch(LENGTHS).items()}
     generator = torch.Generator().manual_seed(0)
     layers = torch.randint(1, 5, batch["input_ids"].shape, generator=generator).to(device)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from random_models import CONVOLVED, FAMILIES, random_batch, random_tagger
+from random_models import CONVOLVED, FAMILIES, HEARING, random_batch, random_tagger
 from torch import nn
 
 import tokenexit
@@ -118,7 +118,7 @@ def test_too_few_embeddings_are_told_as_ever(calls):
 @pytest.mark.parametrize("kind", ["fp32", "int8", "bf16"])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, HEARING])
 @torch.no_grad()
 def test_same_bits_as_layer_by_layer(family, policy, given, kind, calls):
     model = random_tagger(family, torch.bfloat16 if kind == "bf16" else torch.float32)
@@ -299,7 +299,7 @@ def test_one_graph_for_torch_compile():
 
 
 # Those that go layer by layer, all sizes of which hang on values in a program, too.
-BY_LAYER = [("deberta-v2", CONVOLVED), ("modernbert", {})]
+BY_LAYER = [("deberta-v2", CONVOLVED), ("modernbert", {}), (HEARING, {})]
 SLOW = ExitPolicy(threshold=0.7, window=1, copy="pre_norm", neighbors="recompute")
 
 

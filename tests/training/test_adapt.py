@@ -32,15 +32,23 @@ def theirs(tokenizer, family="bert", **changes):
 
 
 @torch.no_grad()
-def states_of(model, tokenizer, texts):
-    """Of words' first pieces: the states of all layers, and the last logits, by transformers."""
+def states_of(model, tokenizer, texts, near=False):
+    """Of words' first pieces: the states of all layers, and the last logits, by transformers.
+
+    Args:
+        near: with the states of the tokens before and after behind them, or zeros.
+    """
     states, logits = [], []
     for words in texts:
         encoded = tokenizer([words], is_split_into_words=True, return_tensors="pt")
         ids = encoded.word_ids(0)
         firsts = [ids.index(i) for i in range(len(words))]
         out = model(**encoded, output_hidden_states=True)
-        states.append(torch.stack(out.hidden_states[1:])[:, 0, firsts])
+        its = torch.stack(out.hidden_states[1:])[:, 0]
+        if near:
+            padded = F.pad(its, (0, 0, 1, 1))
+            its = torch.cat([its, padded[:, :-2], padded[:, 2:]], -1)
+        states.append(its[:, firsts])
         logits.append(out.logits[0, firsts])
     return torch.cat(states, 1), torch.cat(logits)
 
@@ -85,13 +93,14 @@ def test_the_model_is_what_it_was(family, tiny_tokenizer, tmp_path):
         assert its.labels == [names[i] for i in logits.argmax(-1).tolist()]
 
 
-def test_heads_are_as_good_as_linear_ones_get(tiny_tokenizer):
+@pytest.mark.parametrize("near", [False, True], ids=["", "hearing"])
+def test_heads_are_as_good_as_linear_ones_get(near, tiny_tokenizer):
     """Beside softmax regressions by another optimizer on states that transformers gives."""
     tokenizer = tiny_tokenizer()
     hf, texts = theirs(tokenizer), sentences(150)
-    tagger = Tagger(tokenexit.convert(hf, tokenizer).eval(), tokenizer)
+    tagger = Tagger(tokenexit.convert(hf, tokenizer, neighbor_heads=near).eval(), tokenizer)
     distill_heads(tagger, tagger.windows(texts))
-    states, logits = states_of(hf, tokenizer, texts)
+    states, logits = states_of(hf, tokenizer, texts, near)
     wanted = logits.softmax(-1)
 
     def loss(layer, weight, bias):
@@ -99,7 +108,7 @@ def test_heads_are_as_good_as_linear_ones_get(tiny_tokenizer):
         return -(wanted * logs).sum(-1).mean()
 
     for layer in range(3):
-        weight = torch.zeros(5, 32, requires_grad=True)
+        weight = torch.zeros(5, states.shape[-1], requires_grad=True)
         bias = torch.zeros(5, requires_grad=True)
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -111,10 +120,16 @@ def test_heads_are_as_good_as_linear_ones_get(tiny_tokenizer):
 
         optimizer.step(closure)
         head = tagger.model.exit_heads[layer]
+        its = torch.cat(head.weight.split(5), 1), head.bias[:5]
         with torch.no_grad():
-            best, ours = loss(layer, weight, bias), loss(layer, head.weight, head.bias)
+            best, ours = loss(layer, weight, bias), loss(layer, *its)
             nothing = -(wanted * wanted.mean(0).log()).sum(-1).mean()
         assert best - 1e-3 < ours < best + 0.1 * (nothing - best), layer
+        for _, output, (firsts,) in tagger.run(
+            tagger.windows(texts[:1]), ExitPolicy.never(), output_layer_logits=True
+        ):
+            expected = (states[layer] @ its[0].T + its[1])[: len(firsts)]
+            torch.testing.assert_close(output.layer_logits[layer, 0, firsts], expected)
 
 
 def test_states_that_do_not_fit_are_left_out(tiny_tokenizer, monkeypatch):

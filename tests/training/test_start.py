@@ -97,7 +97,22 @@ def test_an_encoder_gets_the_labels_of_the_data(tiny_tokenizer, tmp_path):
     )
     model = load_to_train(str(tmp_path / "tagger"), tokenizer, ["O", "A", "B"])
     assert list(model.config.label2id) == ["O", "A", "B"]
-    assert model.config.num_labels == model.exit_heads[0].out_features == 3
+    assert model.config.num_labels == model.exit_heads[-1].out_features == 3
+
+
+def test_heads_hear_unless_they_are_many_or_not_to(hf, tmp_path):
+    folder, tokenizer = hf
+    hearing = load_to_train(str(folder), tokenizer, NAMES)
+    assert hearing.config.neighbor_heads and hearing.exit_heads[0].out_features == 12
+    plain = load_to_train(str(folder), tokenizer, NAMES, neighbor_heads=False)
+    assert not plain.config.neighbor_heads and plain.exit_heads[0].out_features == 4
+    many = [*NAMES, *map(str, range(86 - len(NAMES)))]
+    assert not load_to_train(str(folder), tokenizer, many).config.neighbor_heads
+    assert load_to_train(str(folder), tokenizer, many[:-1]).config.neighbor_heads
+    assert load_to_train(str(folder), tokenizer, many, neighbor_heads=True).config.neighbor_heads
+    Tagger(hearing, tokenizer).save_pretrained(tmp_path / "tagger")
+    with pytest.raises(ValueError, match="has heads that hear their neighbours; expected it to"):
+        load_to_train(str(tmp_path / "tagger"), tokenizer, NAMES, neighbor_heads=False)
 
 
 def test_new_rows_win_nothing(tiny_tokenizer):

@@ -94,6 +94,15 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write th
 Epochs = Annotated[float | None, typer.Option(help="Default: 3, more for small data.")]
 LearningRate = Annotated[float | None, typer.Option(help="Default: 5e-5 (768 / width)^2.")]
 HeadLearningRate = Annotated[float, typer.Option(help="Learning rate of the exit heads.")]
+NeighborHeads = Annotated[
+    bool | None,
+    typer.Option(
+        "--neighbor-heads/--plain-heads",
+        help="Whether classifiers hear those of the tokens beside a token. Default: up to 85 "
+        "labels, which GPUs take.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Runs with equal seeds are equal.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 Dev = Annotated[str | None, typer.Option(help="Data to score after each epoch.")]

@@ -26,6 +26,7 @@ from tokenexit.cli.options import (
     LearningRate,
     Metric,
     Model,
+    NeighborHeads,
     Neighbors,
     Output,
     PerLayer,
@@ -71,6 +72,7 @@ def train(
     new_classifier: Annotated[
         bool, typer.Option("--new-classifier", help="Take the encoder only of a fine-tuned tagger.")
     ] = False,
+    neighbor_heads: NeighborHeads = None,
     set: Settings = None,
 ):
     """Stage 1: train an encoder with a head after each layer.
@@ -100,7 +102,9 @@ def train(
     train_data = read_data(data, column, format)
     dev_data = dev and read_data(dev, column, format)
     tokenizer = load_tokenizer(model)
-    tagger_model = load_to_train(model, tokenizer, label_names(train_data), new_classifier)
+    tagger_model = load_to_train(
+        model, tokenizer, label_names(train_data), new_classifier, neighbor_heads
+    )
     run(tagger_model, tokenizer, train_data, dev_data, ExitPolicy.never())
 
 
@@ -425,6 +429,7 @@ def adapt(
     int8: Annotated[
         bool, typer.Option("--int8", help="Give the result 8-bit weights, and promise it of these.")
     ] = False,
+    neighbor_heads: NeighborHeads = None,
     epochs: Annotated[float | None, typer.Option(help="Of --tune.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of --tune.")
@@ -489,6 +494,7 @@ def adapt(
             tokenizer,
             tune=tune,
             int8=int8,
+            neighbor_heads=neighbor_heads,
             max_disagreement=max_disagreement,
             confidence=confidence,
             per_layer=per_layer,

@@ -125,4 +125,4 @@ if _DEVICES:
 
     @register_fake("exit_loop")
     def _(h, positions, cu_tokens, cu_words, word_of_token, word_at, weights, scales, heads, *_):
-        return h.new_empty(h.shape[0], heads[1].shape[0]), torch.empty_like(positions)
+        return h.new_empty(h.shape[0], heads[-1].shape[0]), torch.empty_like(positions)

@@ -29,6 +29,8 @@ class ExitEncoder(nn.Module):
         layers: L `ExitLayer`.
         heads: L classifiers, `[n, d] -> [n, C]`.
         neck: what comes before each of them, `[n, d] -> [n, d]`, or None.
+        neighbor_heads: heads below the last are `[n, d] -> [n, 3C]`, see
+            `tokenexit.layers.NeighborHead`.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class ExitEncoder(nn.Module):
         layers: Sequence[nn.Module],
         heads: Sequence[nn.Module],
         neck: nn.Module | None = None,
+        neighbor_heads: bool = False,
     ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.heads = nn.ModuleList(heads)
         self.neck = neck
+        self.neighbor_heads = neighbor_heads
         self.gradient_checkpointing = False  # as Hugging Face's models switch it on
 
     def forward(
@@ -61,6 +65,7 @@ class ExitEncoder(nn.Module):
         """
         active = Active.all(packed)
         stored = h  # what tokens that left are copied from
+        told = None  # [T, 2C], by each token to its neighbours
         left = torch.zeros_like(packed.first_token)
         uncertainty = schedule.threshold.new_zeros(left.shape)
         trace = []
@@ -75,7 +80,14 @@ class ExitEncoder(nn.Module):
             h = layer.output_norm(stored) if schedule.pre_norm else stored
             if states is not None:
                 states.append(h)
-            logits = self.logits(head, active.rows(h) if schedule.pre_norm else fresh)
+            said = self.logits(head, active.rows(h) if schedule.pre_norm else fresh)
+            if self.neighbor_heads:
+                if number == len(self.layers):
+                    told = None
+                else:
+                    tells = said[:, said.shape[1] // 3 :]
+                    told = tells if number == 1 else _store(told, active, tells, keep)
+            logits = _hear(said, told, active)
             trace.append((active.tokens, logits))
             if number == len(self.layers):
                 break
@@ -88,7 +100,8 @@ class ExitEncoder(nn.Module):
                 asked, words = logits, packed.word_at[active.tokens]
                 if schedule.recompute:
                     keys, _ = active.keys
-                    asked, words = self.logits(head, h), packed.word_at
+                    asked = _hear(self.logits(head, h), told, Active.all(packed))
+                    words = packed.word_at
                     if keys is not None:
                         asked, words = asked[keys], words[keys]
                 uncertainty, left = exit_decision(
@@ -112,8 +125,16 @@ class ExitEncoder(nn.Module):
         return trace
 
     def logits(self, head: nn.Module, h: torch.Tensor) -> torch.Tensor:
-        """What a classifier gives for states: `[n, d] -> [n, C]`."""
+        """What a classifier gives for states: `[n, d] -> [n, C]`, or `[n, 3C]`."""
         return head(h if self.neck is None else self.neck(h))
+
+
+def _hear(said, told, active):
+    """Logits `[A, C]` of what heads gave and what tokens told their neighbours last, if they do."""
+    if told is None:
+        return said
+    own = said[:, : told.shape[1] // 2]
+    return reference.heard(own, told, active.tokens, active.packed.positions)
 
 
 class Unmet(Exception):
@@ -175,7 +196,9 @@ def run_reference(call, h, packed, schedule, bias, exits) -> Outcome:
     encoder = call.encoder
     check_loaded(encoder, h.device)
     heads = [partial(encoder.logits, head) for head in encoder.heads]
-    trace = reference.exit_forward(h, encoder.layers, heads, packed, schedule, bias, exits)
+    trace = reference.exit_forward(
+        h, encoder.layers, heads, packed, schedule, bias, exits, encoder.neighbor_heads
+    )
     return Outcome(*last_of(trace, len(h)), trace)
 
 

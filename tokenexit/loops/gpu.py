@@ -39,7 +39,7 @@ from tokenexit.packing import Packed
 from tokenexit.schedule import Schedule
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MOST_LABELS = 256  # that exit_step_ takes
+MOST_OUTPUTS = 256  # of a head, that exit_step_ takes
 _DEVICES = compiled_devices("compact_active") & {"cuda"}
 # How often a GPU was served by a slower path, by reason.
 FALLBACKS = Counter()
@@ -81,7 +81,12 @@ LAYERS = [
     ("GELU, exact or by tanh", lambda layers: all([x.activation in GELUS for x in layers])),
     ("no dropout to be done", lambda layers: not any([layer.drops() for layer in layers])),
 ]
-HEADS = [(f"at most {MOST_LABELS} labels", lambda heads: len(heads[0].weight) <= MOST_LABELS)]
+HEADS = [
+    (
+        f"at most {MOST_OUTPUTS} outputs of a classifier",
+        lambda heads: len(heads[0].weight) <= MOST_OUTPUTS,
+    )
+]
 INSTALLED = "triton and the CUDA op compact_active"
 
 
@@ -173,7 +178,9 @@ def exit_loop(
     seen, cu_seen, all_rows = active, cu_active, True  # until some have left
     sizes = size, size, cu_active.shape[0] // 8 + 3
     left, layer_of_token, places = active.new_zeros(sum(sizes)).split(sizes)
-    logits = h.new_zeros(size, heads[0].out_features)
+    labels = heads[-1].out_features
+    logits = h.new_zeros(size, labels)
+    said = h.new_empty(size, heads[0].out_features)  # by heads that tell neighbours
     uncertainty = torch.empty_like(active, dtype=torch.float32)  # all are asked at first
     arrived = torch.zeros_like(schedule.window, dtype=torch.int32)
     bias = None if bias is None else bias.contiguous()
@@ -267,6 +274,8 @@ def exit_loop(
             max_length=packed.shape[1],
             decide=asks,
             answer=asks or last or exits is not None,
+            said=said if head.out_features > labels else None,
+            cu_tokens=packed.cu_tokens,
             **schedule.at(number),
         )
         if exits is not None and not last:

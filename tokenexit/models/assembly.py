@@ -8,8 +8,10 @@ from transformers.activations import ACT2FN
 from tokenexit.layers import (
     ConvolvedLayer,
     DisentangledLayer,
+    ExitHead,
     ExitLayer,
     ExitNeck,
+    NeighborHead,
     NormFirstLayer,
 )
 from tokenexit.models.configuration import TokenExitConfig
@@ -36,6 +38,13 @@ def layers_of(config: TokenExitConfig) -> list[nn.Module]:
     for number, first in zip(numbers, firsts, strict=True):
         layers.append(layers[first] if first < number else _layer(config, number))
     return layers
+
+
+def head_of(config: TokenExitConfig, number: int) -> ExitHead:
+    """A new classifier after layer `number`, from 1; the last is as Hugging Face's models have."""
+    hears = config.neighbor_heads and number < config.num_hidden_layers
+    kind = NeighborHead if hears else ExitHead
+    return kind(config.hidden_size, config.num_labels, config.classifier_dropout)
 
 
 def neck_of(config: TokenExitConfig) -> ExitNeck | None:

@@ -50,6 +50,8 @@ class TokenExitConfig(PreTrainedConfig):
             `TokenExitForTokenClassification.untrained_heads`.
         int8, int8_embeddings: whether the layers' products have 8-bit weights, and whether the
             table of words is of 8 bits, too, see `tokenexit.quantize`.
+        neighbor_heads: classifiers below the last hear those of the tokens beside a token, see
+            `tokenexit.layers.NeighborHead`.
         made_from: the model it was converted from: a name on the hub, or "./" and the name of a
             folder.
         temperatures: for each layer what logits are divided by for the confidences of a `Tagger`,
@@ -111,6 +113,7 @@ class TokenExitConfig(PreTrainedConfig):
     untrained_heads: list[int] | None = None
     int8: bool = False
     int8_embeddings: bool = False
+    neighbor_heads: bool = False
     made_from: str | None = None
     temperatures: list[float] | None = None
 
@@ -167,7 +170,7 @@ def check_config(config: TokenExitConfig):
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"config.{name} is {value!r}; expected a number from 0 to 1")
-    for name in ("int8", "int8_embeddings"):
+    for name in ("int8", "int8_embeddings", "neighbor_heads"):
         if not isinstance(value := getattr(config, name), bool):
             raise ValueError(f"config.{name} is {value!r}; expected true or false")
     warmth, layers = config.temperatures, config.num_hidden_layers

@@ -16,7 +16,9 @@ from tokenexit.models.translation import copy_weights_back, their_config
 
 
 def convert(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    neighbor_heads: bool = False,
 ) -> TokenExitForTokenClassification:
     """A tagger with an exit head after each layer, with the weights of `model`.
 
@@ -28,6 +30,8 @@ def convert(
         tokenizer: its fast tokenizer; the marks in its vocabulary are stored in the result and
             say which tokens make up a word where no `word_ids` are given. None: each token is
             a word.
+        neighbor_heads: heads below the last hear those of the tokens beside a token, see
+            `tokenexit.layers.NeighborHead`: nearly free, and better once trained.
 
     Returns:
         The tagger, on the device, in the dtype and in the mode (training or not) of `model`.
@@ -40,7 +44,7 @@ def convert(
     """
     if isinstance(model, TokenExitForTokenClassification):
         raise ValueError("the model is a TokenExitForTokenClassification already")
-    return of_hugging_face(TokenExitForTokenClassification, model, tokenizer)
+    return of_hugging_face(TokenExitForTokenClassification, model, tokenizer, neighbor_heads)
 
 
 def to_hugging_face(model: TokenExitForTokenClassification) -> PreTrainedModel:

@@ -40,6 +40,7 @@ def load_tagger(
     *args,
     tokenizer: PreTrainedTokenizerBase | None,
     policy: ExitPolicy | None,
+    neighbor_heads: bool,
     **kwargs,
 ):
     """See `TokenExitForTokenClassification.from_pretrained`.
@@ -68,7 +69,7 @@ def load_tagger(
         loader = AutoModelForTokenClassification.from_pretrained
         theirs, info = load_whole(loader, name, new, True, *args, **kwargs)
         check_checkpoint(name, config, info)
-        model = of_hugging_face(cls, theirs, tokenizer)
+        model = of_hugging_face(cls, theirs, tokenizer, neighbor_heads)
         if set(new) & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}:
             model.mark_untrained(range(1, model.config.num_hidden_layers + 1))
         if tokenizer is None:
@@ -80,9 +81,15 @@ def load_tagger(
     return (model, info) if kwargs.get("output_loading_info") else model
 
 
-def of_hugging_face(cls: type, theirs: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None):
+def of_hugging_face(
+    cls: type,
+    theirs: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    neighbor_heads: bool,
+):
     """See `tokenexit.convert`; cls: that of its result."""
     config = config_of(theirs)
+    config.neighbor_heads = neighbor_heads
     with torch.device("cpu"):  # whatever the user's default is
         model = cls(config).to(theirs.dtype)
     model.mark_untrained(range(1, config.num_hidden_layers))

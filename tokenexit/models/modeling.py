@@ -20,12 +20,12 @@ from transformers import (
 
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import Int8Embedding, is_quantized, quantize
-from tokenexit.layers import ExitHead
+from tokenexit.layers import NeighborHead
 from tokenexit.loops import BACKENDS, tell
 from tokenexit.loops.eager import ExitEncoder, padded_logits
 from tokenexit.loops.graphs import Graphs
 from tokenexit.loops.memory import Memory
-from tokenexit.models.assembly import layers_of, neck_of, other_names
+from tokenexit.models.assembly import head_of, layers_of, neck_of, other_names
 from tokenexit.models.configuration import TokenExitConfig, check_config, settings_of
 from tokenexit.models.embeddings import ExitEmbeddings
 from tokenexit.models.loading import load_tagger
@@ -67,11 +67,8 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         self.num_labels = config.num_labels
         self.embeddings = ExitEmbeddings(config)
         layers = layers_of(config)
-        heads = [
-            ExitHead(config.hidden_size, config.num_labels, config.classifier_dropout)
-            for _ in layers
-        ]
-        self.encoder = ExitEncoder(layers, heads, neck_of(config))
+        heads = [head_of(config, number) for number, _ in enumerate(layers, 1)]
+        self.encoder = ExitEncoder(layers, heads, neck_of(config), config.neighbor_heads)
         if config.relative_attention_buckets:
             self.relative_bias = nn.Embedding(
                 config.relative_attention_buckets, config.num_attention_heads
@@ -124,18 +121,28 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
 
     @property
     def exit_heads(self) -> nn.ModuleList:
-        """L classifiers, Linear(d, C); the last is that of the model converted from."""
+        """L classifiers, Linear(d, C); the last is that of the model converted from.
+
+        Where `config.neighbor_heads`, those below it are `tokenexit.layers.NeighborHead`.
+        """
         return self.encoder.heads
 
     def __setattr__(self, name, value):
         if name != "exit_heads":
             return super().__setattr__(name, value)
         shapes = [(head.in_features, head.out_features) for head in value]
-        expected = [(self.config.hidden_size, self.num_labels)] * self.config.num_hidden_layers
+        d, below = self.config.hidden_size, 3 if self.config.neighbor_heads else 1
+        expected = [(d, below * self.num_labels)] * (self.config.num_hidden_layers - 1)
+        expected.append((d, self.num_labels))
         if shapes != expected:
             raise ValueError(f"got exit heads of shapes {shapes}; expected {expected}")
         self.encoder.heads = nn.ModuleList(value)
         self._new_heads = {}
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, NeighborHead):
+            module.quiet()
 
     def _apply(self, *args, **kwargs):
         self._graphs.forget()  # as they keep the weights that they read
@@ -161,6 +168,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         *args,
         tokenizer: PreTrainedTokenizerBase | None = None,
         policy: ExitPolicy | None = None,
+        neighbor_heads: bool = False,
         **kwargs,
     ) -> TokenExitForTokenClassification:
         """Load a saved tagger, or any supported Hugging Face encoder or token classifier.
@@ -170,6 +178,8 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
             tokenizer: used when `name` is not a saved tagger, to mark words; see
                 `tokenexit.convert`. None: the one saved beside it.
             policy: in place of the saved one.
+            neighbor_heads: of a tagger that is made here, see `tokenexit.convert`; a saved one has
+                the heads that it was trained with.
             args, kwargs: of `PreTrainedModel.from_pretrained`: `num_labels`, `dtype` (None for
                 that of the checkpoint), ...
 
@@ -179,6 +189,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
             OSError: no such folder or hub name.
         """
         load_saved, which = super().from_pretrained, {"tokenizer": tokenizer, "policy": policy}
+        which["neighbor_heads"] = neighbor_heads
         return load_tagger(cls, load_saved, name, *args, **which, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):

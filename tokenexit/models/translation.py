@@ -121,7 +121,7 @@ _ONLY_OURS = frozenset(
     (
         *("model_type", "architectures", "transformers_version", "exit_policy", "dtype"),
         *("source_model_type", "position_padding_id", "relative_attention_buckets", "int8"),
-        "int8_embeddings",
+        *("int8_embeddings", "neighbor_heads"),
         *("untrained_heads", "always_project", "layer_of", "norm_after_projection", "dial"),
         *("made_from", "temperatures", "norm_first", "rotary_thetas", "attention_reach"),
     )

@@ -39,6 +39,7 @@ from tokenexit.temperature import fit_temperatures
 from tokenexit.text.encoding import Window, collate, load_tokenizer
 from tokenexit.training.heads import distill_heads
 from tokenexit.training.self_sampling import SelfSampling
+from tokenexit.training.start import choose_heads
 from tokenexit.training.trainer import (
     ExitTrainer,
     check_run,
@@ -89,6 +90,7 @@ def adapt(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     tune: bool = False,
+    neighbor_heads: bool | None = None,
     int8: bool = False,
     max_disagreement: float = 0.01,
     confidence: float = 0.9,
@@ -120,6 +122,8 @@ def adapt(
         tokenizer: of the model. None: the one beside it, for a folder or a name.
         tune: train encoder and classifier as well, by self-sampling on the labels that the model
             gives the texts; takes longer, goes faster, and full depth is no longer the model.
+        neighbor_heads: heads that hear their neighbours, see `tokenexit.convert`. None: where the
+            loop for GPUs takes them, up to 85 labels.
         int8: give the result 8-bit weights, for the CPU; all that is measured and promised is of
             these, held against the labels of the model as it was. With this or `tune`, one that
             was saved in 16 bits goes on in fp32: 16 bits lose the small steps of training.
@@ -164,6 +168,7 @@ def adapt(
             f"{model if isinstance(model, str) else 'the model'} has no trained classifier; "
             "expected a token classifier that was fine-tuned"
         )
+    choose_heads(adapted, neighbor_heads)
     adapted.eval()
     if (tune or int8) and adapted.dtype.itemsize < 4:
         adapted.float()

@@ -33,8 +33,8 @@ def distill_heads(
     """Train the heads below the last layer to say what that says; nothing else is changed.
 
     Each window goes through the model once, at full depth. The states of its words, of all layers
-    below the last, are kept in half precision; on these each head learns the probabilities of the
-    last, by Adam.
+    below the last, are kept in half precision, for heads that hear their neighbours with those of
+    the tokens beside; on these each head learns the probabilities of the last, by Adam.
 
     Args:
         tagger: whose model's heads are trained; its last one is the teacher.
@@ -51,7 +51,8 @@ def distill_heads(
     """
     model = tagger.model
     config, heads = model.config, [*model.exit_heads]
-    below, d, labels = len(heads) - 1, config.hidden_size, config.num_labels
+    below, labels, near = len(heads) - 1, config.num_labels, 3 if config.neighbor_heads else 1
+    d = near * config.hidden_size
     if not below:
         raise ValueError("got a model of one layer; expected two or more, to leave below the last")
     if epochs is not None and epochs < 1:
@@ -71,7 +72,7 @@ def distill_heads(
     device, place = heads[0].weight.device, 0
     states = torch.empty(below, count, d, dtype=torch.float16, device=device)
     wanted = torch.empty(count, labels, dtype=torch.float32, device=device)
-    for number, (layers, logits) in enumerate(_states(tagger, chosen), 1):
+    for number, (layers, logits) in enumerate(_states(tagger, chosen, near > 1), 1):
         here = slice(place, place + len(logits))
         states[:, here], wanted[here] = layers, logits.float().softmax(-1)
         place = here.stop
@@ -106,21 +107,32 @@ def distill_heads(
         weight = weight / scale.mT
         bias = bias - mean @ weight
         for head, its_weight, its_bias in zip(heads, weight, bias, strict=False):
-            head.weight.copy_(its_weight.T)
-            head.bias.copy_(its_bias[0])
+            head.weight.copy_(torch.cat([part.T for part in its_weight.chunk(near)]))
+            head.bias.copy_(F.pad(its_bias[0], (0, (near - 1) * labels)))
 
 
 def _states(
-    tagger: Tagger, windows: Sequence[Window]
+    tagger: Tagger, windows: Sequence[Window], hears: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each batch the states `[L - 1, n, d]` of words' first tokens, and the last's logits."""
+    """Of each batch the states `[L - 1, n, d]` of words' first tokens, and the last's logits.
+
+    Args:
+        hears: `[L - 1, n, 3d]`, behind them those of the tokens before and after; 0 for none.
+    """
     with _inputs(tagger.model.exit_heads) as seen:
         for _, output, firsts in tagger.run(windows, ExitPolicy.never(), output_layer_logits=True):
             lengths = (output.exit_layers > 0).sum(1).cpu()
             starts = lengths.cumsum(0) - lengths
             at = torch.cat([a + b for a, b in zip(firsts, starts, strict=True)]).to(seen[0].device)
             logits = [output.logits[row, places] for row, places in enumerate(firsts)]
-            yield torch.stack([layer[at] for layer in seen[:-1]]), torch.cat(logits)
+            states = torch.stack(seen[:-1])
+            parts = [states[:, at]]
+            if hears:
+                for step, bounds in ((-1, starts), (1, starts + lengths - 1)):
+                    near = F.pad(states, (0, 0, 1, 1))[:, at + 1 + step]
+                    ends = torch.isin(at, bounds.to(at.device))
+                    parts.append(near.masked_fill(ends[:, None], 0))
+            yield torch.cat(parts, -1), torch.cat(logits)
             seen.clear()
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tokenexit.layers import ExitHead
+from tokenexit.layers import NeighborHead
+from tokenexit.loops.gpu import MOST_OUTPUTS
+from tokenexit.models.assembly import head_of
 from tokenexit.models.checkpoint import load_config
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.text.scoring import shown
@@ -22,6 +24,7 @@ def load_to_train(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     new_classifier: bool = False,
+    neighbor_heads: bool | None = None,
 ) -> TokenExitForTokenClassification:
     """The model at a folder or hub name, with a classifier that knows `labels`.
 
@@ -31,11 +34,18 @@ def load_to_train(
     Args:
         labels: of the training data.
         new_classifier: start a new one in any case.
+        neighbor_heads: see `choose_heads`.
 
     Raises:
-        ValueError: a fine-tuned classifier that has none of the labels; see also
+        ValueError: a fine-tuned classifier that has none of the labels; see also `choose_heads` and
             `TokenExitForTokenClassification.from_pretrained`.
     """
+    model = _load(name, tokenizer, labels, new_classifier)
+    choose_heads(model, neighbor_heads)
+    return model
+
+
+def _load(name, tokenizer, labels, new_classifier):
     load = TokenExitForTokenClassification.from_pretrained
     config = load_config(name)
     tokenizer = None if config.model_type == "tokenexit" else tokenizer
@@ -77,19 +87,57 @@ def set_labels(model: TokenExitForTokenClassification, names: Sequence[str], kee
         keep: trained classifiers keep their rows. A new row starts as the mean of the others, so
             that no prediction changes until it is trained. Else all are new.
     """
-    config, heads = model.config, []
-    new = model.untrained_heads() if keep else range(1, config.num_hidden_layers + 1)
-    for number, old in enumerate(model.exit_heads, 1):
-        head = ExitHead(config.hidden_size, len(names), config.classifier_dropout)
-        nn.init.normal_(head.weight, std=config.initializer_range)
-        nn.init.zeros_(head.bias)
-        if number not in new:
-            for row, kept in ((head.weight, old.weight), (head.bias, old.bias)):
-                row[: len(kept)] = kept
-                row[len(kept) :] = kept.mean(0)
-        heads.append(head.to(old.weight).train(old.training))
+    config, heads, before = model.config, [], model.num_labels
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
+    new = model.untrained_heads() if keep else range(1, config.num_hidden_layers + 1)
+    for number, old in enumerate(model.exit_heads, 1):
+        head = head_of(config, number).to(old.weight)
+        nn.init.normal_(head.weight, std=config.initializer_range)
+        nn.init.zeros_(head.bias)
+        if isinstance(head, NeighborHead):
+            head.quiet()
+        if number not in new:
+            for rows, kept in ((head.weight, old.weight), (head.bias, old.bias)):
+                # Of neighbor heads: for the token itself, the one after it, the one before it.
+                for row, its in zip(rows.split(len(names)), kept.split(before), strict=True):
+                    row[:before] = its
+                    row[before:] = its.mean(0)
+        heads.append(head.train(old.training))
     model.num_labels = len(names)
+    model.exit_heads = heads
+    model.mark_untrained(new)
+
+
+def choose_heads(model: TokenExitForTokenClassification, neighbor_heads: bool | None):
+    """Make a model's heads such as hear their neighbours, if that is wanted.
+
+    Args:
+        neighbor_heads: whether it is. None: where the loop for GPUs takes them, up to 85 labels.
+
+    Raises:
+        ValueError: they hear already, but it is not wanted.
+    """
+    if neighbor_heads is False and model.config.neighbor_heads:
+        raise ValueError(
+            "the tagger has heads that hear their neighbours; expected it to keep them, or an "
+            "encoder to start from"
+        )
+    if neighbor_heads or (neighbor_heads is None and 3 * model.num_labels <= MOST_OUTPUTS):
+        let_heads_hear(model)
+
+
+@torch.no_grad()
+def let_heads_hear(model: TokenExitForTokenClassification):
+    """Make the heads below the last such as hear their neighbours; what they say stays the same."""
+    if model.config.neighbor_heads:
+        return
+    model.config.neighbor_heads = model.encoder.neighbor_heads = True
+    heads, new = [], model.untrained_heads()
+    for number, old in enumerate(model.exit_heads, 1):
+        head = head_of(model.config, number).to(old.weight)
+        for part, its in ((head.weight, old.weight), (head.bias, old.bias)):
+            part[: len(its)] = its
+        heads.append(head.train(old.training))
     model.exit_heads = heads
     model.mark_untrained(new)

@@ -162,6 +162,7 @@ class ExitTrainer(Trainer):
             "training data": f"{len(self.train_dataset)} sentences, {data:08x}",
             "labels": f"{self.model.num_labels}, {zlib.crc32(repr(ids).encode()):08x}",
             "model": f"{model:08x}",
+            "neighbor_heads": self.model.config.neighbor_heads or None,  # as older runs say it
             "sampling": str(self.sampling),
             "head_learning_rate": self.head_learning_rate,
             **{name: str(getattr(self.args, name, None)) for name in _DECISIVE},
