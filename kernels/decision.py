@@ -15,7 +15,7 @@ from torch.library import custom_op, triton_op, wrap_triton
 
 _WORDS = 32  # of a sentence, decided at a time
 _ROWS = 16  # of a program, the least that tensor cores take
-_BYTES = 512  # of a row, at a time
+_BYTES, _MOST_BYTES = 512, 32768  # at a time, of a row; and of as much of all rows of a head
 
 
 @triton.jit
@@ -314,6 +314,7 @@ def exit_step_(
                          "or with `said` three times as many")  # fmt: skip
     if norm_stats.shape != (len(x), num_stats, 2):
         raise ValueError(f"got norm_stats {tuple(norm_stats.shape)}; expected [A, blocks, 2]")
+    size, block_o = x.element_size(), max(16, triton.next_power_of_2(outputs))
     if len(window) and max_length:
         _exit_step_kernel[(len(window), triton.cdiv(max_length, _ROWS))](
             x, norm_stats, norm_weight, norm_bias, head_weight, head_bias,
@@ -321,7 +322,7 @@ def exit_step_(
             cu_words, window, threshold, min_active, arrived, said, cu_tokens,
             d, x.stride(0), h.stride(0), num_stats, layer, eps, labels, max_prob, answer, decide,
             stats_block(norm_stats, d), triton.next_power_of_2(num_stats),
-            _ROWS, _BYTES // x.element_size(), max(16, triton.next_power_of_2(outputs)),
+            _ROWS, min(_BYTES, _MOST_BYTES // block_o) // size, block_o,
             triton.next_power_of_2(labels), _WORDS,
             num_stages=2, **begins(x),
         )  # fmt: skip

@@ -12,10 +12,13 @@ from gpu_exits import EXITS, FULL, LAYERS, LAYERS_EXITS, VARLEN
 
 from tokenexit.policy import ExitPolicy
 
+_WORDS = ("token", "token, max_prob", "token, growing", "token, growing, max_prob")
+# By name: how the runs' names end, and the kinds of policy.
 GROUPS = {
-    "words": ("token", "token, max_prob", "token, growing", "token, growing, max_prob"),
-    "words, one threshold": ("token",),
-    "sentences": ("sentence", "sentence, growing"),
+    "words, heads that hear": ("hearing", _WORDS),
+    "words": ("joint", _WORDS),
+    "words, one threshold": ("joint", ("token",)),
+    "sentences": ("joint", ("sentence", "sentence, growing")),
 }
 DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
 
@@ -71,15 +74,14 @@ def grouped(rows: Sequence[dict]) -> dict[str, dict[float, list[dict]]]:
     def add(group: str, speed: float, row: dict):
         found.setdefault(group, {}).setdefault(speed, []).append(row)
 
-    joint = [row for row in rows if _system(row).endswith("-joint")]
-    for row in joint:
-        if row["target"] is None:
+    for row in rows:
+        if row["target"] is None and _system(row).endswith("-joint"):
             add("full depth", 1.0, row)
-    for group, kinds in GROUPS.items():
+    for group, (name, kinds) in GROUPS.items():
         best: dict[tuple, dict] = {}
-        for row in joint:
-            key = row["run"], row["target"]
-            if row["kind"] in kinds and (key not in best or row["dev"] > best[key]["dev"]):
+        for row in rows:
+            key, mine = (row["run"], row["target"]), _system(row).endswith(f"-{name}")
+            if mine and row["kind"] in kinds and (key not in best or row["dev"] > best[key]["dev"]):
                 best[key] = row
         for (_, target), row in best.items():
             add(group, target, row)

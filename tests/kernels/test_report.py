@@ -149,7 +149,7 @@ import sys
 from collections import Counter
 sys.path.insert(0, "tests")
 import torch, triton
-from random_models import random_batch, random_tagger
+from random_models import HEARING, random_batch, random_tagger
 from tokenexit import ExitPolicy
 from tokenexit.kernels import report
 from tokenexit.loops import LOOPS, Call, gpu
@@ -172,6 +172,8 @@ with torch.no_grad():
         ("bert", (), (0, 0.5, 0, 0), {"hidden_act": "gelu_new"}),
         ("bert", fields, 0, {}),
         ("mpnet", fields[:1], 0.3, {}),
+        (HEARING, (), (0, 0.5, 0, 0), {}),
+        (HEARING, fields, 0, {}),
     ):
         tagger = random_tagger(family, dtype=torch.float16, **options)
         rows = {name: batch["input_ids"] for name in ("input_ids", *given)}
@@ -191,7 +193,7 @@ for kernel, values, options in seen.values():
     report.compile_kernel(kernel, values, options, "sm_90")
 kinds = Counter(name for name, _ in seen)
 assert {"_count_kernel", "_place_kernel", "_embed_kernel", "_unpack_kernel"} <= kinds.keys(), kinds
-assert kinds["_exit_step_kernel"] == 3, kinds  # decides, answers alone, does neither
+assert kinds["_exit_step_kernel"] == 6, kinds  # decides, answers alone, neither; hears or not
 assert kinds["_linear_kernel"] >= 5 and kinds["_exit_attention_fwd_kernel"] == 2, kinds
 """
 

@@ -115,6 +115,16 @@ def test_heads_hear_unless_they_are_many_or_not_to(hf, tmp_path):
         load_to_train(str(tmp_path / "tagger"), tokenizer, NAMES, neighbor_heads=False)
 
 
+def test_a_default_device_of_the_user_does_not_matter():
+    model = tokenexit.convert(random_classifier(labels=3))
+    torch.set_default_device("meta")
+    try:
+        set_labels(model, ["LABEL_0", "LABEL_1", "LABEL_2", "X"], keep=True)
+    finally:
+        torch.set_default_device(None)
+    assert {head.weight.device.type for head in model.exit_heads} == {"cpu"}
+
+
 def test_new_rows_win_nothing(tiny_tokenizer):
     model = tokenexit.convert(random_classifier(labels=3)).double().eval()
     x = torch.randint(4, 60, (4, 12))

@@ -92,7 +92,7 @@ def set_labels(model: TokenExitForTokenClassification, names: Sequence[str], kee
     config.label2id = {name: i for i, name in enumerate(names)}
     new = model.untrained_heads() if keep else range(1, config.num_hidden_layers + 1)
     for number, old in enumerate(model.exit_heads, 1):
-        head = head_of(config, number).to(old.weight)
+        head = _like(old, config, number)
         nn.init.normal_(head.weight, std=config.initializer_range)
         nn.init.zeros_(head.bias)
         if isinstance(head, NeighborHead):
@@ -103,7 +103,7 @@ def set_labels(model: TokenExitForTokenClassification, names: Sequence[str], kee
                 for row, its in zip(rows.split(len(names)), kept.split(before), strict=True):
                     row[:before] = its
                     row[before:] = its.mean(0)
-        heads.append(head.train(old.training))
+        heads.append(head)
     model.num_labels = len(names)
     model.exit_heads = heads
     model.mark_untrained(new)
@@ -135,9 +135,16 @@ def let_heads_hear(model: TokenExitForTokenClassification):
     model.config.neighbor_heads = model.encoder.neighbor_heads = True
     heads, new = [], model.untrained_heads()
     for number, old in enumerate(model.exit_heads, 1):
-        head = head_of(model.config, number).to(old.weight)
+        head = _like(old, model.config, number)
         for part, its in ((head.weight, old.weight), (head.bias, old.bias)):
             part[: len(its)] = its
-        heads.append(head.train(old.training))
+        heads.append(head)
     model.exit_heads = heads
     model.mark_untrained(new)
+
+
+def _like(old, config, number):
+    """A new head where an old one is, in its dtype and mode; whatever the user's defaults are."""
+    with torch.device("cpu"):
+        head = head_of(config, number)
+    return head.to(old.weight).train(old.training)
