@@ -5,6 +5,9 @@ transformers, by sentences without labels, in fp32 and in 8 bits. Beside it runs
 was, in transformers and in ONNX Runtime: the same sentences, one and 32 at a time, all in
 alternation. Peers get theirs sorted and padded, in batches of the size that suits each best.
 
+`--heads N` instead adapts it N times, by other splits of the sentences into those learnt from and
+those kept aside, with heads that hear their neighbours and with plain ones; it times nothing.
+
 F1 is that of test sentences. *promised* is the fastest speed within the promise; *equal F1* the
 fastest whose F1 on development sentences is not below ONNX Runtime's in 8 bits there.
 """
@@ -15,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -44,6 +48,7 @@ RIVAL = "ONNX Runtime int8"
 DEV, TEST, SAMPLES = 1500, 2000, 16
 CASES = ((1, 100), (32, 320))  # sentences at a time, sentences
 ROUNDS, BUDGET_S, SPEEDS = 7, 15, (2, 3)
+HEADS_AT = (2, 3)
 TITLE = "Sentences a second and F1: a tagger as it was, in ONNX Runtime, and adapted"
 ROOT = Path(__file__).parents[1]
 # The first gets what adapting took, too; the picture stands beside it.
@@ -251,16 +256,68 @@ def run(given: promised.Prepared, dev: Dataset, test: Dataset) -> tuple[list[dic
     return measure(theirs, taggers, dev, test, given.texts["words"][:SAMPLES]), facts
 
 
+def compare_heads(given: promised.Prepared, test: Dataset, splits: int) -> list[dict]:
+    """A row for each split of the texts and kind of heads: what is promised, and what changes."""
+    rows = []
+    for seed in range(splits):
+        for neighbor_heads in (False, True):
+            found = tokenexit.adapt(
+                given.theirs,
+                given.texts["words"],
+                timing_runs=0,
+                seed=seed,
+                neighbor_heads=neighbor_heads,
+            )
+            dial, row = found.tagger.model.dial, {"split": seed, "neighbor_heads": neighbor_heads}
+            for name in ("promised", *HEADS_AT):
+                speed = dial.at(name)
+                row[str(name)] = {
+                    "policy": str(speed.policy),
+                    "flops_speedup": round(speed.speedup, 3),
+                    "disagreement": round(speed.disagreement, 5),
+                    "f1": round(evaluate(found.tagger, test, speed.policy).score, 4),
+                }
+            print(row, flush=True)
+            rows.append({**row, **harness.origin()})
+    return rows
+
+
+def table_of_heads(rows: Sequence[Mapping]) -> str:
+    """Means over splits, a line for each kind of heads; a column for each split's promise."""
+    splits = len({row["split"] for row in rows})
+    heads = ["heads", *(f"promised, split {i}" for i in range(1, splits + 1)), "F1 of these"]
+    for name in HEADS_AT:
+        heads += [f"labels changed at {name}x", f"F1 at {name}x"]
+    lines = [heads, ["---", *["--:"] * (len(heads) - 1)]]
+    for hears, name in ((False, "plain"), (True, "hearing")):
+        mine = [row for row in rows if row["neighbor_heads"] == hears]
+        cells = [f"{row['promised']['flops_speedup']:.2f}x" for row in mine]
+        for at in ("promised", *HEADS_AT):
+            changed, f1 = (
+                statistics.mean(row[str(at)][field] for row in mine)
+                for field in ("disagreement", "f1")
+            )
+            cells += [f"{changed:.2%}"] * (at != "promised") + [f"{f1:.4f}"]
+        lines.append([name, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main(arguments: Sequence[str] | None = None):
     """Measure, print the table, append rows to results/adapted.jsonl, renew page and picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="a folder")
+    parser.add_argument("--heads", type=int, metavar="N", help="compare kinds of heads instead")
     parser.add_argument("--pages", type=Path, nargs="*", default=PAGES)
     args = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     given = promised.prepare()
     dev = read_sentences(given.conll / "valid.txt").take(DEV)
     test = read_sentences(given.conll / "test.txt").shuffle(promised.SEED).take(TEST)
+    if args.heads:
+        rows = compare_heads(given, test, args.heads)
+        harness.write("adapted_heads", rows, args.results)
+        print(table_of_heads(rows))
+        return harness.between(args.pages[0], "heads", table_of_heads(rows))
     rows, facts = run(given, dev, test)
     print(f"{table(rows)}\n\n{sentence(facts)}")
     harness.write("adapted", [*rows, facts], args.results)

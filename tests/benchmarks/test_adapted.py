@@ -76,3 +76,17 @@ def test_rows_and_pages(tiny_tokenizer, tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="tokenexit|fp32"):
         adapted.measure(theirs, taggers, data, data, words[:2], cases=((1, 3),), budget_s=0)
     assert harness.read("adapted", tmp_path) == []
+
+
+def test_a_table_of_heads():
+    def row(split, hears, promised, changed, f1):
+        at = {"flops_speedup": 2.0, "disagreement": changed, "f1": f1}
+        its = {"flops_speedup": promised, "disagreement": 0.0, "f1": f1 / 2}
+        return {"split": split, "neighbor_heads": hears, "promised": its, "2": at, "3": at}
+
+    rows = [row(0, False, 2.0, 0.01, 0.8), row(0, True, 3.0, 0.002, 0.9)]
+    rows += [row(1, False, 2.5, 0.03, 0.6), row(1, True, 3.5, 0.004, 0.7)]
+    lines = adapted.table_of_heads(rows).splitlines()
+    assert lines[0].count("|") == lines[2].count("|") == 9
+    assert lines[2] == "| plain | 2.00x | 2.50x | 0.3500 | 2.00% | 0.7000 | 2.00% | 0.7000 |"
+    assert lines[3] == "| hearing | 3.00x | 3.50x | 0.4000 | 0.30% | 0.8000 | 0.30% | 0.8000 |"
