@@ -260,7 +260,9 @@ def step_by_reference(step, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("labels, hears", [(1, False), (9, False), (44, False), (9, True), (85, True)])
+@pytest.mark.parametrize(
+    "labels, hears", [(1, False), (9, False), (44, False), (9, True), (85, True)]
+)
 @pytest.mark.parametrize(("lengths", "d"), [([1], 16), ([5, 0, 60, 20, 1], 40), ([7, 30], 150)])
 def test_exit_step(lengths, d, labels, hears, dtype, device):
     step = make_step(lengths, d, labels, dtype, device, hears=hears)
