@@ -180,7 +180,8 @@ def exit_loop(
     left, layer_of_token, places = active.new_zeros(sum(sizes)).split(sizes)
     labels = heads[-1].out_features
     logits = h.new_zeros(size, labels)
-    said = h.new_empty(size, heads[0].out_features)  # by heads that tell neighbours
+    outputs = heads[0].out_features
+    said = h.new_empty(size, outputs) if outputs > labels else None  # what tokens tell others
     uncertainty = torch.empty_like(active, dtype=torch.float32)  # all are asked at first
     arrived = torch.zeros_like(schedule.window, dtype=torch.int32)
     bias = None if bias is None else bias.contiguous()
