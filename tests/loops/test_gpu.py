@@ -148,7 +148,7 @@ def test_when_it_applies(monkeypatch):
     turned[3].weight = torch.nn.Parameter(torch.randn(32, 5).T)
     assert failed(heads=turned) == "contiguous weights"
     many = [torch.nn.Linear(32, 257) for _ in range(4)]
-    assert failed(heads=many) == "at most 256 labels"
+    assert failed(heads=many) == "at most 256 outputs of a classifier"
     for module in (layers[3], heads[0]):
         hook = module.register_forward_hook(lambda *_: None)
         assert failed() == "no hooks"

@@ -61,7 +61,13 @@ def test_plain_heads_learn_to_hear_and_say_the_same():
     model = random_tagger(dtype=torch.float32)
     model.mark_untrained([2])
     before = layer_logits(model).layer_logits
+    with torch.no_grad():
+        exits = model(**BATCH, policy=POLICY)
     let_heads_hear(model)
+    with torch.no_grad():  # by the loop that remembers what it reads
+        again = model(**BATCH, policy=POLICY)
+    assert model.loop == "cpu" and torch.equal(again.exit_layers, exits.exit_layers)
+    torch.testing.assert_close(again.logits, exits.logits)
     assert model.config.neighbor_heads and model.untrained_heads() == [2]
     torch.testing.assert_close(layer_logits(model).layer_logits, before, equal_nan=True)
     heads = [*model.exit_heads]
