@@ -330,8 +330,10 @@ def publish(rows: Sequence[Mapping], facts: Mapping, pages: Sequence[Path]):
     plot(rows, picture)
     for page in pages:
         shown = os.path.relpath(picture, page.parent)
-        parts = [table(rows), sentence(facts) if page == pages[0] else "", f"![{TITLE}]({shown})"]
-        harness.between(page, "adapted", "\n\n".join(filter(None, parts)))
+        where = f"Two threads of {facts['device']} ({facts['features']}), {facts['date'][:10]}."
+        told = f"{where} {sentence(facts)}" if page == pages[0] else where
+        parts = [table(rows), told, f"![{TITLE}]({shown})"]
+        harness.between(page, "adapted", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def test_rows_and_pages(tiny_tokenizer, tmp_path, monkeypatch):
     assert found["Hugging Face sdpa", None]["over_rival"] == 1
 
     facts = {"adapt_s": {"fp32": 61.0, "int8": 62.0}, "disagreement_at": [(2, 0.004)]}
+    facts |= {"device": "A processor", "features": "avx2", "date": "2026-11-27T21:00:00"}
     pages = [tmp_path / "docs" / "adapt.md", tmp_path / "README.md"]
     pages[0].parent.mkdir()
     for page in pages:
@@ -67,6 +68,7 @@ def test_rows_and_pages(tiny_tokenizer, tmp_path, monkeypatch):
     first, second = (page.read_text() for page in pages)
     assert "took 61 s, with `--int8` 62 s" in first and "99.60% of the labels stay" in first
     assert "(adapted.png)" in first and "(docs/adapted.png)" in second
+    assert "Two threads of A processor (avx2), 2026-11-27." in second
     assert "61 s" not in second and "| **tokenexit int8, promised** |" in second
     assert (tmp_path / "docs" / "adapted.png").read_bytes().startswith(b"\x89PNG")
     for page in adapted.PAGES:
