@@ -24,6 +24,7 @@ from tokenexit.calibrate import (
     for_path,
     make_dial,
     policy_grid,
+    promise_grid,
 )
 from tokenexit.promise import fixed_sequence, needed, upper_bound
 
@@ -557,3 +558,15 @@ def test_a_tagger_given_back_has_no_dial():
     model = random_tagger("bert", torch.float32)
     model.dial = DIAL
     assert "dial" not in tokenexit.to_hugging_face(model).config.to_dict()
+
+
+def test_a_promise_is_taken_from_words_with_neighbors():
+    """Others look better on text that classifiers learnt from than they are."""
+    base = ExitPolicy(copy="pre_norm", level="sentence")
+    grid = promise_grid(base, growths=(1.5,), criteria=("max_prob",))
+    assert {(p.level, p.window) for p in grid} == {("token", 1), ("token", 2), ("token", 4)}
+    assert {p.kind for p in grid} == {("max_prob", "pre_norm", "frozen")}
+    assert {p.growth for p in grid} == {1.5}
+    both = promise_grid()
+    assert {p.criterion for p in both} == {"entropy", "max_prob"}
+    assert {p.growth for p in both} == {1, 1.5, 2}

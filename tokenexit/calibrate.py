@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from operator import attrgetter
 from pathlib import Path
@@ -135,9 +136,24 @@ def policy_grid(
     ]
 
 
-def _to_try(policies: Iterable[ExitPolicy] | None, **options) -> list[ExitPolicy]:
-    """The policies, or the grid with these options."""
-    policies = policy_grid(**options) if policies is None else list(policies)
+def promise_grid(
+    base: ExitPolicy | None = None,
+    growths: Iterable[float] = GROWTHS,
+    criteria: Iterable[str] = CRITERIA,
+) -> list[ExitPolicy]:
+    """Policies to take the path of a promise from; arguments are those of `policy_grid`.
+
+    Words leave by themselves, with a window of 1 or more. Without one, and as whole sentences, they
+    look better on text that classifiers learnt from than they are, and one step that comes out
+    badly ends the promise.
+    """
+    windows = [window for window in WINDOWS if window]
+    return policy_grid(base, windows, FINE, False, growths, criteria)
+
+
+def _to_try(policies: Iterable[ExitPolicy] | None, grid=policy_grid) -> list[ExitPolicy]:
+    """The policies, or those of a grid."""
+    policies = grid() if policies is None else list(policies)
     if not policies:
         raise ValueError("got no policies; expected at least one")
     return policies
@@ -243,7 +259,7 @@ def calibrate(
             "expected sentences with entities, or the metric accuracy"
         )
     _check_trained(tagger)
-    policies = _to_try(policies, criteria=CRITERIA)
+    policies = _to_try(policies, partial(policy_grid, criteria=CRITERIA))
 
     sweep = Sweep(tagger, data, metric)
     full, theirs = sweep.point(ExitPolicy.never()), None
@@ -359,8 +375,7 @@ def make_dial(
         known, known_reference: sentences to find the path with, and their labels, such as those
             that classifiers learnt from; then all others test it. None: three tenths, as above.
         policies: to take the path from: of those that share criterion, copy and neighbors with the
-            fastest that may keep the bound. None: `policy_grid` with `FINE` thresholds and both
-            criteria.
+            fastest that may keep the bound. None: `promise_grid`.
         per_layer: promise the same of the words that left at or before each layer by themselves, so
             that bad exits that come early do not hide behind good ones that come late (Ringel et
             al., arXiv 2402.00857). Layers by which words of too few sentences left are not held to
@@ -417,7 +432,7 @@ def make_dial(
         words, cut = [list(known[i]) for i in first] + words, len(first)
         if labels is not None:
             labels = [list(known_reference[i]) for i in first] + labels
-    policies = _to_try(policies, thresholds=FINE, criteria=CRITERIA)
+    policies = _to_try(policies, promise_grid)
     whole = labels or _whole(tagger, words)
     check_types(whole[cut:], type_of, max_disagreement, confidence, given)
     data = {"words": words[:cut], "labels": whole[:cut]}

@@ -310,7 +310,7 @@ def calibrate(
     """
     from datasets import Dataset
 
-    from tokenexit.calibrate import CRITERIA, FINE, GROWTHS, plot, policy_grid
+    from tokenexit.calibrate import CRITERIA, GROWTHS, plot, policy_grid, promise_grid
     from tokenexit.calibrate import calibrate as run
     from tokenexit.files import write_folder_aside
     from tokenexit.models.checkpoint import check_tagger_folder
@@ -349,7 +349,7 @@ def calibrate(
     theirs = original and load_tagger(original, batch_size)
     if promised:
         texts = Dataset.from_dict({"words": tagger.split(read_texts(data, format))})
-        grid = policy_grid(base, thresholds=FINE, **tried)
+        grid = promise_grid(base, **tried)
     else:
         texts, grid = read_data(data, column, format), policy_grid(base, **tried)
     with progress_bars() as progress:
