@@ -125,13 +125,13 @@ def _states(
             starts = lengths.cumsum(0) - lengths
             at = torch.cat([a + b for a, b in zip(firsts, starts, strict=True)]).to(seen[0].device)
             logits = [output.logits[row, places] for row, places in enumerate(firsts)]
-            states = torch.stack(seen[:-1])
-            parts = [states[:, at]]
+            parts = [torch.stack([layer[at] for layer in seen[:-1]])]
             if hears:
-                for step, bounds in ((-1, starts), (1, starts + lengths - 1)):
-                    near = F.pad(states, (0, 0, 1, 1))[:, at + 1 + step]
-                    ends = torch.isin(at, bounds.to(at.device))
-                    parts.append(near.masked_fill(ends[:, None], 0))
+                for step, ends in ((-1, starts), (1, starts + lengths - 1)):
+                    alone = torch.isin(at, ends.to(at.device))
+                    near = torch.where(alone, at, at + step)
+                    states = torch.stack([layer[near] for layer in seen[:-1]])
+                    parts.append(states.masked_fill(alone[:, None], 0))
             yield torch.cat(parts, -1), torch.cat(logits)
             seen.clear()
 
