@@ -6,10 +6,8 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tokenexit.layers import NeighborHead
 from tokenexit.loops.gpu import MOST_OUTPUTS
 from tokenexit.models.assembly import head_of
 from tokenexit.models.checkpoint import load_config
@@ -93,10 +91,7 @@ def set_labels(model: TokenExitForTokenClassification, names: Sequence[str], kee
     new = model.untrained_heads() if keep else range(1, config.num_hidden_layers + 1)
     for number, old in enumerate(model.exit_heads, 1):
         head = _like(old, config, number)
-        nn.init.normal_(head.weight, std=config.initializer_range)
-        nn.init.zeros_(head.bias)
-        if isinstance(head, NeighborHead):
-            head.quiet()
+        model._init_weights(head)
         if number not in new:
             for rows, kept in ((head.weight, old.weight), (head.bias, old.bias)):
                 # Of neighbor heads: for the token itself, the one after it, the one before it.
