@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None):
     gflops = max(best["fp32"], peak_gflops(args.quick))
     gflops16 = max(best["bf16"], peak_gflops(args.quick, torch.bfloat16))
     gops8 = max(best["int8"], peak_gops8(args.quick))
-    rest = gflops16 if instruction_set() == "amx" else gflops  # of attention
+    rest = gflops16 if instruction_set() in ("avx512_bf16", "amx") else gflops  # of attention
     machines = {
         "fp32": Machine(gflops, gflops, gbs),
         "bf16": Machine(gflops16, rest, gbs, weight_bytes=2),

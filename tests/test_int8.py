@@ -105,7 +105,7 @@ def test_a_layer_is_the_same_arithmetic(counts, monkeypatch):
         if isinstance(part, Int8Linear):
             setattr(emulated, name, Emulated(part))
     monkeypatch.setattr(ExitLayer, "reads", lambda *_: "")
-    if instruction_set() == "amx":
+    if instruction_set() in ("avx512_bf16", "amx"):
         monkeypatch.setattr("tokenexit.layers.exit_attention", attention_in_bf16)
     expected = emulated(h, active)
     # A sum that falls between two bytes may be rounded to either: a step of 1/127 here and there.

@@ -1,13 +1,16 @@
 #pragma once
-// The phases of attention by products of bf16, for where these are many times as fast as those of fp32:
-// of bf16 models and, whose activations are rounded more, of int8 ones.
+// The phases of attention by products of bf16, for where an instruction multiplies them: of bf16 models
+// and, whose activations are rounded more, of int8 ones.
 #include "layer.h"
 
 namespace tokenexit {
 
-// Keys are filled up to whole tiles.
+// Keys are filled up to whole words, or to whole tiles of AMX.
 constexpr int64_t TILE = 32;
-constexpr int64_t filled(int64_t keys) { return (keys + TILE - 1) / TILE * TILE; }
+inline int64_t filled(int64_t keys) {
+  const int64_t whole = cpu() >= Cpu::amx ? TILE : 2;
+  return (keys + whole - 1) / whole * whole;
+}
 
 INLINE Word* words_of(float* x) { return reinterpret_cast<Word*>(x); }
 INLINE const Word* words_of(const float* x) { return reinterpret_cast<const Word*>(x); }

@@ -557,7 +557,7 @@ void exit_layer(
     w.unit = std::max(WHOLE_TILES, engine(w.int8() ? Kind::int8 : Kind::bf16).rows);
   }
   w.state = w.bf16() ? w.d / 2 : w.d;
-  w.attends_in_bf16 = w.numbers != Numbers::fp32 && cpu() >= Cpu::amx && w.dim % 2 == 0;
+  w.attends_in_bf16 = w.numbers != Numbers::fp32 && cpu() >= Cpu::avx512_bf16 && w.dim % 2 == 0;
   const int64_t d = w.d;
   STD_TORCH_CHECK(
       d > 0 && w.inner > 0 && d == w.dim * w.heads && d % w.a_word() == 0 &&

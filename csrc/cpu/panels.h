@@ -413,6 +413,54 @@ INLINE void turn(const float* from, int64_t row, float* to, int64_t to_row) {
   }
 }
 
+// The same of 16 neighbors, whole lines of memory: where rows fall on few lines of the first-level cache,
+// one is gone before it is read again.
+template <class S>
+INLINE void turn_lines(const float* from, int64_t row, float* to, int64_t to_row) {
+  typedef typename S::Vec V;
+  V x[LANES], y[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) x[i] = S::load(from + i * row);
+  // Blocks of 4 rows by 4 neighbors, turned each by itself: x[i + 4 j] has rows 4 j .. 4 j + 3.
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4) {
+    const V a = __builtin_shufflevector(
+        x[i], x[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    const V b = __builtin_shufflevector(
+        x[i], x[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    const V c = __builtin_shufflevector(
+        x[i + 2], x[i + 3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    const V d = __builtin_shufflevector(
+        x[i + 2], x[i + 3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    const auto low = [](V a, V b) __attribute__((always_inline)) {
+      return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    };
+    const auto high = [](V a, V b) __attribute__((always_inline)) {
+      return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    };
+    y[i] = low(a, c);
+    y[i + 1] = high(a, c);
+    y[i + 2] = low(b, d);
+    y[i + 3] = high(b, d);
+  }
+  // Then the blocks: y[i + 4 j] has neighbors i, i + 4, i + 8, i + 12 of rows 4 j .. 4 j + 3.
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const auto even = [](V a, V b) __attribute__((always_inline)) {
+      return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    };
+    const auto odd = [](V a, V b) __attribute__((always_inline)) {
+      return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    };
+    const V a = even(y[i], y[i + 4]), b = even(y[i + 8], y[i + 12]);
+    const V c = odd(y[i], y[i + 4]), d = odd(y[i + 8], y[i + 12]);
+    S::store(to + i * to_row, even(a, b));
+    S::store(to + (i + 4) * to_row, even(c, d));
+    S::store(to + (i + 8) * to_row, odd(a, b));
+    S::store(to + (i + 12) * to_row, odd(c, d));
+  }
+}
+
 // Whether a product of so many rows goes by turned_rows where a vector is 16 wide, and the features
 // that go together there.
 constexpr bool turns(int64_t rows) { return rows <= LANES * 3 / 2; }
@@ -426,12 +474,18 @@ template <class S>
 INLINE int64_t turned_rows(const Factors& f, int64_t rows, int64_t n0, int64_t n1) {
   constexpr int64_t PIECE = 64, R = LANES / 2;
   alignas(64) float w[PIECE * TURNED], sums[2 * LANES * TURNED] = {}, four[4 * LANES];
+  // Rows a multiple of 2 KiB apart fall on the same few lines of the cache.
+  const bool few_lines = f.depth % 512 == 0;
   int64_t n = n0;
   for (; n + TURNED <= n1; n += TURNED) {
     for (int64_t from = 0, size; from < f.depth; from += size) {
       const float* at = f.weight + n * f.depth + from;
       size = std::min(PIECE, f.depth - from);
       int64_t k = 0;
+      for (; few_lines && k + LANES <= size; k += LANES) {
+        turn_lines<S>(at + k, f.depth, w + k * TURNED, TURNED);
+        turn_lines<S>(at + LANES * f.depth + k, f.depth, w + k * TURNED + LANES, TURNED);
+      }
       for (; k + 4 <= size; k += 4) {
         turn<S>(at + k, f.depth, w + k * TURNED, TURNED);
         turn<S>(at + LANES * f.depth + k, f.depth, w + k * TURNED + LANES, TURNED);

@@ -30,7 +30,9 @@ bool has(Cpu cpu) {
     case Cpu::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Cpu::avx_vnni: return has(Cpu::avx2) && __builtin_cpu_supports("avxvnni");
     case Cpu::avx512: return has(Cpu::avx2) && __builtin_cpu_supports("avx512f");
-    case Cpu::avx512_vnni: return has(Cpu::avx512) && __builtin_cpu_supports("avx512vnni");
+    case Cpu::avx512_vnni:
+      return has(Cpu::avx512) && __builtin_cpu_supports("avx512vl") &&
+          __builtin_cpu_supports("avx512vnni");
     case Cpu::avx512_bf16: return has(Cpu::avx512_vnni) && __builtin_cpu_supports("avx512bf16");
     case Cpu::amx:
       return has(Cpu::avx512_bf16) && __builtin_cpu_supports("amx-int8") &&

@@ -104,6 +104,32 @@ INLINE void tile(const Tile& t) {
   }
 }
 
+// The same of a panel, whole vectors, and of the first half of the one beside it, half of a vector.
+template <class S, class Half, class Dot, int R>
+INLINE void tile_and_half(const Tile& t) {
+  typename Dot::template Sum<S> sums[R] = {};
+  typename Dot::template Sum<Half> halves[R] = {};
+  const Word* next = t.next;
+  for (int64_t k = 0; k < t.depth; ++k) {
+    if (k % 16 == 0) {
+      for (int64_t i = 0; i < t.lines; ++i, next += 16) __builtin_prefetch(next);
+    }
+    const auto x = load<S>(t.x + k * LANES);
+    const auto y = load<Half>(t.x + (t.depth + k) * LANES);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const typename S::Int w = t.w[r * t.depth + k] - typename S::Int{};
+      Dot::template add<S>(sums[r], x, w);
+      Dot::template add<Half>(halves[r], y, __builtin_shufflevector(w, w, 0, 1, 2, 3, 4, 5, 6, 7));
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    std::memcpy(t.sums + r * LANES, &sums[r], sizeof(sums[r]));
+    std::memcpy(t.sums + (R + r) * LANES, &halves[r], sizeof(halves[r]));
+  }
+}
+
 typedef int32_t Eight __attribute__((vector_size(32)));
 
 INLINE Eight eight(Eight x) { return x; }
@@ -198,6 +224,15 @@ __attribute__((target("avx2,fma"))) void few_avx2(const Tile& t) {
 template <class Dot, int R, int VECS>
 __attribute__((target("avx512f,avx2,fma"))) void avx512(const Tile& t) {
   tile<Avx512, Dot, R, VECS>(t);
+}
+// Half a panel is half a vector: of instructions that take two of those at once, half the time.
+template <class Dot, int R>
+__attribute__((target("avx512f,avx512vl,avx2,fma"))) void half_avx512(const Tile& t) {
+  tile<Avx2, Dot, R, 1>(t);
+}
+template <class Dot, int R>
+__attribute__((target("avx512f,avx512vl,avx2,fma"))) void and_half_avx512(const Tile& t) {
+  tile_and_half<Avx512, Avx2, Dot, R>(t);
 }
 template <class Dot, int ROWS>
 __attribute__((target("avx512f,avx2,fma"))) void few_avx512(const Tile& t) {
@@ -303,11 +338,12 @@ void amx(const Tile& t) {
 
 template <class Dot>
 constexpr Engine avx2_bytes(bool narrow) {
-  return {6, {avx2<Dot, 6, 2>}, avx2<Dot, 6, 1>, narrow ? 12 : 8,
+  return {6, {avx2<Dot, 6, 2>}, {avx2<Dot, 6, 1>}, narrow ? 12 : 8,
           {few_avx2<Dot, 1>, few_avx2<Dot, 2>, few_avx2<Dot, 3>, few_avx2<Dot, 4>}, narrow};
 }
 constexpr Engine AVX512_BYTES = {
-    12, {avx512<Vnni512, 12, 1>, avx512<Vnni512, 12, 2>}, nullptr, 8,
+    12, {avx512<Vnni512, 12, 1>, avx512<Vnni512, 12, 2>},
+    {half_avx512<Vnni512, 12>, and_half_avx512<Vnni512, 12>}, 8,
     {few_avx512<Vnni512, 1>, few_avx512<Vnni512, 2>, few_avx512<Vnni512, 3>, few_avx512<Vnni512, 4>},
     false};
 #endif
@@ -322,6 +358,7 @@ Engine best(Kind kind) {
       result.rows = 32;
       result.tile[0] = amx<Kind::int8, 1>;
       result.tile[1] = amx<Kind::int8, 2>;
+      result.half[0] = result.half[1] = nullptr;
       result.most_few = 4;
     }
     result.begin = take_registers;
@@ -333,7 +370,10 @@ Engine best(Kind kind) {
     if (cpu() == Cpu::avx_vnni) return avx2_bytes<Vnni256>(false);
     if (cpu() >= Cpu::avx2) return avx2_bytes<Maddubs>(true);
   } else {
-    if (cpu() >= Cpu::avx512_bf16) return {12, {avx512<Bf16, 12, 1>, avx512<Bf16, 12, 2>}};
+    if (cpu() >= Cpu::avx512_bf16) {
+      return {12, {avx512<Bf16, 12, 1>, avx512<Bf16, 12, 2>},
+              {half_avx512<Bf16, 12>, and_half_avx512<Bf16, 12>}};
+    }
     if (cpu() >= Cpu::avx512) return {12, {avx512<Halves, 12, 1>, avx512<Halves, 12, 2>}};
     if (cpu() >= Cpu::avx2) return {4, {avx2<Halves, 4, 2>}};
   }

@@ -30,7 +30,8 @@ constexpr int64_t MOST_ROWS_OF_TILE = 32, MOST_PANELS_OF_TILE = 2;
 struct Engine {
   int64_t rows;                       // of weights in a tile; even
   RunTile tile[MOST_PANELS_OF_TILE];  // against 1, 2 panels; null if not so many
-  RunTile half;                       // against a panel's first 8 lanes; or null
+  // Likewise, but of the last panel its first 8 lanes only, where that is faster; or null.
+  RunTile half[MOST_PANELS_OF_TILE];
   int64_t most_few;  // rows of bytes that go row by row: faster than lane by lane
   RunTile few[4];    // 4 rows of weights against 1 to 4 rows of bytes, sums [4][16]
   bool narrow;     // whether weights beyond +-64 go in two parts: two of them overflow 16 bits
@@ -75,10 +76,10 @@ inline __attribute__((always_inline)) void multiply_words(
   const bool by_rows = e.by_rows(rows);
   const int64_t height = by_rows ? 4 : e.rows, panels = (rows + LANES - 1) / LANES;
   const int64_t runs = by_rows ? (rows + 3) / 4 : e.tile[1] ? (panels + 1) / 2 : panels;
-  const bool half = e.half && (rows - 1) % LANES < LANES / 2;
+  const bool half = (rows - 1) % LANES < LANES / 2;  // are in the last panel
   alignas(64) Word sums[MOST], low_sums[MOST];
-  if (by_rows) {  // which leave lanes alone
-    for (int64_t i = 0; i < height * LANES; ++i) sums[i] = low_sums[i] = 0;
+  if (by_rows || half) {  // which leave lanes alone
+    for (int64_t i = 0; i < MOST; ++i) sums[i] = low_sums[i] = 0;
   }
   for (int64_t n = n0, count; n < n1; n += count) {
     count = n1 - n0 < height ? n1 - n0 : height;
@@ -109,7 +110,8 @@ inline __attribute__((always_inline)) void multiply_words(
         }
       } else {
         at_once = e.tile[1] && p + 2 <= panels ? 2 : 1;
-        run(half && p + 1 == panels ? e.half : e.tile[at_once - 1]);
+        const bool last = p + at_once == panels;
+        run(half && last && e.half[at_once - 1] ? e.half[at_once - 1] : e.tile[at_once - 1]);
       }
       for (int64_t i = 0; i < at_once; ++i) {
         Word* mine = sums + i * height * LANES;
