@@ -184,8 +184,8 @@ INLINE void transpose8(const float* const (&from)[8], Eight (&to)[4]) {
   Eight x[4];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const auto& low = *reinterpret_cast<const Four*>(from[j]);
-    const auto& high = *reinterpret_cast<const Four*>(from[j + 4]);
+    const Four& low = *reinterpret_cast<const Four*>(from[j]);  // any other type has its alignment
+    const Four& high = *reinterpret_cast<const Four*>(from[j + 4]);
 #ifdef __x86_64__
     // Of shuffles the compiler makes loads, and then inserts, which wait for the one port of shuffles.
     if constexpr (S::WIDTH > Portable::WIDTH) {

@@ -79,7 +79,8 @@ inline __attribute__((always_inline)) void multiply_words(
   const bool half = (rows - 1) % LANES < LANES / 2;  // are in the last panel
   alignas(64) Word sums[MOST], low_sums[MOST];
   if (by_rows || half) {  // which leave lanes alone
-    for (int64_t i = 0; i < MOST; ++i) sums[i] = low_sums[i] = 0;
+    const int64_t used = MOST_PANELS_OF_TILE * height * LANES;
+    for (int64_t i = 0; i < used; ++i) sums[i] = low_sums[i] = 0;
   }
   for (int64_t n = n0, count; n < n1; n += count) {
     count = n1 - n0 < height ? n1 - n0 : height;
