@@ -121,7 +121,8 @@ def test_the_name_is_heard(by_name):
 
 def test_8_bit_weights_mean_the_same_on_all(by_name):
     for name in NAMES[1:]:
-        limit = 4e-3 if name in ("avx512_bf16", "amx") else 2e-3  # where attention is products of bf16
+        in_bf16 = name in ("avx512_bf16", "amx")  # attention
+        limit = 4e-3 if in_bf16 else 2e-3
         for key, portable in by_name["portable"].items():
             if "int8" in key:  # a sum that falls between two bytes may be rounded to either
                 difference = (portable - by_name[name][key]).abs()
