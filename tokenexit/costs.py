@@ -22,9 +22,9 @@ NAMES = ("key_row", "projected_block", "active_row", "absorbed_block")
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
 # Nanoseconds for 1,000 multiply-adds of each, by the kind of weights and, where that makes a
 # difference, the instruction set: medians of `measure` for widths of 128 to 1024 on a Xeon, of
-# avx512_bf16 on a Zen 4 (26 for 19 of bytes, as one sentence waits for memory: up to 9 % faster, and
-# 32 sentences 1 % slower). Only ratios count; those of fp32 are the same with AVX2 and AVX-512. They
-# choose as well as what is measured for one width: see docs/cpu.md.
+# avx512_bf16 on a Zen 4 (26 for 19 of bytes, as one sentence waits for memory: up to 9 % faster,
+# and 32 sentences 1 % slower). Only ratios count; those of fp32 are the same with AVX2 and
+# AVX-512. They choose as well as what is measured for one width: see docs/cpu.md.
 _RATES = {
     "fp32": (18.0, 140.0, 55.0, 22.0),
     "bf16": (18.0, 190.0, 52.0, 20.0),
