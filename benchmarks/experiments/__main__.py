@@ -147,31 +147,38 @@ def run(
     budget: Annotated[float, typer.Option(help="Minutes, of training and reading.")] = 1e9,
     texts: Annotated[Path | None, typer.Option(help=TEXTS)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    only: Annotated[str, typer.Option(help="Runs whose name has this.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Runs whose name has this, and those that they go on from.")
+    ] = "",
     dev_sentences: Annotated[int, typer.Option(help="That choose policies.", min=1)] = 1000,
 ):
     """Train and read what a plan lists; what is done is left, what was cut off goes on."""
     end = time.monotonic() + 60 * budget
-    work = cache_folder() / "experiments"
-    finished: dict[str, Path] = {}
+    runs = runs_of(plan)
+    finished = {one.name: cache_folder() / "experiments" / one.name / "tagger" for one in runs}
     known = {(row["run"], row["kind"]) for row in harness.read(ROWS)}
-    for one in runs_of(plan):
-        folder = work / one.name
-        finished[one.name] = folder / "tagger"
-        wanted = (*one.read, FULL) if one.head == "linear" else ()  # `signals` reads others
-        read_all = {(one.name, kind) for kind in wanted} <= known
-        if only not in one.name or (read_all and finished[one.name].is_dir()):
+    untrained, unread, needed = set(), set(), set()
+    for one in reversed(runs):  # what a run goes on from is before it
+        kinds = (*one.read, FULL) if one.head == "linear" else ()  # `signals` reads others
+        if only in one.name and not {(one.name, kind) for kind in kinds} <= known:
+            unread.add(one.name)
+        if (only in one.name or one.name in needed) and not finished[one.name].is_dir():
+            untrained.add(one.name)
+            needed |= {one.start, one.teacher}
+    for one in runs:
+        if one.name not in untrained | unread:
             continue
         if time.monotonic() > end:
             break
         splits = sources.splits(one.data, texts)
         print(f"{one.name}: training on {len(splits.train)} sentences at most", flush=True)
         try:
+            folder = finished[one.name].parent
             tagger = train(one, splits, folder, finished, end, device, texts)
         except OutOfTime:
             print(f"{one.name}: out of time; the next call goes on", flush=True)
             break
-        if not read_all:
+        if one.name in unread:
             read(one, tagger, splits, dev_sentences, seconds_trained(folder))
     else:
         print("all runs of the plan are done")

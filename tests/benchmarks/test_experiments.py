@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -447,6 +448,17 @@ def test_a_plan_is_read_in_its_dtype_once_and_to_the_end(around_a_plan, monkeypa
     assert {row["dtype"] for row in rows} == {"bfloat16"} and computed == {torch.bfloat16}
     assert [len(row["test_layers"]) for row in full] == [2, 2, 1]
     assert teachers == [None, None, torch.bfloat16]
+
+    # A tagger that is gone is trained once more for what learns from it, and not read again.
+    rows, folder = harness.read("experiments"), Path(os.environ["TOKENEXIT_CACHE"]) / "experiments"
+    for name in ("joint-1", "last-1", "one-1"):
+        shutil.rmtree(folder / name / "tagger")
+    done = CliRunner().invoke(app, ["run", str(plan), "--texts", str(texts), "--only", "one"])
+    assert done.exit_code == 0 and harness.read("experiments") == rows, done.output
+    there = [name for name in ("joint-1", "last-1", "one-1") if (folder / name / "tagger").is_dir()]
+    assert there == ["last-1", "one-1"]
+    done = CliRunner().invoke(app, ["run", str(plan), "--texts", str(texts)])
+    assert done.exit_code == 0 and (folder / "joint-1" / "tagger").is_dir(), done.output
 
     times = lambda tagger, windows, policies, runs: [[6.0, 5, 6], [2, 2, 2]]  # noqa: E731
     monkeypatch.setattr(reading, "time_policies", times)
