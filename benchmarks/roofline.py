@@ -35,7 +35,7 @@ import tokenexit
 from tokenexit.costs import costs
 from tokenexit.flops import active_tokens
 from tokenexit.int8 import Int8Linear, largest
-from tokenexit.ops import instruction_set
+from tokenexit.ops import ATTEND_IN_BF16, instruction_set
 from tokenexit.ops.exit_layer import DEVICES, exit_layer
 from tokenexit.ops.linear import linear
 from tokenexit.policy import ExitPolicy
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None):
     gflops = max(best["fp32"], peak_gflops(args.quick))
     gflops16 = max(best["bf16"], peak_gflops(args.quick, torch.bfloat16))
     gops8 = max(best["int8"], peak_gops8(args.quick))
-    rest = gflops16 if instruction_set() in ("avx512_bf16", "amx") else gflops  # of attention
+    rest = gflops16 if instruction_set() in ATTEND_IN_BF16 else gflops  # of attention
     machines = {
         "fp32": Machine(gflops, gflops, gbs),
         "bf16": Machine(gflops16, rest, gbs, weight_bytes=2),

@@ -15,7 +15,12 @@ import tokenexit
 from tokenexit import ExitPolicy
 from tokenexit.int8 import Int8Linear
 from tokenexit.layers import ExitLayer
-from tokenexit.ops import extension_available, extension_error, instruction_set
+from tokenexit.ops import (
+    ATTEND_IN_BF16,
+    extension_available,
+    extension_error,
+    instruction_set,
+)
 from tokenexit.ops.pack_tokens import pack
 from tokenexit.packing import Active
 
@@ -105,7 +110,7 @@ def test_a_layer_is_the_same_arithmetic(counts, monkeypatch):
         if isinstance(part, Int8Linear):
             setattr(emulated, name, Emulated(part))
     monkeypatch.setattr(ExitLayer, "reads", lambda *_: "")
-    if instruction_set() in ("avx512_bf16", "amx"):
+    if instruction_set() in ATTEND_IN_BF16:
         monkeypatch.setattr("tokenexit.layers.exit_attention", attention_in_bf16)
     expected = emulated(h, active)
     # A sum that falls between two bytes may be rounded to either: a step of 1/127 here and there.

@@ -172,8 +172,8 @@ def run(
             break
         splits = sources.splits(one.data, texts)
         print(f"{one.name}: training on {len(splits.train)} sentences at most", flush=True)
+        folder = finished[one.name].parent
         try:
-            folder = finished[one.name].parent
             tagger = train(one, splits, folder, finished, end, device, texts)
         except OutOfTime:
             print(f"{one.name}: out of time; the next call goes on", flush=True)

@@ -380,6 +380,26 @@ INLINE int64_t few_rows(const Factors& f, int64_t rows, int64_t n0, int64_t n1) 
   return n;
 }
 
+// Blocks of 4 rows by 4 neighbors, four in vectors of 16, are turned each by itself.
+template <class V>
+INLINE void turn_blocks(const V* x, V* y) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+    // Of neighbors 0 and 1, then of 2 and 3.
+    const auto of = [&](V a, V b) __attribute__((always_inline)) {
+      return i ? __builtin_shufflevector(
+                     a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+               : __builtin_shufflevector(
+                     a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    };
+    const V a = of(x[0], x[1]), b = of(x[2], x[3]);
+    y[i] = __builtin_shufflevector(
+        a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    y[i + 1] = __builtin_shufflevector(
+        a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+}
+
 // Four neighbors in each of 16 rows, `row` apart, become four rows of 16, `to_row` apart.
 template <class S>
 INLINE void turn(const float* from, int64_t row, float* to, int64_t to_row) {
@@ -397,20 +417,9 @@ INLINE void turn(const float* from, int64_t row, float* to, int64_t to_row) {
     x[i] = __builtin_shufflevector(
         half[0], half[1], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    y[i] = __builtin_shufflevector(
-        x[2 * i], x[2 * i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    y[i + 2] = __builtin_shufflevector(
-        x[2 * i], x[2 * i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 4; i += 2) {
-    S::store(to + i * to_row, __builtin_shufflevector(
-        y[i], y[i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29));
-    S::store(to + (i + 1) * to_row, __builtin_shufflevector(
-        y[i], y[i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
-  }
+  turn_blocks(x, y);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) S::store(to + i * to_row, y[i]);
 }
 
 // The same of 16 neighbors, whole lines of memory: where rows fall on few lines of the first-level cache,
@@ -421,29 +430,9 @@ INLINE void turn_lines(const float* from, int64_t row, float* to, int64_t to_row
   V x[LANES], y[LANES];
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) x[i] = S::load(from + i * row);
-  // Blocks of 4 rows by 4 neighbors, turned each by itself: x[i + 4 j] has rows 4 j .. 4 j + 3.
 #pragma GCC unroll 4
-  for (int i = 0; i < LANES; i += 4) {
-    const V a = __builtin_shufflevector(
-        x[i], x[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    const V b = __builtin_shufflevector(
-        x[i], x[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    const V c = __builtin_shufflevector(
-        x[i + 2], x[i + 3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    const V d = __builtin_shufflevector(
-        x[i + 2], x[i + 3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    const auto low = [](V a, V b) __attribute__((always_inline)) {
-      return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    };
-    const auto high = [](V a, V b) __attribute__((always_inline)) {
-      return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    };
-    y[i] = low(a, c);
-    y[i + 1] = high(a, c);
-    y[i + 2] = low(b, d);
-    y[i + 3] = high(b, d);
-  }
-  // Then the blocks: y[i + 4 j] has neighbors i, i + 4, i + 8, i + 12 of rows 4 j .. 4 j + 3.
+  for (int i = 0; i < LANES; i += 4) turn_blocks(x + i, y + i);
+  // y[i + 4 j] has neighbors i, i + 4, i + 8 and i + 12 of rows 4 j .. 4 j + 3.
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const auto even = [](V a, V b) __attribute__((always_inline)) {

@@ -13,7 +13,13 @@ from torch import nn
 
 from tokenexit import int8, layers
 from tokenexit.int8 import Int8Linear
-from tokenexit.ops import extension_available, extension_error, instruction_set, instruction_sets
+from tokenexit.ops import (
+    ATTEND_IN_BF16,
+    extension_available,
+    extension_error,
+    instruction_set,
+    instruction_sets,
+)
 from tokenexit.ops.absorbed_attention import absorbed_attention
 from tokenexit.ops.add_layer_norm import add_layer_norm
 from tokenexit.ops.bias_gelu import bias_gelu
@@ -121,8 +127,7 @@ def test_the_name_is_heard(by_name):
 
 def test_8_bit_weights_mean_the_same_on_all(by_name):
     for name in NAMES[1:]:
-        in_bf16 = name in ("avx512_bf16", "amx")  # attention
-        limit = 4e-3 if in_bf16 else 2e-3
+        limit = 4e-3 if name in ATTEND_IN_BF16 else 2e-3
         for key, portable in by_name["portable"].items():
             if "int8" in key:  # a sum that falls between two bytes may be rounded to either
                 difference = (portable - by_name[name][key]).abs()

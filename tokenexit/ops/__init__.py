@@ -43,6 +43,10 @@ def extension_error() -> str | None:
     return _ERROR
 
 
+# Instruction sets by which models in 8 bits and bf16 attend in products of bf16.
+ATTEND_IN_BF16 = ("avx512_bf16", "amx")
+
+
 def instruction_sets() -> list[str]:
     """Those of this processor that the compiled ops know, each for `TOKENEXIT_CPU` to ask for.
 
