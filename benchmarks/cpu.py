@@ -432,8 +432,9 @@ def decided(**policies: ExitPolicy) -> Exits:
 
 
 def forms(model: TokenExitForTokenClassification) -> dict[str, TokenExitForTokenClassification]:
-    """A tagger and its copies: in bf16, where the processor has it, and in 8 bits."""
-    found = {"fp32": model}
+    """Copies of a tagger: with weights packed ahead, in bf16 where the processor has it, in 8 bits."""
+    with torch.inference_mode(False):  # in which weights could not be packed
+        found = {"fp32": tokenexit.prepack(copy.deepcopy(model))}
     if "bf16" in harness.features():
         found["bf16"] = copy.deepcopy(model).to(torch.bfloat16)
     return found | {"int8": tokenexit.quantize(copy.deepcopy(model))}

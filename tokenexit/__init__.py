@@ -10,6 +10,7 @@ from tokenexit.models.convert import convert, to_hugging_face
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Span, Tagged, Tagger
 from tokenexit.policy import ExitPolicy
+from tokenexit.prepacking import prepack
 
 if TYPE_CHECKING:
     from tokenexit.training.adapt import adapt
@@ -26,6 +27,7 @@ __all__ = [
     "TokenExitForTokenClassification",
     "adapt",
     "convert",
+    "prepack",
     "quantize",
     "reference",
     "to_hugging_face",

@@ -35,6 +35,7 @@ class Reads:
         kinds: the class that each has to be of.
         weights, scales, classifiers: what it takes of the layers, of those of int8, of the heads;
             None for what is not there.
+        copied, copies: products whose weights have a second copy, and, part by part, all copies.
         device: where all these have to be.
         shapes, dtypes: functions that give theirs, as they have to be.
     """
@@ -44,6 +45,8 @@ class Reads:
     weights: list[torch.Tensor | None] = field(default_factory=list)
     scales: list[torch.Tensor | None] = field(default_factory=list)
     classifiers: list[torch.Tensor | None] = field(default_factory=list)
+    copied: list[nn.Module] = field(default_factory=list)
+    copies: list[torch.Tensor] = field(default_factory=list)
     device: torch.device | None = None
     shapes: Callable[[], list[Sequence[int]]] | None = None
     dtypes: Callable[[], list[torch.dtype]] | None = None

@@ -34,6 +34,7 @@ _PARTS = {
     "output_norm": nn.LayerNorm,
     "dropout": nn.Dropout,
 }
+PREPACKED = "prepacked"  # the buffer of a product that `tokenexit.prepack` gives it
 _WEIGHTS = [
     f"{part}.{name}"
     for part, kind in _PARTS.items()
@@ -534,6 +535,7 @@ def reads(
         none = like[:0]
         scales = [store.get(name, none) for store in stores for name in ("scale", "offset")]
     classifiers = [h._parameters.get(name) for h in heads for name in ("weight", "bias")]
+    copied, copies = _copies(parts, like)
 
     def shapes():
         of_up = slice(_WEIGHTS.index("up.bias"), None, len(_WEIGHTS))
@@ -544,7 +546,18 @@ def reads(
     def dtypes():
         return _dtypes(like.dtype, len(layers), len(scales) + len(classifiers), int8)
 
-    return Reads(modules, kinds, weights, scales, classifiers, like.device, shapes, dtypes)
+    beside = {"device": like.device, "shapes": shapes, "dtypes": dtypes}
+    return Reads(modules, kinds, weights, scales, classifiers, copied, copies, **beside)
+
+
+def _copies(parts, like):
+    """Of `Reads`: products with a second copy of their weights, and all copies."""
+    copied = [part for part in parts if type(part) is nn.Linear]
+    given = [part._buffers.get(PREPACKED) for part in copied]
+    if not given or any([x is None or x.dtype != torch.float32 for x in (like, *given)]):
+        return [], []
+    parts = [part for part in parts if type(part) is not nn.Dropout]
+    return copied, [part._buffers.get(PREPACKED, like[:0]) for part in parts]
 
 
 def costs_of(found: Reads, layer: ExitLayer) -> list[float]:

@@ -255,6 +255,8 @@ struct BringBack {
         value.words += feature * words;
       } else {
         value.weight += feature * d;
+        const bool whole = value.turned && feature % TURNED == 0;
+        value.turned = whole ? value.turned + feature * d : nullptr;
         x.x = packed;
       }
       linear<S>(value, d, x, rows, y, dim, 0, dim);
@@ -384,7 +386,7 @@ void run_group(Work& w, bool all_active) {
   static thread_local Scratch scratch;
   const int64_t d = w.d, row = d * LANES, panels = w.panels();
   if (w.numbers == Numbers::fp32) {
-    w.unit = cpu() >= Cpu::avx512 && turns(w.rows) ? TURNED : WHOLE_TILES;
+    w.unit = cpu() >= Cpu::avx512 && turns(w.rows, w.w[UP].turned) ? TURNED : WHOLE_TILES;
   }
   const int64_t keys = w.keys.size(), key_panels = panels_of(keys);
   const int64_t absorbed = w.lanes.size();
@@ -534,7 +536,7 @@ Tensor exit_layer_op(
   const CheckedBias bias(bias_, positions_, heads, active.numel());
   const LayerCall call = {h.size(1), heads, num_sentences, start, costs, scale, pre_norm, tanh, is_bf16(h), &bias};
   Tensor out = torch::stable::new_empty(h, {active.numel(), h.size(1)});
-  exit_layer(call, weights.data(), scales.empty() ? nullptr : scales.data(), eps,
+  exit_layer(call, weights.data(), scales.empty() ? nullptr : scales.data(), nullptr, eps,
              h.const_data_ptr(), token, first, out.mutable_data_ptr());
   return out;
 }
@@ -542,8 +544,8 @@ Tensor exit_layer_op(
 }  // namespace
 
 void exit_layer(
-    const LayerCall& call, const Tensor* weights, const Tensor* scales, double eps, const void* h_,
-    const int64_t* active, const int64_t* cu_active, void* out_) {
+    const LayerCall& call, const Tensor* weights, const Tensor* scales, const Tensor* turned,
+    double eps, const void* h_, const int64_t* active, const int64_t* cu_active, void* out_) {
   const auto* h = static_cast<const float*>(h_);
   auto* out = static_cast<float*>(out_);
   Work w;
@@ -565,6 +567,9 @@ void exit_layer(
       "got widths ", d, " and ", w.inner, " for ", w.heads,
       " heads; expected whole heads, and multiples of 4 in int8, of 2 in bf16");
   STD_TORCH_CHECK(!(scales && call.bf16), "got int8 weights and bf16 states; expected Float ones");
+  STD_TORCH_CHECK(
+      !turned || (w.numbers == Numbers::fp32 && d % TURNED == 0 && w.inner % TURNED == 0),
+      "got turned weights for widths ", d, " and ", w.inner, "; expected fp32 and multiples of ", TURNED);
   STD_TORCH_CHECK(
       call.costs.size() == NUM_COSTS, "got ", call.costs.size(), " costs; expected ",
       int(NUM_COSTS));
@@ -602,6 +607,7 @@ void exit_layer(
     const void* weight = values(weights[2 * i], rows, columns, dtype);
     if (w.bf16()) to.words = static_cast<const Word*>(weight);
     if (w.numbers == Numbers::fp32) to.weight = static_cast<const float*>(weight);
+    if (turned) to.turned = static_cast<const float*>(values(turned[i], rows / TURNED, columns * TURNED));
     if (!w.int8()) continue;
     to.bits.weight = static_cast<const int8_t*>(weight);
     to.bits.scale = static_cast<const float*>(values(scales[2 * i], rows));

@@ -40,23 +40,26 @@ void hear(
 std::tuple<Tensor, Tensor> exit_loop(
     const Tensor& h_, const Tensor& positions_, const Tensor& cu_tokens_, const Tensor& cu_words_,
     const Tensor& word_of_token_, const Tensor& word_at_, std::vector<Tensor> weights,
-    std::vector<Tensor> scales, std::vector<Tensor> classifiers, std::vector<double> costs,
+    std::vector<Tensor> scales, std::vector<Tensor> turned, std::vector<Tensor> classifiers,
+    std::vector<double> costs,
     int64_t heads, double scale, std::vector<double> eps, const Tensor& window_,
     const Tensor& min_active_, const Tensor& threshold_, bool max_prob, bool tanh,
     const std::optional<Tensor>& bias_, const std::optional<Tensor>& exit_layer_) {
   check_cpu(
-      h_, positions_, cu_tokens_, cu_words_, word_of_token_, word_at_, weights, scales, classifiers,
-      window_, min_active_, threshold_, bias_, exit_layer_);
+      h_, positions_, cu_tokens_, cu_words_, word_of_token_, word_at_, weights, scales, turned,
+      classifiers, window_, min_active_, threshold_, bias_, exit_layer_);
   const int64_t num_layers = eps.size();
   const auto fits = [&](const std::vector<Tensor>& list, int64_t each) {
     return static_cast<int64_t>(list.size()) == num_layers * each;
   };
   STD_TORCH_CHECK(
       num_layers > 0 && fits(weights, LAYER_TENSORS) && fits(classifiers, 2) &&
-          (scales.empty() || fits(scales, LAYER_TENSORS)),
-      "got ", weights.size(), " weights, ", scales.size(), " scales and ", classifiers.size(),
-      " of classifiers for ", num_layers, " layers; expected ", LAYER_TENSORS,
-      " a layer, as many or none, and 2");
+          (scales.empty() || fits(scales, LAYER_TENSORS)) &&
+          (turned.empty() || fits(turned, LAYER_PARTS)),
+      "got ", weights.size(), " weights, ", scales.size(), " scales, ", turned.size(),
+      " turned weights and ", classifiers.size(), " of classifiers for ", num_layers,
+      " layers; expected ", LAYER_TENSORS, " a layer, as many or none, ", LAYER_PARTS,
+      " or none, and 2");
   const Tensor& labels = classifiers.back();
   STD_TORCH_CHECK(
       h_.dim() == 2 && (h_.scalar_type() == ScalarType::Float || is_bf16(h_)) &&
@@ -140,7 +143,8 @@ std::tuple<Tensor, Tensor> exit_loop(
       bias.position = positions.data();
     }
     exit_layer(call, &weights[at * LAYER_TENSORS],
-               scales.empty() ? nullptr : &scales[at * LAYER_TENSORS], eps[at], states,
+               scales.empty() ? nullptr : &scales[at * LAYER_TENSORS],
+               turned.empty() ? nullptr : &turned[at * LAYER_PARTS], eps[at], states,
                active.data(), first.data(), states);
     std::vector<float> head[2];
     const float* classifier[2];

@@ -11,7 +11,7 @@ namespace tokenexit {
 
 // Weights as torch.nn.Linear and LayerNorm hold them, in the order of the op's list.
 enum Weight { QUERY, KEY_VALUE, OUTPUT, NORM, UP, DOWN, LAST_NORM, NUM_WEIGHTS };
-static_assert(LAYER_TENSORS == 2 * NUM_WEIGHTS);
+static_assert(LAYER_PARTS == NUM_WEIGHTS);
 
 // Times that the choice between projected and absorbed attention weighs, in one unit.
 enum Cost { KEY_ROW, PROJECTED_BLOCK, ACTIVE_ROW, ABSORBED_BLOCK, NUM_COSTS };
@@ -23,6 +23,7 @@ struct Linear {
   const float *weight = nullptr, *bias = nullptr;
   Matrix8 bits;                  // in place of weight
   const Word* words = nullptr;  // likewise, of bf16
+  const float* turned = nullptr;  // beside weight, see Factors; may be null
 };
 
 // Panels of fp32, and the same in what products read: bytes, [panels][depth / 4][16][4] or, by rows,
@@ -99,7 +100,8 @@ INLINE void linear(
   } else if (w.words) {
     call<S, Product16>(w.words, depth / 2, from, rows, y, out, n0, n1, &epilogue, words);
   } else {
-    call<S, Product>(w.weight, depth, static_cast<const float*>(x.x), rows, y, out, n0, n1, &epilogue);
+    const float* panels = x.x;
+    call<S, Product>(w.weight, w.turned, depth, panels, rows, y, out, n0, n1, &epilogue);
   }
 }
 

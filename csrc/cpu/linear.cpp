@@ -36,7 +36,7 @@ struct Panel {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * LANES, lanes = std::min(LANES, p->rows - first);
       pack_panel<S>([&](int64_t i) { return p->row<S>(first + i, rows + i * p->in); }, lanes, p->in, x);
-      product<S>(p->weight, p->in, x, lanes, y, p->features, 0, p->features, {p->bias});
+      product<S>(p->weight, nullptr, p->in, x, lanes, y, p->features, 0, p->features, {p->bias});
       unpack_panel<S>(
           y, p->features, [&](int64_t i) { return p->out + (first + i) * p->features; }, 0, lanes);
       float* out = p->out + first * p->features;

@@ -33,8 +33,9 @@ int64_t compact_active(
     const int64_t* active, const int64_t* cu_active, int64_t num_sentences,
     const int64_t* word_of_token, const int64_t* exit_layer, int64_t* kept, int64_t* cu_kept);
 
-// The tensors of a layer: weight and bias of each part, for int8 weights also scale and offset.
-constexpr int64_t LAYER_TENSORS = 14;
+// The tensors of a layer: weight and bias of each part, for int8 weights also scale and offset. Of
+// its parts, in fp32, also their weights turned.
+constexpr int64_t LAYER_PARTS = 7, LAYER_TENSORS = 2 * LAYER_PARTS;
 
 // What the layers of a batch have in common. Offsets and tokens have been checked.
 struct LayerCall {
@@ -49,9 +50,9 @@ struct LayerCall {
 };
 
 // New states of the active tokens: out[i] of the i-th, or, if out is h, in its place there. `scales`
-// is null but for int8 weights.
+// is null but for int8 weights, `turned` unless there are such copies.
 void exit_layer(
-    const LayerCall& call, const Tensor* weights, const Tensor* scales, double eps, const void* h,
-    const int64_t* active, const int64_t* cu_active, void* out);
+    const LayerCall& call, const Tensor* weights, const Tensor* scales, const Tensor* turned,
+    double eps, const void* h, const int64_t* active, const int64_t* cu_active, void* out);
 
 }  // namespace tokenexit

@@ -273,9 +273,13 @@ struct Epilogue {
   int32_t* tops = nullptr;
 };
 
+// Features that lie beside each other where weights are turned.
+constexpr int64_t TURNED = 2 * LANES;
+
 // A product's operands, and the part of its depth that is being summed.
 struct Factors {
   const float* weight;  // [out][depth]
+  const float* turned;  // the same as [out / TURNED][depth][TURNED], or null
   const float* x;       // [panels][depth][16]
   float* y;             // [panels][out][16]
   int64_t depth, out, from, to;
@@ -450,50 +454,59 @@ INLINE void turn_lines(const float* from, int64_t row, float* to, int64_t to_row
   }
 }
 
-// Whether a product of so many rows goes by turned_rows where a vector is 16 wide, and the features
-// that go together there.
-constexpr bool turns(int64_t rows) { return rows <= LANES * 3 / 2; }
-constexpr int64_t TURNED = 2 * LANES;
+// Whether a product of so many rows goes by turned_rows where a vector is 16 wide: at most as many if
+// weights lie turned already.
+constexpr int64_t MOST_TURNED = 4 * LANES;
+constexpr bool turns(int64_t rows, bool turned) {
+  return rows <= (turned ? MOST_TURNED : LANES * 3 / 2);
+}
 
 // Features n0 .. n1 - 1 but a rest of less than TURNED; returns where it starts. Weights are turned, a
 // piece of depth at a time, so that features lie beside each other: that takes as long as some five
-// rows do, but lanes of a panel that are not there take no time. The sums are those of product_tile,
-// added in the same order.
+// rows do, but lanes of a panel that are not there take no time. Where a copy lies turned, n0 is a
+// multiple of TURNED. The sums are those of product_tile, added in the same order.
 template <class S>
 INLINE int64_t turned_rows(const Factors& f, int64_t rows, int64_t n0, int64_t n1) {
   constexpr int64_t PIECE = 64, R = LANES / 2;
-  alignas(64) float w[PIECE * TURNED], sums[2 * LANES * TURNED] = {}, four[4 * LANES];
+  alignas(64) float w[PIECE * TURNED], sums[MOST_TURNED * TURNED] = {}, four[4 * LANES];
   // Rows a multiple of 2 KiB apart fall on the same few lines of the cache.
   const bool few_lines = f.depth % 512 == 0;
+  const auto turn_piece = [&](const float* at, int64_t size) __attribute__((always_inline)) {
+    int64_t k = 0;
+    for (; few_lines && k + LANES <= size; k += LANES) {
+      turn_lines<S>(at + k, f.depth, w + k * TURNED, TURNED);
+      turn_lines<S>(at + LANES * f.depth + k, f.depth, w + k * TURNED + LANES, TURNED);
+    }
+    for (; k + 4 <= size; k += 4) {
+      turn<S>(at + k, f.depth, w + k * TURNED, TURNED);
+      turn<S>(at + LANES * f.depth + k, f.depth, w + k * TURNED + LANES, TURNED);
+    }
+    for (; k < size; ++k) {
+      for (int64_t j = 0; j < TURNED; ++j) w[k * TURNED + j] = at[j * f.depth + k];
+    }
+  };
   int64_t n = n0;
   for (; n + TURNED <= n1; n += TURNED) {
     for (int64_t from = 0, size; from < f.depth; from += size) {
       const float* at = f.weight + n * f.depth + from;
-      size = std::min(PIECE, f.depth - from);
-      int64_t k = 0;
-      for (; few_lines && k + LANES <= size; k += LANES) {
-        turn_lines<S>(at + k, f.depth, w + k * TURNED, TURNED);
-        turn_lines<S>(at + LANES * f.depth + k, f.depth, w + k * TURNED + LANES, TURNED);
-      }
-      for (; k + 4 <= size; k += 4) {
-        turn<S>(at + k, f.depth, w + k * TURNED, TURNED);
-        turn<S>(at + LANES * f.depth + k, f.depth, w + k * TURNED + LANES, TURNED);
-      }
-      for (; k < size; ++k) {
-        for (int64_t j = 0; j < TURNED; ++j) w[k * TURNED + j] = at[j * f.depth + k];
-      }
-      const float* next = from + size < f.depth ? at + size
-          : n + 2 * TURNED <= n1                ? f.weight + (n + TURNED) * f.depth
-                                                : at;
+      size = std::min(f.turned && rows > 3 * R ? 2 * PIECE : PIECE, f.depth - from);
+      const float* columns = f.turned ? f.turned + n * f.depth + from * TURNED : w;
+      if (!f.turned) turn_piece(at, size);
+      // What follows, rows of `apart`.
+      const float* next = f.turned                  ? columns + size * TURNED
+          : from + size < f.depth                   ? at + size
+          : n + 2 * TURNED <= n1                    ? f.weight + (n + TURNED) * f.depth
+                                                    : at;
+      const int64_t apart = f.turned ? size : f.depth;
       const auto add = [&]<int LINES>(int64_t r) __attribute__((always_inline)) {
         some_rows<S, R, 2, LINES>(
-            {f.x + (r / LANES * f.depth + from) * LANES + r % LANES, 1, LANES}, w, TURNED,
+            {f.x + (r / LANES * f.depth + from) * LANES + r % LANES, 1, LANES}, columns, TURNED,
             [&](int64_t i) { return sums + (r + i) * TURNED; }, 0, std::min(R, rows - r), size,
-            from > 0, next + r / R * LINES * f.depth, f.depth);
+            from > 0, next + r / R * LINES * apart, apart);
       };
       rows > R ? add.template operator()<TURNED / 2>(0) : add.template operator()<TURNED>(0);
       if (rows > R) add.template operator()<TURNED / 2>(R);
-      if (rows > 2 * R) add.template operator()<0>(2 * R);
+      for (int64_t r = 2 * R; r < rows; r += R) add.template operator()<0>(r);
     }
     for (int64_t at = 0; at < panels_of(rows) * TURNED; at += 4) {
       const int64_t p = at / TURNED, j = at % TURNED;
@@ -512,8 +525,8 @@ INLINE int64_t turned_rows(const Factors& f, int64_t rows, int64_t n0, int64_t n
 // is 8 wide.
 template <class S, int R = S::ROWS>
 INLINE void product(
-    const float* weight, int64_t depth, const float* x, int64_t rows, float* y, int64_t out,
-    int64_t n0, int64_t n1, const Epilogue& epilogue) {
+    const float* weight, const float* turned, int64_t depth, const float* x, int64_t rows, float* y,
+    int64_t out, int64_t n0, int64_t n1, const Epilogue& epilogue) {
   constexpr int HALF = R == S::ROWS ? S::VECS / 2 : 0;
   const int64_t rest = rows % LANES;
   const bool half = HALF && 0 < rest && rest <= LANES / 2;
@@ -523,15 +536,15 @@ INLINE void product(
   const int64_t parts = (depth + MOST - 1) / MOST;
   const int64_t part = ((depth + parts - 1) / parts + 15) / 16 * 16;
   const bool far = part * 2 * LANES > 12288;  // two panels leave no room in the first-level cache
-  Factors f = {weight, x, y, depth, out, 0, 0, epilogue};
+  Factors f = {weight, turned, x, y, depth, out, 0, 0, epilogue};
   if constexpr (R == S::ROWS && S::VECS == 1) {
-    if (turns(rows)) n0 = turned_rows<S>(f, rows, n0, n1);
+    if (turns(rows, turned)) n0 = turned_rows<S>(f, rows, n0, n1);
   }
   int64_t n = n0;
   if constexpr (R == S::ROWS && S::WIDTH >= 8) {
     if (rows <= LANES / 2) {
       n = few_rows<S>(f, rows, n0, n1);
-      if (n < n1) product<S, 1>(weight, depth, x, rows, y, out, n, n1, epilogue);
+      if (n < n1) product<S, 1>(weight, turned, depth, x, rows, y, out, n, n1, epilogue);
       return;
     }
   }
@@ -580,16 +593,16 @@ INLINE void product(
     }
   }
   if constexpr (R > 1) {
-    if (n < n1) product<S, R / 2>(weight, depth, x, rows, y, out, n, n1, epilogue);
+    if (n < n1) product<S, R / 2>(weight, nullptr, depth, x, rows, y, out, n, n1, epilogue);
   }
 }
 
 struct Product {
   template <class S>
   static INLINE void run(
-      const float* weight, int64_t depth, const float* x, int64_t rows, float* y, int64_t out,
-      int64_t n0, int64_t n1, const Epilogue* epilogue) {
-    product<S>(weight, depth, x, rows, y, out, n0, n1, *epilogue);
+      const float* weight, const float* turned, int64_t depth, const float* x, int64_t rows, float* y,
+      int64_t out, int64_t n0, int64_t n1, const Epilogue* epilogue) {
+    product<S>(weight, turned, depth, x, rows, y, out, n0, n1, *epilogue);
   }
 };
 

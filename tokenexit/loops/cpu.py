@@ -18,6 +18,7 @@ from tokenexit.ops import check_bias, check_vector, compiled_devices, register_f
 from tokenexit.ops.bias_gelu import gelu_tanh
 from tokenexit.ops.embed import embed as sum_of_embeddings
 from tokenexit.packing import Packed
+from tokenexit.prepacking import prepacked
 from tokenexit.schedule import Schedule
 
 _DEVICES = compiled_devices("exit_loop")
@@ -106,6 +107,7 @@ def exit_loop(
         packed.word_at,
         found.weights,
         found.scales,
+        prepacked(found),
         found.classifiers,
         costs_of(found, first),
         first.num_heads,
@@ -124,5 +126,6 @@ def exit_loop(
 if _DEVICES:
 
     @register_fake("exit_loop")
-    def _(h, positions, cu_tokens, cu_words, word_of_token, word_at, weights, scales, heads, *_):
+    def _(h, positions, cu_tokens, cu_words, word_of_token, word_at, *lists):
+        heads = lists[3]  # behind weights, scales and copies
         return h.new_empty(h.shape[0], heads[-1].shape[0]), torch.empty_like(positions)

@@ -29,6 +29,7 @@ from tokenexit.models.checkpoint import check_dtype_of_int8
 from tokenexit.models.evaluation import evaluating
 from tokenexit.models.modeling import TokenExitForTokenClassification, TokenExitOutput
 from tokenexit.policy import ExitPolicy
+from tokenexit.prepacking import prepack as prepack_weights
 from tokenexit.text.decoding import check_decoding, decode
 from tokenexit.text.encoding import (
     Window,
@@ -235,6 +236,7 @@ class Tagger:
         int8: bool = False,
         dtype: torch.dtype | None = None,
         *,
+        prepack: bool = False,
         device: str | torch.device | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -246,12 +248,14 @@ class Tagger:
             name: a folder or a name on the hub.
             int8: round its weights, see `tokenexit.quantize`, if they are not already.
             dtype: to compute in. None: that which it was saved in.
+            prepack: single sentences faster in fp32 on a CPU, for twice the memory, see
+                `tokenexit.prepack`.
             device: to run on, as "cuda". None: the CPU.
             revision, token: of the hub, see `PreTrainedModel.from_pretrained`.
             kwargs: of the constructor.
 
         Raises:
-            ValueError: a dtype for 8-bit weights.
+            ValueError: a dtype for 8-bit weights; a model that `prepack` is not for.
         """
         hub = {"revision": revision, "token": token}
         hub = {key: value for key, value in hub.items() if value is not None}
@@ -264,6 +268,8 @@ class Tagger:
             quantize(model)
         if device is not None:
             model.to(device)
+        if prepack:
+            prepack_weights(model)
         return cls(model, load_tokenizer(name, **hub), **kwargs)
 
     def save_pretrained(self, folder: str | os.PathLike):
