@@ -432,7 +432,7 @@ def decided(**policies: ExitPolicy) -> Exits:
 
 
 def forms(model: TokenExitForTokenClassification) -> dict[str, TokenExitForTokenClassification]:
-    """Copies of a tagger: with weights packed ahead, in bf16 where the processor has it, in 8 bits."""
+    """Copies of a tagger: with weights packed ahead, in bf16 if the processor has it, in 8 bits."""
     with torch.inference_mode(False):  # in which weights could not be packed
         found = {"fp32": tokenexit.prepack(copy.deepcopy(model))}
     if "bf16" in harness.features():

@@ -454,17 +454,18 @@ INLINE void turn_lines(const float* from, int64_t row, float* to, int64_t to_row
   }
 }
 
-// Whether a product of so many rows goes by turned_rows where a vector is 16 wide: at most as many if
-// weights lie turned already.
+// Whether a product of so many rows goes by turned_rows where a vector is 16 wide. Of weights that lie
+// turned already also where a last panel would be far from full.
 constexpr int64_t MOST_TURNED = 4 * LANES;
 constexpr bool turns(int64_t rows, bool turned) {
-  return rows <= (turned ? MOST_TURNED : LANES * 3 / 2);
+  return rows <= LANES * 3 / 2 ||
+      (turned && rows <= MOST_TURNED && panels_of(rows) * LANES - rows >= LANES / 4);
 }
 
 // Features n0 .. n1 - 1 but a rest of less than TURNED; returns where it starts. Weights are turned, a
 // piece of depth at a time, so that features lie beside each other: that takes as long as some five
-// rows do, but lanes of a panel that are not there take no time. Where a copy lies turned, n0 is a
-// multiple of TURNED. The sums are those of product_tile, added in the same order.
+// rows do, but lanes of a panel that are not there take no time. The sums are those of product_tile,
+// added in the same order.
 template <class S>
 INLINE int64_t turned_rows(const Factors& f, int64_t rows, int64_t n0, int64_t n1) {
   constexpr int64_t PIECE = 64, R = LANES / 2;
@@ -538,7 +539,8 @@ INLINE void product(
   const bool far = part * 2 * LANES > 12288;  // two panels leave no room in the first-level cache
   Factors f = {weight, turned, x, y, depth, out, 0, 0, epilogue};
   if constexpr (R == S::ROWS && S::VECS == 1) {
-    if (turns(rows, turned)) n0 = turned_rows<S>(f, rows, n0, n1);
+    if (n0 % TURNED) f.turned = nullptr;  // not at one of its blocks
+    if (turns(rows, f.turned)) n0 = turned_rows<S>(f, rows, n0, n1);
   }
   int64_t n = n0;
   if constexpr (R == S::ROWS && S::WIDTH >= 8) {
