@@ -85,10 +85,11 @@ def bandwidth_gbs(quick: bool = False) -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """What it does at best: operations of products with weights and of all else, bytes from memory,
-    in 10^9 a second, for weights of so many bytes."""
+    """What it does at best: operations of products with weights, of attention and of all else, which
+    is fp32, bytes from memory, in 10^9 a second, for weights of so many bytes."""
 
     products: float
+    attention: float
     rest: float
     bandwidth: float
     weight_bytes: int = 4
@@ -117,7 +118,9 @@ def operations(
             projected = (4 * n_s * d * d, 4 * a_s * n_s * d)
             absorbed = (4 * a_s * d * d, 4 * a_s * heads * n_s * d)
             ops = min(
-                projected, absorbed, key=lambda o: o[0] / machine.products + o[1] / machine.rest
+                projected,
+                absorbed,
+                key=lambda o: o[0] / machine.products + o[1] / machine.attention,
             )
             kv, attention = kv + ops[0], attention + ops[1]
     size = machine.weight_bytes
@@ -144,6 +147,7 @@ def floors(active: torch.Tensor, tokens: torch.Tensor, config, machine: Machine)
     for layer in active.T.tolist():
         for phase, (ops, size) in operations(layer, tokens.tolist(), config, machine).items():
             peak = machine.products if phase in PRODUCTS else machine.rest
+            peak = machine.attention if phase == "attention" else peak
             row = result.setdefault(phase, {"gflop": 0.0, "weight_mb": 0.0, "floor_ms": 0.0})
             row["gflop"] += ops / 1e9
             row["weight_mb"] += size / 1e6
@@ -329,11 +333,11 @@ def main(arguments: Sequence[str] | None = None):
     gflops = max(best["fp32"], peak_gflops(args.quick))
     gflops16 = max(best["bf16"], peak_gflops(args.quick, torch.bfloat16))
     gops8 = max(best["int8"], peak_gops8(args.quick))
-    rest = gflops16 if instruction_set() in ATTEND_IN_BF16 else gflops  # of attention
+    attention = gflops16 if instruction_set() in ATTEND_IN_BF16 else gflops
     machines = {
-        "fp32": Machine(gflops, gflops, gbs),
-        "bf16": Machine(gflops16, rest, gbs, weight_bytes=2),
-        "int8": Machine(gops8, rest, gbs, weight_bytes=1),
+        "fp32": Machine(gflops, gflops, gflops, gbs),
+        "bf16": Machine(gflops16, attention, gflops, gbs, weight_bytes=2),
+        "int8": Machine(gops8, attention, gflops, gbs, weight_bytes=1),
     }
     common = {"model": report.BASE, "peak_gflops": round(gflops, 1)}
     common |= {"peak_gops8": round(gops8, 1)}

@@ -388,20 +388,21 @@ def test_floors():
     config = random_classifier(hidden=8, heads=2, layers=2, labels=3).config
     active, tokens = torch.tensor([[4, 1], [6, 0]]), torch.tensor([4, 6])
     # 1 GFLOP/s and 1e9 GB/s: the time is that of operations; the other way round, of weights.
-    slow = roofline.floors(active, tokens, config, roofline.Machine(1, 1, 1e9))
+    slow = roofline.floors(active, tokens, config, roofline.Machine(1, 1, 1, 1e9))
     assert slow["up"]["floor_ms"] == pytest.approx(2 * 11 * 8 * 16 / 1e6)
     assert slow["head"]["gflop"] == pytest.approx(2 * 11 * 8 * 3 / 1e9)
     # Layer 2 has one active token of 4: carried there (4 * 64 + 4 * 2 * 4 * 8) it costs less than
     # keys and values do (4 * 4 * 64 + 4 * 4 * 8).
     assert slow["kv"]["gflop"] == pytest.approx((4 * 10 * 64 + 4 * 64) / 1e9)
-    narrow = roofline.floors(active, tokens, config, roofline.Machine(1e9, 1e9, 1))
+    narrow = roofline.floors(active, tokens, config, roofline.Machine(1e9, 1e9, 1e9, 1))
     assert narrow["up"]["floor_ms"] == pytest.approx(2 * 4 * 8 * 16 / 1e6)
     assert narrow["attention"]["floor_ms"] == pytest.approx(0, abs=1e-9)
-    bytes_ = roofline.floors(active, tokens, config, roofline.Machine(2, 1, 1e9, weight_bytes=1))
+    bytes_ = roofline.floors(active, tokens, config, roofline.Machine(2, 4, 1, 1e9, weight_bytes=1))
     assert bytes_["up"]["weight_mb"] == pytest.approx(slow["up"]["weight_mb"] / 4)
     assert bytes_["up"]["floor_ms"] == pytest.approx(slow["up"]["floor_ms"] / 2)
+    assert bytes_["attention"]["floor_ms"] == pytest.approx(slow["attention"]["floor_ms"] / 4)
     assert bytes_["head"] == slow["head"]
-    assert roofline.operations([0, 0], [4, 6], config, roofline.Machine(1, 1, 1)) == {}
+    assert roofline.operations([0, 0], [4, 6], config, roofline.Machine(1, 1, 1, 1)) == {}
 
 
 @pytest.mark.skipif(not extension_available(), reason="the layer is no op")
@@ -421,7 +422,7 @@ def test_a_layer_s_time_is_that_of_the_op(kind, monkeypatch):
     monkeypatch.setattr(harness, "alternate", alternate)
     call = {"input_ids": b.input_ids % 60, "attention_mask": b.attention_mask}
     with torch.inference_mode():
-        found = roofline.phases(model, call, roofline.Machine(1, 1, 1), rounds=1)
+        found = roofline.phases(model, call, roofline.Machine(1, 1, 1, 1), rounds=1)
     times = {row["phase"]: row["measured_ms"] for row in found}
     assert times["attention block"] == pytest.approx(8)
     assert times["feed-forward"] == pytest.approx(12)
