@@ -85,7 +85,7 @@ def bandwidth_gbs(quick: bool = False) -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """What it does at best: operations of products with weights, of attention and of the rest (fp32),
+    """What it does at best: operations of products with weights, of attention and of the rest, and
     bytes from memory, in 10^9 a second, for weights of so many bytes."""
 
     products: float

@@ -35,7 +35,7 @@ class Reads:
         kinds: the class that each has to be of.
         weights, scales, classifiers: what it takes of the layers, of those of int8, of the heads;
             None for what is not there.
-        copied, copies: products whose weights have a second copy, and, part by part, all copies.
+        copied, copies: products whose weights have a second copy, and these; none unless all have.
         device: where all these have to be.
         shapes, dtypes: functions that give theirs, as they have to be.
     """

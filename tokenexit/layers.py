@@ -551,13 +551,12 @@ def reads(
 
 
 def _copies(parts, like):
-    """Of `Reads`: products with a second copy of their weights, and all copies."""
+    """Of `Reads`: products whose weights have a second copy, and these, or neither."""
     copied = [part for part in parts if type(part) is nn.Linear]
-    given = [part._buffers.get(PREPACKED) for part in copied]
-    if not given or any([x is None or x.dtype != torch.float32 for x in (like, *given)]):
+    copies = [part._buffers.get(PREPACKED) for part in copied]
+    if any([x is None or x.dtype != torch.float32 for x in (like, *copies)]):
         return [], []
-    parts = [part for part in parts if type(part) is not nn.Dropout]
-    return copied, [part._buffers.get(PREPACKED, like[:0]) for part in parts]
+    return copied, copies
 
 
 def costs_of(found: Reads, layer: ExitLayer) -> list[float]:

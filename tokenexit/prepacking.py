@@ -59,27 +59,24 @@ def prepack(model: _Model) -> _Model:
             parts.append(part)
     if (instruction_set() or "").startswith(("avx512", "amx")):
         for part in parts:  # only once all can be
-            part.register_buffer(PREPACKED, _turned(part.weight), persistent=False)
+            part.register_buffer(PREPACKED, turned(part.weight), persistent=False)
             setattr(part, _OF, (part.weight, part.weight._version))
     return model
 
 
 def prepacked(found: Reads) -> list[torch.Tensor]:
-    """The copies beside what a fast loop reads, up to date; none if there are not all.
-
-    Those of a part are in its place among the layers' parts, with an empty one for a LayerNorm.
-    """
+    """The copies of what a fast loop reads, product by product, up to date; none if there are not all."""
     if torch.compiler.is_compiling():
         return []
     for part in found.copied:
         weight, (known, version) = part._parameters["weight"], part.__dict__[_OF]
         if weight is not known or weight._version != version:
             version = weight._version
-            part._buffers[PREPACKED].copy_(_turned(weight))
+            part._buffers[PREPACKED].copy_(turned(weight))
             setattr(part, _OF, (weight, version))
     return found.copies
 
 
-def _turned(weight):
-    """`[out, in] -> [out / 32, in, 32]`."""
+def turned(weight: torch.Tensor) -> torch.Tensor:
+    """`[out, in]` to `[out / 32, in, 32]`, the order in which csrc/cpu/panels.h reads a copy."""
     return weight.detach().unflatten(0, (-1, _TOGETHER)).transpose(1, 2).contiguous()

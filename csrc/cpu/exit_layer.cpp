@@ -607,7 +607,9 @@ void exit_layer(
     const void* weight = values(weights[2 * i], rows, columns, dtype);
     if (w.bf16()) to.words = static_cast<const Word*>(weight);
     if (w.numbers == Numbers::fp32) to.weight = static_cast<const float*>(weight);
-    if (turned) to.turned = static_cast<const float*>(values(turned[i], rows / TURNED, columns * TURNED));
+    if (turned) {
+      to.turned = static_cast<const float*>(values(*turned++, rows / TURNED, columns * TURNED));
+    }
     if (!w.int8()) continue;
     to.bits.weight = static_cast<const int8_t*>(weight);
     to.bits.scale = static_cast<const float*>(values(scales[2 * i], rows));

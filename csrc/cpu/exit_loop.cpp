@@ -55,10 +55,10 @@ std::tuple<Tensor, Tensor> exit_loop(
   STD_TORCH_CHECK(
       num_layers > 0 && fits(weights, LAYER_TENSORS) && fits(classifiers, 2) &&
           (scales.empty() || fits(scales, LAYER_TENSORS)) &&
-          (turned.empty() || fits(turned, LAYER_PARTS)),
+          (turned.empty() || fits(turned, LAYER_PRODUCTS)),
       "got ", weights.size(), " weights, ", scales.size(), " scales, ", turned.size(),
       " turned weights and ", classifiers.size(), " of classifiers for ", num_layers,
-      " layers; expected ", LAYER_TENSORS, " a layer, as many or none, ", LAYER_PARTS,
+      " layers; expected ", LAYER_TENSORS, " a layer, as many or none, ", LAYER_PRODUCTS,
       " or none, and 2");
   const Tensor& labels = classifiers.back();
   STD_TORCH_CHECK(
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> exit_loop(
     }
     exit_layer(call, &weights[at * LAYER_TENSORS],
                scales.empty() ? nullptr : &scales[at * LAYER_TENSORS],
-               turned.empty() ? nullptr : &turned[at * LAYER_PARTS], eps[at], states,
+               turned.empty() ? nullptr : &turned[at * LAYER_PRODUCTS], eps[at], states,
                active.data(), first.data(), states);
     std::vector<float> head[2];
     const float* classifier[2];

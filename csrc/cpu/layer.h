@@ -11,7 +11,7 @@ namespace tokenexit {
 
 // Weights as torch.nn.Linear and LayerNorm hold them, in the order of the op's list.
 enum Weight { QUERY, KEY_VALUE, OUTPUT, NORM, UP, DOWN, LAST_NORM, NUM_WEIGHTS };
-static_assert(LAYER_PARTS == NUM_WEIGHTS);
+static_assert(LAYER_TENSORS == 2 * NUM_WEIGHTS && LAYER_PRODUCTS == NUM_WEIGHTS - 2);
 
 // Times that the choice between projected and absorbed attention weighs, in one unit.
 enum Cost { KEY_ROW, PROJECTED_BLOCK, ACTIVE_ROW, ABSORBED_BLOCK, NUM_COSTS };

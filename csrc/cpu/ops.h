@@ -33,9 +33,9 @@ int64_t compact_active(
     const int64_t* active, const int64_t* cu_active, int64_t num_sentences,
     const int64_t* word_of_token, const int64_t* exit_layer, int64_t* kept, int64_t* cu_kept);
 
-// The tensors of a layer: weight and bias of each part, for int8 weights also scale and offset. Of
-// its parts, in fp32, also their weights turned.
-constexpr int64_t LAYER_PARTS = 7, LAYER_TENSORS = 2 * LAYER_PARTS;
+// The tensors of a layer: weight and bias of each part, for int8 weights also scale and offset. Of its
+// products, in fp32, also their weights turned.
+constexpr int64_t LAYER_TENSORS = 14, LAYER_PRODUCTS = 5;
 
 // What the layers of a batch have in common. Offsets and tokens have been checked.
 struct LayerCall {

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from tokenexit.ops import extension_available, extension_error
+from tokenexit.prepacking import turned
 
 pytestmark = pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 
 importlib.import_module("tokenexit.ops.absorbed_attention")  # with its fake: nobody else does
 
-D, H, INNER, C = 8, 2, 16, 3
+D, H, INNER, C = 32, 2, 64, 3
 
 
 def layer():
@@ -34,7 +35,9 @@ def calls():
     words = (tokens, torch.ones(5), torch.zeros_like(tokens), offsets)
     rules = (i(1, 1), torch.tensor([0.5, 0.5]), 1, False, i(1, 1))
     costs, scales = [1.0] * 4, []
-    loop = (h, tokens, offsets, offsets, tokens, tokens, layer() * 2, scales)
+    weights = layer()
+    copies = [turned(x) for x in weights if x.dim() == 2]
+    loop = (h, tokens, offsets, offsets, tokens, tokens, weights * 2, scales, copies * 2)
     heads = [x for _ in range(2) for x in (torch.randn(C, D), torch.randn(C))]
     policy = (i(1, 1), i(1, 1), torch.full((2, 2), 0.5), False, False, bias, i(1, 2, 1, 2, 1))
     return {
