@@ -65,7 +65,7 @@ def prepack(model: _Model) -> _Model:
 
 
 def prepacked(found: Reads) -> list[torch.Tensor]:
-    """The copies of what a fast loop reads, product by product, up to date; none if there are not all."""
+    """The copies of the products that a fast loop reads, up to date; none unless all have one."""
     if torch.compiler.is_compiling():
         return []
     for part in found.copied:
