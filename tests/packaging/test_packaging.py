@@ -266,6 +266,7 @@ ARROWS = [
     {"training", "calibrate", "evaluate", "flops", "promise", "temperature"},
     {"models"},
     {"loops"},
+    {"prepacking"},
     {"layers"},
     {"costs"},
     {"int8", "schedule"},
