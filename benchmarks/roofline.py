@@ -144,10 +144,10 @@ def floors(active: torch.Tensor, tokens: torch.Tensor, config, machine: Machine)
         tokens: `[B]`.
     """
     result = {}
+    peaks = dict.fromkeys(PRODUCTS, machine.products) | {"attention": machine.attention}
     for layer in active.T.tolist():
         for phase, (ops, size) in operations(layer, tokens.tolist(), config, machine).items():
-            peak = machine.products if phase in PRODUCTS else machine.rest
-            peak = machine.attention if phase == "attention" else peak
+            peak = peaks.get(phase, machine.rest)
             row = result.setdefault(phase, {"gflop": 0.0, "weight_mb": 0.0, "floor_ms": 0.0})
             row["gflop"] += ops / 1e9
             row["weight_mb"] += size / 1e6

@@ -35,7 +35,7 @@ class Reads:
         kinds: the class that each has to be of.
         weights, scales, classifiers: what it takes of the layers, of those of int8, of the heads;
             None for what is not there.
-        copied, copies: products whose weights have a second copy, and these; none unless all have.
+        copied: the products, if the weights of all have a second copy, see `tokenexit.prepack`.
         device: where all these have to be.
         shapes, dtypes: functions that give theirs, as they have to be.
     """
@@ -46,7 +46,6 @@ class Reads:
     scales: list[torch.Tensor | None] = field(default_factory=list)
     classifiers: list[torch.Tensor | None] = field(default_factory=list)
     copied: list[nn.Module] = field(default_factory=list)
-    copies: list[torch.Tensor] = field(default_factory=list)
     device: torch.device | None = None
     shapes: Callable[[], list[Sequence[int]]] | None = None
     dtypes: Callable[[], list[torch.dtype]] | None = None

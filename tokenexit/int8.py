@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -109,6 +110,29 @@ def dtype_of(model: nn.Module) -> str:
     return "int8" if is_quantized(model) else str(model.dtype).removeprefix("torch.")
 
 
+def products(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Each linear layer of an encoder's layers, behind the layer that it is a part of and its name.
+
+    Raises:
+        ValueError: another part, or one that was hooked, pruned or the like, in its place: what
+            such a one does beside its product would be lost.
+    """
+    for number, layer in enumerate(dict.fromkeys(layers)):  # one may stand several times
+        for name, part in layer.named_children():
+            # As an activation that is a module.
+            has_none = next(part.parameters(), None) is None and type(part) is not Int8Linear
+            if has_none or isinstance(part, (nn.LayerNorm, nn.Conv1d)):
+                continue
+            reads = Reads([part], [nn.Linear], [part._parameters.get("weight")])
+            if failed := unmet(CALLS, reads):
+                raise ValueError(
+                    f"got a model with another encoder.layers.{number}.{name} than it was made "
+                    f"with: {name}, a {type(part).__name__}; expected {failed} (merge adapters, "
+                    "remove hooks and pruning first)"
+                )
+            yield layer, name, part
+
+
 def quantize(model: _Model, embeddings: bool = True) -> _Model:
     """Round a tagger's products and its table of words to 8 bits, in place: for a CPU's inference.
 
@@ -135,19 +159,8 @@ def quantize(model: _Model, embeddings: bool = True) -> _Model:
     if is_quantized(model):
         raise ValueError("got a model that is 8-bit already; expected one in fp32")
     rounded, words = [], model.embeddings.word
-    for number, layer in enumerate(dict.fromkeys(layers)):  # one may stand several times
-        for name, part in layer.named_children():
-            has_none = next(part.parameters(), None) is None  # as an activation that is a module
-            if has_none or isinstance(part, (nn.LayerNorm, nn.Conv1d)):
-                continue
-            # What was changed would be lost: only weights are kept.
-            reads = Reads([part], [nn.Linear], [part._parameters.get("weight")])
-            if failed := unmet(CALLS, reads):
-                raise ValueError(
-                    f"got a model with another encoder.layers.{number}.{name} than it was made "
-                    f"with; expected {failed} (merge adapters, remove hooks and pruning first)"
-                )
-            rounded.append((layer, name, Int8Linear(part)))
+    for layer, name, part in products(layers):
+        rounded.append((layer, name, Int8Linear(part)))
     if embeddings:
         reads = Reads([words], [nn.Embedding], [words._parameters.get("weight")])
         if (failed := unmet(CALLS, reads)) or words.max_norm is not None:

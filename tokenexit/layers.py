@@ -535,7 +535,7 @@ def reads(
         none = like[:0]
         scales = [store.get(name, none) for store in stores for name in ("scale", "offset")]
     classifiers = [h._parameters.get(name) for h in heads for name in ("weight", "bias")]
-    copied, copies = _copies(parts, like)
+    copied = _copied(parts, like)
 
     def shapes():
         of_up = slice(_WEIGHTS.index("up.bias"), None, len(_WEIGHTS))
@@ -547,16 +547,15 @@ def reads(
         return _dtypes(like.dtype, len(layers), len(scales) + len(classifiers), int8)
 
     beside = {"device": like.device, "shapes": shapes, "dtypes": dtypes}
-    return Reads(modules, kinds, weights, scales, classifiers, copied, copies, **beside)
+    return Reads(modules, kinds, weights, scales, classifiers, copied, **beside)
 
 
-def _copies(parts, like):
-    """Of `Reads`: products whose weights have a second copy, and these, or neither."""
-    copied = [part for part in parts if type(part) is nn.Linear]
-    copies = [part._buffers.get(PREPACKED) for part in copied]
-    if any([x is None or x.dtype != torch.float32 for x in (like, *copies)]):
-        return [], []
-    return copied, copies
+def _copied(parts, like):
+    """Of `Reads`: the products, if the weights of all have a second copy that is in fp32."""
+    linear = [part for part in parts if type(part) is nn.Linear]
+    copies = [part._buffers.get(PREPACKED) for part in linear]
+    others = any([x is None or x.dtype != torch.float32 for x in (like, *copies)])
+    return [] if others else linear
 
 
 def costs_of(found: Reads, layer: ExitLayer) -> list[float]:

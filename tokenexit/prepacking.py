@@ -7,7 +7,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from tokenexit.conditions import CALLS, Reads, unmet
+from tokenexit.conditions import Reads
+from tokenexit.int8 import products
 from tokenexit.layers import PREPACKED, ExitLayer
 from tokenexit.ops import instruction_set
 
@@ -38,25 +39,19 @@ def prepack(model: _Model) -> _Model:
             as BERT's, or have a part that was replaced; weights made in inference mode, whose
             changes nobody notices; widths that are no multiples of 32.
     """
+    if others := [x for x in model.encoder.layers if type(x) is not ExitLayer]:
+        raise ValueError(f"got a {type(others[0]).__name__} as layer; expected layers as BERT's")
     parts = []
-    for number, layer in enumerate(dict.fromkeys(model.encoder.layers)):
-        if type(layer) is not ExitLayer:
-            raise ValueError(f"got a {type(layer).__name__} as layer; expected layers as BERT's")
-        for name, part in layer.named_children():
-            if isinstance(part, nn.LayerNorm) or not [*part.children(), *part.state_dict()]:
-                continue
-            weight = part._parameters.get("weight")
-            if failed := unmet(CALLS, Reads([part], [nn.Linear], [weight])):
-                got = f"encoder.layers.{number}.{name}, a {type(part).__name__}"
-                raise ValueError(f"got {got}; expected {failed}")
-            kind = f"{weight.dtype} on {weight.device.type}"
-            if kind != "torch.float32 on cpu" or weight.is_inference() or len(weight) % _TOGETHER:
-                raise ValueError(
-                    f"got encoder.layers.{number}.{name} of {len(weight)} features, {kind}"
-                    f"{' made in inference mode' * weight.is_inference()}; expected a multiple of "
-                    f"{_TOGETHER} in fp32 on the CPU, made outside of that mode"
-                )
-            parts.append(part)
+    for _, name, part in products(model.encoder.layers):
+        weight = part.weight
+        kind = f"{weight.dtype} on {weight.device.type}"
+        if kind != "torch.float32 on cpu" or weight.is_inference() or len(weight) % _TOGETHER:
+            raise ValueError(
+                f"got {name} of {len(weight)} features, {kind}"
+                f"{' made in inference mode' * weight.is_inference()}; expected a multiple of "
+                f"{_TOGETHER} in fp32 on the CPU, made outside of that mode"
+            )
+        parts.append(part)
     if (instruction_set() or "").startswith(("avx512", "amx")):
         for part in parts:  # only once all can be
             part.register_buffer(PREPACKED, turned(part.weight), persistent=False)
@@ -74,7 +69,7 @@ def prepacked(found: Reads) -> list[torch.Tensor]:
             version = weight._version
             part._buffers[PREPACKED].copy_(turned(weight))
             setattr(part, _OF, (weight, version))
-    return found.copies
+    return [part._buffers[PREPACKED] for part in found.copied]
 
 
 def turned(weight: torch.Tensor) -> torch.Tensor:

@@ -469,7 +469,8 @@ constexpr bool turns(int64_t rows, bool turned) {
 template <class S>
 INLINE int64_t turned_rows(const Factors& f, int64_t rows, int64_t n0, int64_t n1) {
   constexpr int64_t PIECE = 64, R = LANES / 2;
-  alignas(64) float w[PIECE * TURNED], sums[MOST_TURNED * TURNED] = {}, four[4 * LANES];
+  alignas(64) float w[PIECE * TURNED], sums[MOST_TURNED * TURNED], four[4 * LANES];
+  std::fill_n(sums, panels_of(rows) * LANES * TURNED, 0.0f);  // lanes that are not there stay so
   // Rows a multiple of 2 KiB apart fall on the same few lines of the cache.
   const bool few_lines = f.depth % 512 == 0;
   const auto turn_piece = [&](const float* at, int64_t size) __attribute__((always_inline)) {
@@ -546,7 +547,7 @@ INLINE void product(
   if constexpr (R == S::ROWS && S::WIDTH >= 8) {
     if (rows <= LANES / 2) {
       n = few_rows<S>(f, rows, n0, n1);
-      if (n < n1) product<S, 1>(weight, turned, depth, x, rows, y, out, n, n1, epilogue);
+      if (n < n1) product<S, 1>(weight, nullptr, depth, x, rows, y, out, n, n1, epilogue);
       return;
     }
   }
