@@ -143,9 +143,9 @@ def layers_alone(ours, batch: texts.Batch, layers) -> Callable[[], torch.Tensor]
     schedule = Schedule.of(ours.policy, len(ours.encoder.layers), packed.num_sentences, h)
     given = None if layers is None else packed.pack(layers)[packed.first_token]
     parts = ours.encoder.layers, ours.encoder.heads, h, packed, schedule, None, given
-    if not h.is_cuda:
-        return lambda: packed.unpack(gpu_loop.exit_loop(*parts)[0])
-    replay = capture(lambda: gpu_loop.exit_loop(*parts)[0])
+    hears = ours.encoder.neighbor_heads
+    run = lambda: gpu_loop.exit_loop(*parts, neighbor_heads=hears)[0]  # noqa: E731
+    replay = capture(run) if h.is_cuda else run
     return lambda: packed.unpack(replay())
 
 

@@ -48,9 +48,9 @@ STABLE_TORCH_LIBRARY(tokenexit, m) {
   m.def(
       "exit_loop(Tensor h, Tensor positions, Tensor cu_tokens, Tensor cu_words, "
       "Tensor word_of_token, Tensor word_at, Tensor[] weights, Tensor[] scales, "
-      "Tensor[] turned, Tensor[] classifiers, float[] costs, int heads, float scale, float[] eps, Tensor window, "
-      "Tensor min_active, Tensor threshold, bool max_prob, bool tanh, Tensor? bias, Tensor? exit_layer) "
-      "-> (Tensor, Tensor)");
+      "Tensor[] turned, Tensor[] classifiers, int neighbor_heads, float[] costs, int heads, "
+      "float scale, float[] eps, Tensor window, Tensor min_active, Tensor threshold, "
+      "bool max_prob, bool tanh, Tensor? bias, Tensor? exit_layer) -> (Tensor, Tensor, Tensor)");
 }
 
 namespace {

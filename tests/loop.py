@@ -145,7 +145,7 @@ def _attend_norm_first(layer, sums, i, is_first):
 
 
 @torch.no_grad()
-def loop_forward(states, layers, heads, word_of, policy, bias=None, neck=None, hears=False):
+def loop_forward(states, layers, heads, word_of, policy, bias=None, neck=None, hears=0):
     """One sentence.
 
     Args:
@@ -154,8 +154,8 @@ def loop_forward(states, layers, heads, word_of, policy, bias=None, neck=None, h
             the state [d] of the distance from a key to a query.
         neck: what comes before the heads of layers that normalise first: these layers' states are
             sums, and what is copied of a token that left is its sum, whatever the policy's `copy`.
-        hears: heads below the last also say what a token tells the one after it and the one before
-            it; a token that left said it with the head of its last layer.
+        hears: so many heads, from the first, also say what a token tells the one after it and the
+            one before it; a token that left said it with the head of its last layer.
 
     Returns:
         logits (list of n tensors [C]), exit layers (list of n ints), and the smallest distance of
@@ -192,7 +192,7 @@ def loop_forward(states, layers, heads, word_of, policy, bias=None, neck=None, h
                 normed = {i: _norm(layer.output_norm, x) for i, x in fresh.items()}
                 states = [normed.get(i, states[i]) for i in range(n)]
         said = {i: ask(head, states[i]) for i in range(n)}
-        if hears and number < num_layers:
+        if number <= hears:
             thirds = {i: said[i].view(3, -1) for i in range(n)}
             told.update({i: thirds[i][1:] for i in active})
             for i in range(n):

@@ -8,7 +8,8 @@ from tokenexit.models import families
 
 FAMILIES = ("bert", "mpnet")  # those whose layers differ
 ALL_FAMILIES = tuple(families.FAMILIES)
-HEARING = "bert, hearing"
+# BERTs whose heads hear their neighbours: those below the last, or all.
+HEARING = {"bert, hearing": True, "bert, all hearing": "all"}
 # What has a family's code run that its defaults leave out.
 SETTINGS = {
     "deberta-v2": {
@@ -58,11 +59,11 @@ def random_tagger(family="bert", dtype=torch.float64, seed=0, **kwargs):
     """A converted one whose heads disagree enough for words to leave at every layer.
 
     Args:
-        family: `HEARING` for a BERT whose heads hear their neighbours.
+        family: of Hugging Face's, or of `HEARING`.
     """
-    hears = {"neighbor_heads": family == HEARING}
-    theirs = random_classifier("bert" if family == HEARING else family, seed=seed, **kwargs)
-    model = tokenexit.convert(theirs, **hears).to(dtype)
+    hears = HEARING.get(family, False)
+    theirs = random_classifier("bert" if hears else family, seed=seed, **kwargs)
+    model = tokenexit.convert(theirs, neighbor_heads=hears).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for head in model.exit_heads:

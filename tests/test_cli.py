@@ -989,6 +989,8 @@ def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, com
         (["predict", "{folder}/hf", "--threshold", "0.1"], "at layer 1, 2, 3.*or --full-depth"),
         (["evaluate", "{exits}", "-d", "{folder}/dev.conll", "--revision", "v1"],
          "got --revision v1 for a folder, .*exits; expected a name on the hub"),
+        (["train", "-m", "{folder}/hf", "-d", "{folder}/no.conll", "-o", "{folder}/y",
+          "--neighbor-heads", "some"], "got --neighbor-heads some; expected none, below or all"),
         (["train", "-m", "{folder}/hf", "-d", "{folder}/cars.conll", "-o", "{folder}/y"],
          "expected labels in common, or --new-classifier"),
         (

@@ -28,8 +28,8 @@ def fast(monkeypatch):
     """Counts the calls of the fast loop."""
     made, loop = [], cpu.exit_loop
 
-    def counted(*a):
-        result = loop(*a)
+    def counted(*a, **k):
+        result = loop(*a, **k)
         made.append(1)
         return result
 

@@ -26,6 +26,9 @@ def test_counts_of_heads_that_hear():
     spent = flops.multiply_adds(torch.tensor([[4, 2, 1]]), torch.tensor([4]), config)
     told = (4 + 2) * 10 * 2 * 4
     assert spent.tolist() == [layer(4, 4) + layer(2, 4) + layer(1, 4) + told]
+    config = TokenExitConfig(**{**CONFIG.to_dict(), "neighbor_heads": "all"})
+    more = flops.multiply_adds(torch.tensor([[4, 2, 1]]), torch.tensor([4]), config)
+    assert more.tolist() == [spent.item() + 1 * 10 * 2 * 4]
 
 
 def test_counts():

@@ -44,7 +44,7 @@ def bias_of(tagger):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2", "modernbert", HEARING])
+@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2", "modernbert", *HEARING])
 def test_exit_forward_is_the_contract(family, policy):
     tagger = random_tagger(family, seed=3, **(CONVOLVED if family == "deberta-v2" else {}))
     tagger.backend = "reference"
@@ -65,7 +65,7 @@ def test_exit_forward_is_the_contract(family, policy):
                 policy,
                 bias,
                 tagger.encoder.neck,
-                tagger.config.neighbor_heads,
+                tagger.config.num_neighbor_heads,
             )
             assert margin > 1e-9
             assert got.exit_layers[row, :n].tolist() == exits

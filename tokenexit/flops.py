@@ -19,8 +19,7 @@ def multiply_adds(
         + 2 a n d                  scores and context
 
     and nothing once the sentence is finished. Gated inner states take a third product of d f, and a
-    neck before the classifier one of d^2; heads that hear their neighbours, below the last layer,
-    are of 3 C outputs.
+    neck before the classifier one of d^2; heads that hear their neighbours are of 3 C outputs.
 
     Args:
         active: `[B, L]`, tokens computed in each layer.
@@ -31,7 +30,7 @@ def multiply_adds(
     a, n = active.double(), tokens.double()[:, None]
     products, neck = (3, d * d) if config.norm_first else (2, 0)
     outputs = torch.full(a.shape[1:], labels, dtype=torch.float64, device=a.device)
-    outputs[:-1] *= 3 if config.neighbor_heads else 1
+    outputs[: config.num_neighbor_heads] *= 3
     own = a * (2 * d * d + products * d * f + neck + d * outputs)
     shared = (a > 0) * n * 2 * d * d + 2 * a * n * d
     return (own + shared).sum(1)

@@ -467,6 +467,15 @@ class NeighborHead(ExitHead):
             part[len(part) // 3 :] = 0
 
 
+def labels_of(outputs: int, neighbor_heads: int, num_layers: int) -> int:
+    """C, by how many outputs the last head has.
+
+    Args:
+        neighbor_heads: how many heads, from the first, are `NeighborHead`.
+    """
+    return outputs // 3 if neighbor_heads == num_layers else outputs
+
+
 class ExitNeck(nn.Module):
     """What stands between states and the classifiers of all layers: `[n, d] -> [n, d]`.
 

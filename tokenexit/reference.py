@@ -475,9 +475,7 @@ def _from_both_sides(told):
     return F.pad(to_next[:-1], (0, 0, 1, 0)) + F.pad(to_last[1:], (0, 0, 0, 1))
 
 
-def exit_forward(
-    h, layers, heads, packed, schedule, bias=None, exit_layer=None, neighbor_heads=False
-):
+def exit_forward(h, layers, heads, packed, schedule, bias=None, exit_layer=None, neighbor_heads=0):
     """The exit forward, sentence by sentence; every layer computes all tokens, keeps the active.
 
     Args:
@@ -490,8 +488,8 @@ def exit_forward(
             disentangled attention, `tokenexit.layers.Relative`; for those that normalise first,
             `tokenexit.layers.Rotary`.
         exit_layer: `[W]` or None; where given, words leave there, and the schedule is not asked.
-        neighbor_heads: heads below the last are `[n, d] -> [n, 3C]`, see
-            `tokenexit.layers.NeighborHead`.
+        neighbor_heads: how many heads, from the first, are `[n, d] -> [n, 3C]`: see
+            `tokenexit.layers.NeighborHead`. None, L - 1 or all.
 
     Returns:
         For each layer that was reached, `(active [A], logits [A, C])`: the tokens computed in
@@ -521,7 +519,7 @@ def exit_forward(
                 state = torch.where(active[:, None], layer.output_norm(fresh), state)
             tokens = active.nonzero().squeeze(1)
             said = head(state)
-            if neighbor_heads and number < len(layers):
+            if number <= neighbor_heads:
                 said, tells = said.tensor_split([said.shape[1] // 3], 1)
                 told = torch.where(active[:, None], tells, told)
                 said = said + _from_both_sides(told)

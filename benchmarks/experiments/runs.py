@@ -71,7 +71,7 @@ class Run:
     loss: str = "joint"
     distill_last: bool = False
     head: str = "linear"
-    neighbor_heads: bool = False
+    neighbor_heads: bool | str = False
     sampling: Mapping | None = None
     layers: int | None = None
     sentences: int | None = None

@@ -37,12 +37,12 @@ void hear(
   }
 }
 
-std::tuple<Tensor, Tensor> exit_loop(
+std::tuple<Tensor, Tensor, Tensor> exit_loop(
     const Tensor& h_, const Tensor& positions_, const Tensor& cu_tokens_, const Tensor& cu_words_,
     const Tensor& word_of_token_, const Tensor& word_at_, std::vector<Tensor> weights,
     std::vector<Tensor> scales, std::vector<Tensor> turned, std::vector<Tensor> classifiers,
-    std::vector<double> costs,
-    int64_t heads, double scale, std::vector<double> eps, const Tensor& window_,
+    int64_t neighbor_heads, std::vector<double> costs, int64_t heads, double scale,
+    std::vector<double> eps, const Tensor& window_,
     const Tensor& min_active_, const Tensor& threshold_, bool max_prob, bool tanh,
     const std::optional<Tensor>& bias_, const std::optional<Tensor>& exit_layer_) {
   check_cpu(
@@ -60,27 +60,27 @@ std::tuple<Tensor, Tensor> exit_loop(
       " turned weights and ", classifiers.size(), " of classifiers for ", num_layers,
       " layers; expected ", LAYER_TENSORS, " a layer, as many or none, ", LAYER_PRODUCTS,
       " or none, and 2");
-  const Tensor& labels = classifiers.back();
+  const int64_t num_labels = classifiers.back().numel() / (neighbor_heads < num_layers ? 1 : 3);
   STD_TORCH_CHECK(
       h_.dim() == 2 && (h_.scalar_type() == ScalarType::Float || is_bf16(h_)) &&
-          cu_tokens_.numel() > 0 && labels.numel() > 0,
+          cu_tokens_.numel() > 0 && num_labels > 0,
       "got h of ", h_.dim(), " dimensions; expected [T, d] of Float or BFloat16, offsets and labels");
   const bool bf16 = is_bf16(h_);
-  const int64_t num_tokens = h_.size(0), d = h_.size(1), num_labels = labels.numel();
+  const int64_t num_tokens = h_.size(0), d = h_.size(1);
   const int64_t num_sentences = cu_tokens_.numel() - 1;
-  int64_t outputs = num_labels;  // of a head at most: three times that below the last layer
+  const auto outputs_of = [&](int64_t layer) {
+    return layer <= neighbor_heads ? 3 * num_labels : num_labels;
+  };
   for (size_t i = 0; i < classifiers.size(); ++i) {
     const Tensor& x = classifiers[i];
     const bool is_plain = x.scalar_type() == h_.scalar_type() && x.is_contiguous();
     const bool fits = i % 2 ? x.dim() == 1 && x.numel() == classifiers[i - 1].size(0)
                             : x.dim() == 2 && x.size(1) == d;
-    const bool tells = i + 2 < classifiers.size() && fits && x.size(0) == 3 * num_labels;
     STD_TORCH_CHECK(
-        is_plain && fits && (tells || x.size(0) == num_labels),
-        "got a classifier's tensor of ", x.dim(), " dimensions and ", x.numel(),
-        " elements; expected [C, d] and [C] of h's dtype, contiguous, or [3C, d] and [3C] below the "
-        "last layer");
-    outputs = std::max(outputs, x.size(0));
+        is_plain && fits && x.size(0) == outputs_of(i / 2 + 1), "got a classifier's tensor of ",
+        x.dim(), " dimensions and ", x.numel(),
+        " elements; expected [C, d] and [C] of h's dtype, contiguous, or [3C, d] and [3C] of the "
+        "first ", neighbor_heads);
   }
   const Tensor cu_tokens = checked_vector(cu_tokens_, "cu_tokens", num_sentences + 1);
   const Tensor cu_words = checked_vector(cu_words_, "cu_words", num_sentences + 1);
@@ -122,6 +122,9 @@ std::tuple<Tensor, Tensor> exit_loop(
   Tensor h = torch::stable::clone(torch::stable::contiguous(h_));
   Tensor logits_out = torch::stable::new_empty(h, {num_tokens, num_labels});
   Tensor layers_out = torch::stable::empty_like(word_of_token);
+  Tensor no_nan_out = torch::stable::new_empty(h, {}, ScalarType::Bool);
+  bool& no_nan = *no_nan_out.mutable_data_ptr<bool>();
+  no_nan = true;
   void* states = h.mutable_data_ptr();
   std::vector<float> wide(bf16 ? num_tokens * num_labels : 0);
   auto* logits_of = bf16 ? wide.data() : logits_out.mutable_data_ptr<float>();
@@ -129,8 +132,8 @@ std::tuple<Tensor, Tensor> exit_loop(
   std::vector<int64_t> active(num_tokens), kept(num_tokens), words(num_tokens), positions;
   std::vector<int64_t> first(start, start + num_sentences + 1), first_kept(first);
   std::vector<int64_t> left(num_words, 0);
-  std::vector<float> uncertainty(num_words, 0.0f), logits(num_tokens * outputs);
-  std::vector<float> told(outputs > num_labels ? num_tokens * 2 * num_labels : 0);
+  std::vector<float> uncertainty(num_words, 0.0f), logits(num_tokens * outputs_of(1));
+  std::vector<float> told(neighbor_heads > 0 ? num_tokens * 2 * num_labels : 0);
   for (int64_t t = 0; t < num_tokens; ++t) active[t] = t;
   if (bias.entries) positions.resize(num_tokens);
 
@@ -153,15 +156,17 @@ std::tuple<Tensor, Tensor> exit_loop(
       if (bf16) head[i] = floats_of(x);
       classifier[i] = bf16 ? head[i].data() : x.const_data_ptr<float>();
     }
-    const int64_t said = classifiers[2 * at].size(0);
-    linear(states, bf16, active.data(), classifier[0], classifier[1], logits.data(), count, d, said);
-    if (said > num_labels) {
+    linear(
+        states, bf16, active.data(), classifier[0], classifier[1], logits.data(), count, d,
+        outputs_of(layer));
+    if (layer <= neighbor_heads) {
       hear(active.data(), first.data(), start, num_sentences, num_labels, told.data(), logits.data());
       if (bf16) round_to_bf16<Portable>(logits.data(), count * num_labels);
     }
     const auto* end = logits.data() + count * num_labels;
     if (std::any_of<const float*>(logits.data(), end, [](float x) { return std::isnan(x); })) {
       std::fill_n(logits_of, num_tokens * num_labels, std::numeric_limits<float>::quiet_NaN());
+      no_nan = false;
       break;
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -191,7 +196,7 @@ std::tuple<Tensor, Tensor> exit_loop(
   if (bf16) {
     bf16_of<Portable>(logits_of, num_tokens * num_labels, static_cast<uint16_t*>(logits_out.mutable_data_ptr()));
   }
-  return {logits_out, layers_out};
+  return {logits_out, layers_out, no_nan_out};
 }
 
 }  // namespace

@@ -78,7 +78,7 @@ def test_layers_alone_are_the_models(model, monkeypatch):
     batch = texts.batch([texts.uniform(1, n, 60)[0] for n in (5, 9)])
     exits = gpu.exits(batch, 4, 0.5, "even")
 
-    def loop(layers, heads, h, packed, schedule, bias, exit_layer):
+    def loop(layers, heads, h, packed, schedule, bias, exit_layer, neighbor_heads):
         trace = model.ours.encoder(h, packed, schedule, bias, exit_layer)
         return last_of(trace, len(h))
 

@@ -49,7 +49,10 @@ def both(tagger, batch, **kwargs):
 CHOSEN = [*MINE[:-1:4], MINE[-1], ExitPolicy(window=1, threshold=(0.0, 0.5, 0.0, 0.0))]
 
 
-PAIRS = [*zip(itertools.cycle(FAMILIES), CHOSEN), *((HEARING, policy) for policy in CHOSEN[::2])]
+PAIRS = [
+    *zip(itertools.cycle(FAMILIES), CHOSEN),
+    *zip(itertools.cycle(HEARING), [*CHOSEN[::2], *CHOSEN[::2][::-1]]),
+]
 
 
 @pytest.mark.parametrize("family, policy", PAIRS, ids=str)
@@ -83,7 +86,7 @@ def test_a_policy_for_each_sentence_and_few_words_left(device, taken):
     torch.testing.assert_close(ours.logits, truth.logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["bert", HEARING])
+@pytest.mark.parametrize("family", ["bert", *HEARING])
 @torch.no_grad()
 def test_given_exits(family, device, taken):
     tagger = random_tagger(family, dtype=torch.float32).to(device)

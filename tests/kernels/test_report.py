@@ -172,8 +172,8 @@ with torch.no_grad():
         ("bert", (), (0, 0.5, 0, 0), {"hidden_act": "gelu_new"}),
         ("bert", fields, 0, {}),
         ("mpnet", fields[:1], 0.3, {}),
-        (HEARING, (), (0, 0.5, 0, 0), {}),
-        (HEARING, fields, 0, {}),
+        *((hearing, (), (0, 0.5, 0, 0), {}) for hearing in HEARING),
+        *((hearing, fields, 0, {}) for hearing in HEARING),
     ):
         tagger = random_tagger(family, dtype=torch.float16, **options)
         rows = {name: batch["input_ids"] for name in ("input_ids", *given)}

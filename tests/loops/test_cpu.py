@@ -31,7 +31,7 @@ LENGTHS = (19, 1, 3, 40, 7, 2, 25)
 def calls(monkeypatch):
     """Counts the calls of the loop."""
     made, loop = [], cpu.exit_loop
-    monkeypatch.setattr(cpu, "exit_loop", lambda *a: made.append(1) or loop(*a))
+    monkeypatch.setattr(cpu, "exit_loop", lambda *a, **k: made.append(1) or loop(*a, **k))
     return made
 
 
@@ -118,7 +118,7 @@ def test_too_few_embeddings_are_told_as_ever(calls):
 @pytest.mark.parametrize("kind", ["fp32", "int8", "bf16"])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, HEARING])
+@pytest.mark.parametrize("family", [*FAMILIES, *HEARING])
 @torch.no_grad()
 def test_same_bits_as_layer_by_layer(family, policy, given, kind, calls):
     model = random_tagger(family, torch.bfloat16 if kind == "bf16" else torch.float32)
@@ -299,7 +299,7 @@ def test_one_graph_for_torch_compile():
 
 
 # Those that go layer by layer, all sizes of which hang on values in a program, too.
-BY_LAYER = [("deberta-v2", CONVOLVED), ("modernbert", {}), (HEARING, {})]
+BY_LAYER = [("deberta-v2", CONVOLVED), ("modernbert", {}), *((x, {}) for x in HEARING)]
 SLOW = ExitPolicy(threshold=0.7, window=1, copy="pre_norm", neighbors="recompute")
 
 

@@ -25,7 +25,7 @@ def both(tagger, batch, **kwargs):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2", "modernbert", HEARING])
+@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2", "modernbert", *HEARING])
 @torch.no_grad()
 def test_equals_the_reference(family, policy):
     tagger = random_tagger(family, **(CONVOLVED if family == "deberta-v2" else {}))
@@ -59,7 +59,7 @@ def test_equals_the_reference_on_any_batch(lengths, policies, seed):
     torch.testing.assert_close(ours.logits, truth.logits)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, HEARING])
+@pytest.mark.parametrize("family", [*FAMILIES, *HEARING])
 @torch.no_grad()
 def test_a_sentence_does_not_depend_on_its_batch(family):
     tagger = random_tagger(family)
@@ -109,7 +109,7 @@ def test_decisions_agree_beyond_the_rounding_margin(dtype, margin):
 
 
 @pytest.mark.parametrize("policy", POLICIES[::5], ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, HEARING])
+@pytest.mark.parametrize("family", [*FAMILIES, *HEARING])
 def test_gradients_equal_the_reference(family, policy):
     batch = random_batch([5, 9, 1, 14])
     labels = batch["word_ids"].clamp(min=-1) % 5

@@ -75,7 +75,7 @@ def calls():
             ),
             *(bias, i(0, 2, 0)),
         ),
-        "exit_loop": (*loop, heads, costs, H, 0.5, [1e-12] * 2, *policy),
+        "exit_loop": (*loop, heads, 0, costs, H, 0.5, [1e-12] * 2, *policy),
     }
 
 

@@ -93,7 +93,7 @@ def test_the_model_is_what_it_was(family, tiny_tokenizer, tmp_path):
         assert its.labels == [names[i] for i in logits.argmax(-1).tolist()]
 
 
-@pytest.mark.parametrize("near", [False, True], ids=["", "hearing"])
+@pytest.mark.parametrize("near", [False, True, "all"], ids=["", "hearing", "all hearing"])
 def test_heads_are_as_good_as_linear_ones_get(near, tiny_tokenizer):
     """Beside softmax regressions by another optimizer on states that transformers gives."""
     tokenizer = tiny_tokenizer()
@@ -349,6 +349,8 @@ def test_what_can_not_be_adapted(tiny_tokenizer, tmp_path):
         adapt(hf, sentences(80))
     with pytest.raises(ValueError, match="confidence is 1"):
         adapt(hf, sentences(80), tokenizer, confidence=1)
+    with pytest.raises(ValueError, match="neighbor_heads is 'all'; expected True or False"):
+        adapt(hf, sentences(80), tokenizer, neighbor_heads="all")
     hf.bert.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no trained classifier; expected a token classifier"):

@@ -79,9 +79,9 @@ def test_equally_many_other_labels_do_not_take_the_classifier_over(hf):
     for names in (["A", "B", "C", "D"], ["A", "B"], NAMES):
         model = load_to_train(str(folder), tokenizer, names, new_classifier=True)
         assert list(model.config.label2id) == names and model.untrained_heads() == [1, 2, 3, 4]
-        weight = model.exit_heads[-1].weight
-        assert weight.shape == (len(names), 32)
-        assert weight.shape != old.shape or not torch.equal(weight, old)
+        assert model.exit_heads[-1].weight.shape == (3 * len(names), 32)
+        own = model.exit_heads[-1].weight[: len(names)]
+        assert own.shape != old.shape or not torch.equal(own, old)
 
 
 def test_an_encoder_gets_the_labels_of_the_data(tiny_tokenizer, tmp_path):
@@ -97,13 +97,17 @@ def test_an_encoder_gets_the_labels_of_the_data(tiny_tokenizer, tmp_path):
     )
     model = load_to_train(str(tmp_path / "tagger"), tokenizer, ["O", "A", "B"])
     assert list(model.config.label2id) == ["O", "A", "B"]
-    assert model.config.num_labels == model.exit_heads[-1].out_features == 3
+    assert model.config.num_labels == 3 and model.exit_heads[-1].out_features == 9
 
 
 def test_heads_hear_unless_they_are_many_or_not_to(hf, tmp_path):
     folder, tokenizer = hf
     hearing = load_to_train(str(folder), tokenizer, NAMES)
-    assert hearing.config.neighbor_heads and hearing.exit_heads[0].out_features == 12
+    assert hearing.config.neighbor_heads is True and hearing.exit_heads[0].out_features == 12
+    new = load_to_train(str(folder), tokenizer, NAMES, new_classifier=True)
+    assert new.config.neighbor_heads == "all" and new.exit_heads[-1].out_features == 12
+    below = load_to_train(str(folder), tokenizer, NAMES, True, neighbor_heads=True)
+    assert below.config.neighbor_heads is True and below.exit_heads[-1].out_features == 4
     plain = load_to_train(str(folder), tokenizer, NAMES, neighbor_heads=False)
     assert not plain.config.neighbor_heads and plain.exit_heads[0].out_features == 4
     many = [*NAMES, *map(str, range(86 - len(NAMES)))]
@@ -113,6 +117,11 @@ def test_heads_hear_unless_they_are_many_or_not_to(hf, tmp_path):
     Tagger(hearing, tokenizer).save_pretrained(tmp_path / "tagger")
     with pytest.raises(ValueError, match="has heads that hear their neighbours; expected it to"):
         load_to_train(str(tmp_path / "tagger"), tokenizer, NAMES, neighbor_heads=False)
+    Tagger(new, tokenizer).save_pretrained(tmp_path / "all")
+    again = load_to_train(str(tmp_path / "all"), tokenizer, NAMES)
+    assert again.config.neighbor_heads == "all"
+    with pytest.raises(ValueError, match="has its last classifier hear its neighbours; expected"):
+        load_to_train(str(tmp_path / "all"), tokenizer, NAMES, neighbor_heads=True)
 
 
 def test_a_default_device_of_the_user_does_not_matter():

@@ -95,12 +95,10 @@ Epochs = Annotated[float | None, typer.Option(help="Default: 3, more for small d
 LearningRate = Annotated[float | None, typer.Option(help="Default: 5e-5 (768 / width)^2.")]
 HeadLearningRate = Annotated[float, typer.Option(help="Learning rate of the exit heads.")]
 NeighborHeads = Annotated[
-    bool | None,
+    str | None,
     typer.Option(
-        "--neighbor-heads/--plain-heads",
-        help="Whether classifiers hear those of the tokens beside a token. Default: up to 85 "
-        "labels, which GPUs take.",
-        show_default=False,
+        help="Which classifiers hear those of the tokens beside a token: none, those below the "
+        "last, or all. Default: all new ones, up to 85 labels, which GPUs take.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Runs with equal seeds are equal.")]
@@ -286,6 +284,14 @@ def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"--set {pair}: {error}") from None
     return settings
+
+
+def hearing(neighbor_heads: str | None) -> bool | str | None:
+    """What `NeighborHeads` means in Python."""
+    values = {None: None, "none": False, "below": True, "all": "all"}
+    if neighbor_heads not in values:
+        raise ValueError(f"got --neighbor-heads {neighbor_heads}; expected none, below or all")
+    return values[neighbor_heads]
 
 
 def need_stdout():

@@ -41,6 +41,7 @@ from tokenexit.cli.options import (
     device_errors,
     dial_table,
     err,
+    hearing,
     load_tagger,
     need_stdout,
     out,
@@ -97,14 +98,13 @@ def train(
         resume,
         set,
     )
+    heads = hearing(neighbor_heads)
     check_model_name(model)
     load_config(model)  # told before the data is read, if there is none
     train_data = read_data(data, column, format)
     dev_data = dev and read_data(dev, column, format)
     tokenizer = load_tokenizer(model)
-    tagger_model = load_to_train(
-        model, tokenizer, label_names(train_data), new_classifier, neighbor_heads
-    )
+    tagger_model = load_to_train(model, tokenizer, label_names(train_data), new_classifier, heads)
     run(tagger_model, tokenizer, train_data, dev_data, ExitPolicy.never())
 
 
@@ -475,6 +475,7 @@ def adapt(
     ):
         if given and not there:
             raise ValueError(f"got --{name} without --{other}; expected both or neither")
+    heads = hearing(neighbor_heads)
     check_output_folder(output)
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise ValueError(f"--output is the folder of the model, {model}; expected another")
@@ -494,7 +495,7 @@ def adapt(
             tokenizer,
             tune=tune,
             int8=int8,
-            neighbor_heads=neighbor_heads,
+            neighbor_heads=heads,
             max_disagreement=max_disagreement,
             confidence=confidence,
             per_layer=per_layer,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenexit.conditions import CALLS, Reads, check_loaded, refused, unmet
-from tokenexit.layers import costs_of
+from tokenexit.layers import costs_of, labels_of
 from tokenexit.loops.eager import Outcome, Unmet
 from tokenexit.loops.eager import embed as embed_by_calls
 from tokenexit.ops import check_bias, check_vector, compiled_devices, register_fake
@@ -52,10 +52,13 @@ def run(call, h, packed, schedule, bias, exits) -> Outcome:
     if (h.dtype, h.device) != (call.like.dtype, call.like.device):
         raise Unmet("states of the dtype and on the device of the embeddings' weights")
     try:
-        results = exit_loop(call.layers, call.reads, h, packed, schedule, bias, exits)
+        logits, layers, no_nan = exit_loop(
+            *(call.layers, call.reads, h, packed, schedule, bias, exits),
+            neighbor_heads=call.encoder.neighbor_heads,
+        )
     except (RuntimeError, ValueError):
         raise Unmet(refused(call.reads)) from None
-    return Outcome(*results, no_nan=~results[0].isnan().any())
+    return Outcome(logits, layers, no_nan=no_nan)
 
 
 def exit_loop(
@@ -66,7 +69,8 @@ def exit_loop(
     schedule: Schedule,
     bias: torch.Tensor | None = None,
     exits: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    neighbor_heads: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `eager.last_of` makes of the trace of `ExitEncoder` for these arguments, to the bit.
 
     Step by step what `tokenexit.ops.exit_layer`, `linear`, `exit_decision` and `compact_active` do,
@@ -75,11 +79,11 @@ def exit_loop(
     Args:
         layers: L `ExitLayer`.
         found: what `layers.reads` gave for them and their heads.
-        h, packed, schedule, bias, exits: see `ExitEncoder`.
+        h, packed, schedule, bias, exits, neighbor_heads: see `ExitEncoder`.
 
     Returns:
-        Logits `[T, C]` and layers `[T]` int64 that tokens left with. If any layer's logits have a
-        NaN, all logits are NaN, and layers are not set.
+        Logits `[T, C]` and layers `[T]` int64 that tokens left with, and `[]` bool, whether no
+        layer's logits had a NaN. Else all logits are NaN, and layers are not set.
 
     Raises:
         TypeError: indices that are not int64.
@@ -109,6 +113,7 @@ def exit_loop(
         found.scales,
         prepacked(found),
         found.classifiers,
+        neighbor_heads,
         costs_of(found, first),
         first.num_heads,
         (h.shape[1] // first.num_heads) ** -0.5,
@@ -127,5 +132,7 @@ if _DEVICES:
 
     @register_fake("exit_loop")
     def _(h, positions, cu_tokens, cu_words, word_of_token, word_at, *lists):
-        heads = lists[3]  # behind weights, scales and copies
-        return h.new_empty(h.shape[0], heads[-1].shape[0]), torch.empty_like(positions)
+        # Behind weights, scales and copies.
+        labels = labels_of(len(lists[3][-1]), lists[4], len(lists[3]) // 2)
+        results = h.new_empty(h.shape[0], labels), torch.empty_like(positions)
+        return *results, h.new_empty((), dtype=torch.bool)

@@ -29,8 +29,8 @@ class ExitEncoder(nn.Module):
         layers: L `ExitLayer`.
         heads: L classifiers, `[n, d] -> [n, C]`.
         neck: what comes before each of them, `[n, d] -> [n, d]`, or None.
-        neighbor_heads: heads below the last are `[n, d] -> [n, 3C]`, see
-            `tokenexit.layers.NeighborHead`.
+        neighbor_heads: how many heads, from the first, are `[n, d] -> [n, 3C]`: see
+            `tokenexit.layers.NeighborHead`. None, L - 1 or all.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ExitEncoder(nn.Module):
         layers: Sequence[nn.Module],
         heads: Sequence[nn.Module],
         neck: nn.Module | None = None,
-        neighbor_heads: bool = False,
+        neighbor_heads: int = 0,
     ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -81,12 +81,11 @@ class ExitEncoder(nn.Module):
             if states is not None:
                 states.append(h)
             said = self.logits(head, active.rows(h) if schedule.pre_norm else fresh)
-            if self.neighbor_heads:
-                if number == len(self.layers):
-                    told = None
-                else:
-                    tells = said[:, said.shape[1] // 3 :]
-                    told = tells if number == 1 else _store(told, active, tells, keep)
+            if number <= self.neighbor_heads:
+                tells = said[:, said.shape[1] // 3 :]
+                told = tells if number == 1 else _store(told, active, tells, keep)
+            else:
+                told = None
             logits = _hear(said, told, active)
             trace.append((active.tokens, logits))
             if number == len(self.layers):
@@ -175,7 +174,8 @@ def embed(call, embeddings, packed, ids, *given) -> torch.Tensor:
 def unpack(call, packed, outcome, sound) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `tokenexit.loops.Loop`; in training nobody asks whether there was a NaN."""
     if not call.encoder.training:
-        sound = sound & outcome.is_sound()
+        no_nan = outcome.is_sound()
+        sound = no_nan if sound is True else sound & no_nan
     return packed.unpack(outcome.logits), packed.unpack(outcome.layers), sound
 
 

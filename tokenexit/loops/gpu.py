@@ -30,6 +30,7 @@ from torch import nn
 
 from tokenexit.conditions import check_loaded
 from tokenexit.int8 import Int8Linear
+from tokenexit.layers import labels_of
 from tokenexit.loops.eager import Outcome
 from tokenexit.loops.eager import embed as embed_by_calls
 from tokenexit.ops import compiled_devices, extension_error, float32_precision
@@ -141,7 +142,11 @@ def run(call, h, packed, schedule, bias, exits) -> Outcome:
     """See `tokenexit.loops.Loop`."""
     layers, heads = call.encoder.layers, call.encoder.heads
     schedule = schedule.padded(packed.num_sentences)
-    logits, left_at = exit_loop(layers, heads, h, packed, schedule, bias, exits, keep=False)
+    logits, left_at = exit_loop(
+        *(layers, heads, h, packed, schedule, bias, exits),
+        neighbor_heads=call.encoder.neighbor_heads,
+        keep=False,
+    )
     return Outcome(logits, left_at)
 
 
@@ -155,11 +160,12 @@ def exit_loop(
     exits: torch.Tensor | None = None,
     precision: str | None = None,
     keep: bool = True,
+    neighbor_heads: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `eager.last_of` makes of the trace of `eager.ExitEncoder` for these arguments.
 
     Args:
-        layers, heads, h, packed, schedule, bias, exits: see there. Tokens beyond
+        layers, heads, h, packed, schedule, bias, exits, neighbor_heads: see there. Tokens beyond
             `packed.cu_tokens[B]` are in no sentence, and nothing is computed of them.
         precision: of fp32 products, "ieee" or "tf32"; None: what PyTorch is set to. Heads and
             decisions are "ieee".
@@ -178,10 +184,9 @@ def exit_loop(
     seen, cu_seen, all_rows = active, cu_active, True  # until some have left
     sizes = size, size, cu_active.shape[0] // 8 + 3
     left, layer_of_token, places = active.new_zeros(sum(sizes)).split(sizes)
-    labels = heads[-1].out_features
+    labels = labels_of(heads[-1].out_features, neighbor_heads, len(layers))
     logits = h.new_zeros(size, labels)
-    outputs = heads[0].out_features
-    said = h.new_empty(size, outputs) if outputs > labels else None  # what tokens tell others
+    said = h.new_empty(size, 3 * labels) if neighbor_heads else None  # what tokens tell others
     uncertainty = torch.empty_like(active, dtype=torch.float32)  # all are asked at first
     arrived = torch.zeros_like(schedule.window, dtype=torch.int32)
     bias = None if bias is None else bias.contiguous()
@@ -275,7 +280,7 @@ def exit_loop(
             max_length=packed.shape[1],
             decide=asks,
             answer=asks or last or exits is not None,
-            said=said if head.out_features > labels else None,
+            said=said if number <= neighbor_heads else None,
             cu_tokens=packed.cu_tokens,
             **schedule.at(number),
         )

@@ -42,8 +42,7 @@ def layers_of(config: TokenExitConfig) -> list[nn.Module]:
 
 def head_of(config: TokenExitConfig, number: int) -> ExitHead:
     """A new classifier after layer `number`, from 1; the last is as Hugging Face's models have."""
-    hears = config.neighbor_heads and number < config.num_hidden_layers
-    kind = NeighborHead if hears else ExitHead
+    kind = NeighborHead if number <= config.num_neighbor_heads else ExitHead
     return kind(config.hidden_size, config.num_labels, config.classifier_dropout)
 
 

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 # Beyond these a configuration is damaged, and building its model would take minutes or all memory.
 MOST_LAYERS, MOST_PARAMETERS = 1000, 4_000_000_000
+NEIGHBOR_HEADS = (False, True, "all")  # more of them from one to the next
 
 
 class TokenExitConfig(PreTrainedConfig):
@@ -50,8 +51,8 @@ class TokenExitConfig(PreTrainedConfig):
             `TokenExitForTokenClassification.untrained_heads`.
         int8, int8_embeddings: whether the layers' products have 8-bit weights, and whether the
             table of words is of 8 bits, too, see `tokenexit.quantize`.
-        neighbor_heads: classifiers below the last hear those of the tokens beside a token, see
-            `tokenexit.layers.NeighborHead`.
+        neighbor_heads: whether classifiers below the last hear those of the tokens beside a token,
+            see `tokenexit.layers.NeighborHead`; or "all": the last one, too.
         made_from: the model it was converted from: a name on the hub, or "./" and the name of a
             folder.
         temperatures: for each layer what logits are divided by for the confidences of a `Tagger`,
@@ -113,9 +114,16 @@ class TokenExitConfig(PreTrainedConfig):
     untrained_heads: list[int] | None = None
     int8: bool = False
     int8_embeddings: bool = False
-    neighbor_heads: bool = False
+    neighbor_heads: bool | str = False
     made_from: str | None = None
     temperatures: list[float] | None = None
+
+    @property
+    def num_neighbor_heads(self) -> int:
+        """How many classifiers, from the first, are `tokenexit.layers.NeighborHead`."""
+        return (0, self.num_hidden_layers - 1, self.num_hidden_layers)[
+            NEIGHBOR_HEADS.index(self.neighbor_heads)
+        ]
 
     @property
     def max_tokens(self) -> int:
@@ -158,6 +166,12 @@ def check_sizes(config: PreTrainedConfig):
         )
 
 
+def check_neighbor_heads(name: str, value: object):
+    """Raise ValueError for what is none of `NEIGHBOR_HEADS`."""
+    if value not in NEIGHBOR_HEADS or isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; expected true, false or 'all'")
+
+
 def check_config(config: TokenExitConfig):
     """Raise ValueError for settings of which there is no model; labels are made whole."""
     check_sizes(config)
@@ -170,9 +184,10 @@ def check_config(config: TokenExitConfig):
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"config.{name} is {value!r}; expected a number from 0 to 1")
-    for name in ("int8", "int8_embeddings", "neighbor_heads"):
+    for name in ("int8", "int8_embeddings"):
         if not isinstance(value := getattr(config, name), bool):
             raise ValueError(f"config.{name} is {value!r}; expected true or false")
+    check_neighbor_heads("config.neighbor_heads", config.neighbor_heads)
     warmth, layers = config.temperatures, config.num_hidden_layers
     if warmth is not None and not (
         isinstance(warmth, list)

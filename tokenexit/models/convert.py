@@ -18,7 +18,7 @@ from tokenexit.models.translation import copy_weights_back, their_config
 def convert(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    neighbor_heads: bool = False,
+    neighbor_heads: bool | str = False,
 ) -> TokenExitForTokenClassification:
     """A tagger with an exit head after each layer, with the weights of `model`.
 
@@ -31,7 +31,8 @@ def convert(
             say which tokens make up a word where no `word_ids` are given. None: each token is
             a word.
         neighbor_heads: heads below the last hear those of the tokens beside a token, see
-            `tokenexit.layers.NeighborHead`: nearly free, and better once trained.
+            `tokenexit.layers.NeighborHead`: nearly free, and better once trained. "all": the
+            last one, too, which then is no longer one that `to_hugging_face` could give back.
 
     Returns:
         The tagger, on the device, in the dtype and in the mode (training or not) of `model`.
@@ -40,7 +41,7 @@ def convert(
         TypeError: not a Hugging Face model.
         ValueError: an unsupported family; a model for another task, or with parts or code that
             the result would not have; labels with gaps; a tokenizer that is not a fast one or has
-            more entries than the model has embeddings.
+            more entries than the model has embeddings; other `neighbor_heads`.
     """
     if isinstance(model, TokenExitForTokenClassification):
         raise ValueError("the model is a TokenExitForTokenClassification already")
@@ -61,12 +62,18 @@ def to_hugging_face(model: TokenExitForTokenClassification) -> PreTrainedModel:
 
     Raises:
         TypeError: another model.
-        ValueError: an 8-bit one.
+        ValueError: an 8-bit one; one whose last classifier hears the tokens beside a token, as no
+            model of Hugging Face's does.
     """
     if not isinstance(model, TokenExitForTokenClassification):
         raise TypeError(f"got a {type(model).__name__}; expected a TokenExitForTokenClassification")
     if is_quantized(model):
         raise ValueError("got an 8-bit model; expected the fp32 one it was made from")
+    if model.config.neighbor_heads == "all":
+        raise ValueError(
+            "got a tagger whose last classifier hears the tokens beside a token; expected one "
+            "trained with a last one that does not"
+        )
     with torch.device("cpu"):  # whatever the user's default is
         theirs = AutoModelForTokenClassification.from_config(their_config(model.config))
     theirs = theirs.to(model.device, model.dtype)

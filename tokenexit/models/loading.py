@@ -30,7 +30,7 @@ from tokenexit.models.translation import (
 from tokenexit.policy import ExitPolicy
 from tokenexit.text.vocabulary import marks_of, token_kinds
 
-_HEAD = "encoder.heads.{}.weight"
+_HEAD = "encoder.heads.{}."
 
 
 def load_tagger(
@@ -40,7 +40,7 @@ def load_tagger(
     *args,
     tokenizer: PreTrainedTokenizerBase | None,
     policy: ExitPolicy | None,
-    neighbor_heads: bool,
+    neighbor_heads: bool | str,
     **kwargs,
 ):
     """See `TokenExitForTokenClassification.from_pretrained`.
@@ -61,7 +61,8 @@ def load_tagger(
             kwargs["dtype"] = torch.float32
         model, info = load_whole(load_saved, name, (), False, *args, **kwargs)
         other = {key for key, *_ in info["mismatched_keys"]}  # of which new ones were made
-        new = {n for n in range(1, len(model.exit_heads) + 1) if _HEAD.format(n - 1) in other}
+        heads = range(1, len(model.exit_heads) + 1)
+        new = {n for n in heads if f"{_HEAD.format(n - 1)}weight" in other}
         model.mark_untrained(sorted(new.union(model.config.untrained_heads or ())))
     else:
         check_supported(config)
@@ -85,7 +86,7 @@ def of_hugging_face(
     cls: type,
     theirs: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    neighbor_heads: bool,
+    neighbor_heads: bool | str,
 ):
     """See `tokenexit.convert`; cls: that of its result."""
     config = config_of(theirs)
@@ -93,7 +94,9 @@ def of_hugging_face(
     with torch.device("cpu"):  # whatever the user's default is
         model = cls(config).to(theirs.dtype)
     model.mark_untrained(range(1, config.num_hidden_layers))
-    copy_weights(theirs, model.state_dict())
+    weights, last = model.state_dict(), _HEAD.format(config.num_hidden_layers - 1)
+    own = {x: weights[x][: config.num_labels] for x in weights if x.startswith(last)}
+    copy_weights(theirs, weights | own)  # one that hears starts by telling nothing
     if tokenizer is not None:
         model.token_kinds.copy_(token_kinds(tokenizer, config.vocab_size))
     return model.to(theirs.device).train(theirs.training)

@@ -68,7 +68,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         self.embeddings = ExitEmbeddings(config)
         layers = layers_of(config)
         heads = [head_of(config, number) for number, _ in enumerate(layers, 1)]
-        self.encoder = ExitEncoder(layers, heads, neck_of(config), config.neighbor_heads)
+        self.encoder = ExitEncoder(layers, heads, neck_of(config), config.num_neighbor_heads)
         if config.relative_attention_buckets:
             self.relative_bias = nn.Embedding(
                 config.relative_attention_buckets, config.num_attention_heads
@@ -123,7 +123,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
     def exit_heads(self) -> nn.ModuleList:
         """L classifiers, Linear(d, C); the last is that of the model converted from.
 
-        Where `config.neighbor_heads`, those below it are `tokenexit.layers.NeighborHead`.
+        The first `config.num_neighbor_heads` are `tokenexit.layers.NeighborHead`.
         """
         return self.encoder.heads
 
@@ -131,9 +131,11 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         if name != "exit_heads":
             return super().__setattr__(name, value)
         shapes = [(head.in_features, head.out_features) for head in value]
-        d, below = self.config.hidden_size, 3 if self.config.neighbor_heads else 1
-        expected = [(d, below * self.num_labels)] * (self.config.num_hidden_layers - 1)
-        expected.append((d, self.num_labels))
+        config, labels = self.config, self.num_labels
+        expected = [
+            (config.hidden_size, 3 * labels if number < config.num_neighbor_heads else labels)
+            for number in range(config.num_hidden_layers)
+        ]
         if shapes != expected:
             raise ValueError(f"got exit heads of shapes {shapes}; expected {expected}")
         self.encoder.heads = nn.ModuleList(value)
@@ -168,7 +170,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         *args,
         tokenizer: PreTrainedTokenizerBase | None = None,
         policy: ExitPolicy | None = None,
-        neighbor_heads: bool = False,
+        neighbor_heads: bool | str = False,
         **kwargs,
     ) -> TokenExitForTokenClassification:
         """Load a saved tagger, or any supported Hugging Face encoder or token classifier.

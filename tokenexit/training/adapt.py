@@ -122,8 +122,8 @@ def adapt(
         tokenizer: of the model. None: the one beside it, for a folder or a name.
         tune: train encoder and classifier as well, by self-sampling on the labels that the model
             gives the texts; takes longer, goes faster, and full depth is no longer the model.
-        neighbor_heads: heads that hear their neighbours, see `tokenexit.convert`. None: where the
-            loop for GPUs takes them, up to 85 labels.
+        neighbor_heads: heads below the last that hear their neighbours, see `tokenexit.convert`.
+            None: where the loop for GPUs takes them, up to 85 labels.
         int8: give the result 8-bit weights, for the CPU; all that is measured and promised is of
             these, held against the labels of the model as it was. With this or `tune`, one that
             was saved in 16 bits goes on in fp32: 16 bits lose the small steps of training.
@@ -156,6 +156,8 @@ def adapt(
         raise ValueError(f"{checkpoints} has a run already; expected resume, or it removed")
     if tune:  # told now, if it can't be
         from datasets import Dataset
+    if neighbor_heads == "all":
+        raise ValueError("neighbor_heads is 'all'; expected True or False: the last one stays")
     if isinstance(model, (str, os.PathLike)):
         tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         adapted = TokenExitForTokenClassification.from_pretrained(model, tokenizer=tokenizer)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tokenexit.loops.gpu import MOST_OUTPUTS
 from tokenexit.models.assembly import head_of
 from tokenexit.models.checkpoint import load_config
+from tokenexit.models.configuration import NEIGHBOR_HEADS, check_neighbor_heads
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.text.scoring import shown
 
@@ -22,7 +23,7 @@ def load_to_train(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     new_classifier: bool = False,
-    neighbor_heads: bool | None = None,
+    neighbor_heads: bool | str | None = None,
 ) -> TokenExitForTokenClassification:
     """The model at a folder or hub name, with a classifier that knows `labels`.
 
@@ -32,14 +33,15 @@ def load_to_train(
     Args:
         labels: of the training data.
         new_classifier: start a new one in any case.
-        neighbor_heads: see `choose_heads`.
+        neighbor_heads: see `choose_heads`; a new classifier hears, too, unless this says otherwise.
 
     Raises:
         ValueError: a fine-tuned classifier that has none of the labels; see also `choose_heads` and
             `TokenExitForTokenClassification.from_pretrained`.
     """
     model = _load(name, tokenizer, labels, new_classifier)
-    choose_heads(model, neighbor_heads)
+    is_new = model.config.num_hidden_layers in model.untrained_heads()
+    choose_heads(model, neighbor_heads, "all" if is_new else True)
     return model
 
 
@@ -104,30 +106,45 @@ def set_labels(model: TokenExitForTokenClassification, names: Sequence[str], kee
     model.mark_untrained(new)
 
 
-def choose_heads(model: TokenExitForTokenClassification, neighbor_heads: bool | None):
+def choose_heads(
+    model: TokenExitForTokenClassification,
+    neighbor_heads: bool | str | None,
+    default: bool | str = True,
+):
     """Make a model's heads such as hear their neighbours, if that is wanted.
 
     Args:
-        neighbor_heads: whether it is. None: where the loop for GPUs takes them, up to 85 labels.
+        neighbor_heads: whether it is, see `tokenexit.convert`. None: the default where the loop for
+            GPUs takes it, up to 85 labels; heads that hear already stay.
 
     Raises:
-        ValueError: they hear already, but it is not wanted.
+        ValueError: heads hear already that are not to.
     """
-    if neighbor_heads is False and model.config.neighbor_heads:
+    there = model.config.neighbor_heads
+    if neighbor_heads is None:
+        fits = 3 * model.num_labels <= MOST_OUTPUTS
+        neighbor_heads = max(there, default if fits else False, key=NEIGHBOR_HEADS.index)
+    check_neighbor_heads("neighbor_heads", neighbor_heads)
+    if NEIGHBOR_HEADS.index(there) > NEIGHBOR_HEADS.index(neighbor_heads):
+        which = "its last classifier hear its" if there == "all" else "heads that hear their"
         raise ValueError(
-            "the tagger has heads that hear their neighbours; expected it to keep them, or an "
+            f"the tagger has {which} neighbours; expected it to keep them, or an "
             "encoder to start from"
         )
-    if neighbor_heads or (neighbor_heads is None and 3 * model.num_labels <= MOST_OUTPUTS):
-        let_heads_hear(model)
+    let_heads_hear(model, neighbor_heads)
 
 
 @torch.no_grad()
-def let_heads_hear(model: TokenExitForTokenClassification):
-    """Make the heads below the last such as hear their neighbours; what they say stays the same."""
-    if model.config.neighbor_heads:
+def let_heads_hear(model: TokenExitForTokenClassification, neighbor_heads: bool | str = True):
+    """Make heads such as hear their neighbours; what they say stays the same.
+
+    Args:
+        neighbor_heads: those below the last, or "all", see `tokenexit.convert`.
+    """
+    if model.config.neighbor_heads == neighbor_heads:
         return
-    model.config.neighbor_heads = model.encoder.neighbor_heads = True
+    model.config.neighbor_heads = neighbor_heads
+    model.encoder.neighbor_heads = model.config.num_neighbor_heads
     heads, new = [], model.untrained_heads()
     for number, old in enumerate(model.exit_heads, 1):
         head = _like(old, model.config, number)
