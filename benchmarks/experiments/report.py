@@ -14,7 +14,9 @@ from tokenexit.policy import ExitPolicy
 
 _WORDS = ("token", "token, max_prob", "token, growing", "token, growing, max_prob")
 # By name: how the runs' names end, and the kinds of policy.
+ALL_HEAR = "words, all heads hear"
 GROUPS = {
+    ALL_HEAR: ("all-hear", _WORDS),
     "words, heads that hear": ("hearing", _WORDS),
     "words": ("joint", _WORDS),
     "words, one threshold": ("joint", ("token",)),
@@ -68,7 +70,8 @@ def summary(rows: Sequence[dict]) -> str:
 
 def grouped(rows: Sequence[dict]) -> dict[str, dict[float, list[dict]]]:
     """Of a set's rows by group and speed: joint training at full depth and by `GROUPS`, of which
-    that is taken, seed by seed, which development data choose; and encoders of fewer layers."""
+    that is taken, seed by seed, which development data choose; and encoders of fewer layers. The
+    last layer is another one where all heads hear."""
     fewer, found = _fewer_layers(rows), {}
 
     def add(group: str, speed: float, row: dict):
@@ -77,6 +80,8 @@ def grouped(rows: Sequence[dict]) -> dict[str, dict[float, list[dict]]]:
     for row in rows:
         if row["target"] is None and _system(row).endswith("-joint"):
             add("full depth", 1.0, row)
+        if row["target"] is None and _system(row).endswith("-all-hear"):
+            add(ALL_HEAR, 1.0, row)
     for group, (name, kinds) in GROUPS.items():
         best: dict[tuple, dict] = {}
         for row in rows:
@@ -299,10 +304,10 @@ def draw(rows: Sequence[dict], title: str, path: Path):
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
     groups = grouped(rows)
-    full = groups.pop("full depth")[1.0]
+    full = groups.pop("full depth", groups.get(ALL_HEAR))[1.0]
     score = 100 * mean_of(full, "test")
     for group, by_speed in groups.items():
-        points = [(1.0, score)] if group in GROUPS else []
+        points = [(1.0, score)] if group in GROUPS and 1.0 not in by_speed else []
         for speed, same in sorted(by_speed.items()):
             measured = mean_of(same, "flops_speedup") if group in GROUPS else speed
             points.append((measured, 100 * mean_of(same, "test")))

@@ -248,11 +248,14 @@ def test_a_summary_has_what_development_data_choose_seed_by_seed():
         row("a-joint-2", "token", 2.0, 0.6, 0.25),
         row("a-longer-1", "token", 2.0, 0.9, 0.9),  # of another training
         row("a-two-1", "full depth", None, 0, 0.375, layers=2),
+        row("a-all-hear-1", "full depth", None, 0, 0.625),
+        row("a-all-hear-1", "token", 2.0, 0.6, 0.5625),
     ]
     assert report.summary(rows).splitlines() == [
         "| set | | 1x | 2x |",
         "| --- | --- | --: | --: |",
         "| a | full depth | 50.00 ± 0.00 |  |",
+        "| a | words, all heads hear | 62.50 | 56.25 |",
         "| a | words |  | 37.50 ± 17.68 |",
         "| a | words, one threshold |  | 25.00 ± 0.00 |",
         "| a | fewer layers, distilled |  | 37.50 |",
