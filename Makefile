@@ -52,7 +52,7 @@ docs: $(VENV)/.installed
 # About half an hour on two cores; the tagger of `make demo` is trained once more, and kept.
 bench: $(VENV)/.bench
 	PYTHONPATH=benchmarks $(BIN)/python -m roofline
-	PYTHONPATH=benchmarks $(BIN)/python -m cpu
+	PYTHONPATH=benchmarks $(BIN)/python -m cpu --memory
 	$(BIN)/python -m pytest -q benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds \
 		--benchmark-sort=fullname
 

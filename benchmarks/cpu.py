@@ -53,6 +53,7 @@ SAMPLES = 128  # sentences from which ranges of bytes are taken
 MAX_LOSS = 0.002  # of F1 on development data, for the real exits: on others it may be more
 HEADLINES = ("Hugging Face sdpa", "ONNX Runtime", "ONNX Runtime int8", "OpenVINO int8")
 PADDED_TOO = HEADLINES
+FP32, NOT_PACKED = "tokenexit fp32", "tokenexit, weights not packed"
 LONG_TEXTS = (report.CHINESE, "uniform 128", "uniform 512")
 # Ways to leave: a batch to the arguments of the model's call.
 Exits = Mapping[str, Callable[[Batch], dict]]
@@ -583,6 +584,7 @@ def memory(subject: Subject, run: str, skip: Sequence[str]) -> list[dict]:
     rows = []
     wanted = [(name, None) for name in HEADLINES if name not in skip]
     wanted += [(f"tokenexit {dtype}", name) for dtype in subject.ours for name, _ in exits]
+    wanted.append((NOT_PACKED, next(iter(subject.exits))))
     for name, chosen in wanted:
         command = [sys.executable, "-m", "cpu", "--memory-of", name, str(chosen)]
         command += ["--folder", str(subject.folder), "--threads", str(torch.get_num_threads())]
@@ -607,7 +609,11 @@ def memory_of(name: str, exits: str, folder: Path) -> int:
         _forget_peak()
         peer.run(inputs)
     else:
-        model = TokenExitForTokenClassification.from_pretrained(folder / name).eval()
+        with torch.inference_mode(False):  # in which weights could not be packed
+            where = folder / (FP32 if name == NOT_PACKED else name)
+            model = TokenExitForTokenClassification.from_pretrained(where).eval()
+            if name == FP32:
+                tokenexit.prepack(model)  # as it is timed
         _forget_peak()
         model(b.input_ids, b.attention_mask, b.word_ids, **arguments[exits])
     status = Path("/proc/self/status").read_text()
