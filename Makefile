@@ -65,6 +65,7 @@ asan: $(VENV)/.installed
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=build/asan/lib \
 		$(BIN)/python -m pytest -q --capture=sys tests/ops tests/test_int8.py tests/test_prepacking.py \
+		tests/loops/test_cpu.py tests/models/test_neighbor_heads.py \
 		-k "not more_keys_than_fit and not name_is_heard"
 
 # The sdist, and the wheel that it gives: for any CPython from 3.10 and any torch from 2.10, and for the oldest

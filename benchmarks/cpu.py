@@ -532,7 +532,7 @@ def trained_tagger(folder: Path, assets) -> tuple[Tagger, dict[str, ExitPolicy]]
     """The demo's tagger, trained on first use; its fastest policies within `MAX_LOSS` of F1."""
     if not (folder / "results.json").exists():
         print("training the tagger of `make demo`, once", flush=True)
-        demo.run(folder)
+        demo.run(folder, neighbor_heads=True)  # which plain transformers can run at full depth
     trained = Tagger.from_pretrained(folder)
     file = folder / "bench-policies.json"
     if not file.exists():

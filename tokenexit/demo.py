@@ -33,7 +33,13 @@ EXAMPLES = (
 
 
 @torch.inference_mode(False)  # training has to work from within that mode, too
-def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | None = None):
+def run(
+    output: Path,
+    sentences: int = 2000,
+    seed: int = 42,
+    console: Console | None = None,
+    neighbor_heads: bool | str = "all",
+):
     """Train, self-sample, calibrate, tag; print a table and write a picture.
 
     Args:
@@ -41,6 +47,7 @@ def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | 
         sentences: of training data.
         seed: of everything random.
         console: to print to.
+        neighbor_heads: see `tokenexit.convert`.
     """
     import matplotlib  # noqa: F401  told now, if it lacks
 
@@ -67,7 +74,7 @@ def run(output: Path, sentences: int = 2000, seed: int = 42, console: Console | 
     model = TokenExitForTokenClassification.from_pretrained(
         assets.encoder,
         tokenizer=tokenizer,
-        neighbor_heads=True,
+        neighbor_heads=neighbor_heads,
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
     )

@@ -72,7 +72,7 @@ def to_hugging_face(model: TokenExitForTokenClassification) -> PreTrainedModel:
     if model.config.neighbor_heads == "all":
         raise ValueError(
             "got a tagger whose last classifier hears the tokens beside a token; expected one "
-            "trained with a last one that does not"
+            "whose last does not (train --neighbor-heads below, neighbor_heads=True)"
         )
     with torch.device("cpu"):  # whatever the user's default is
         theirs = AutoModelForTokenClassification.from_config(their_config(model.config))
