@@ -78,10 +78,9 @@ def grouped(rows: Sequence[dict]) -> dict[str, dict[float, list[dict]]]:
         found.setdefault(group, {}).setdefault(speed, []).append(row)
 
     for row in rows:
-        if row["target"] is None and _system(row).endswith("-joint"):
-            add("full depth", 1.0, row)
-        if row["target"] is None and _system(row).endswith("-all-hear"):
-            add(ALL_HEAR, 1.0, row)
+        for name, group in (("joint", "full depth"), ("all-hear", ALL_HEAR)):
+            if row["target"] is None and _system(row).endswith(f"-{name}"):
+                add(group, 1.0, row)
     for group, (name, kinds) in GROUPS.items():
         best: dict[tuple, dict] = {}
         for row in rows:
