@@ -174,7 +174,7 @@ def table(rows: Sequence[Mapping]) -> str:
     """Rows as Markdown."""
     heads = ["", "F1", "multiply-adds", "one sentence, ms", "over ONNX Runtime int8"]
     heads += ["32 at a time, ms a sentence", "over ONNX Runtime int8"]
-    lines = [heads, ["---", *["--:"] * (len(heads) - 1)]]
+    lines = []
     alone, many = ([row for row in rows if row["batch"] == batch] for batch in (1, 32))
     for one, other in zip(alone, many, strict=True):
         name = f"**{one['system']}, {one['exits']}**" if "exits" in one else one["system"]
@@ -182,7 +182,7 @@ def table(rows: Sequence[Mapping]) -> str:
         for row in (one, other):
             cells += [f"{row['ms_a_sentence']:.2f}", f"{row['over_rival']:.2f}x"]
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return harness.table(heads, lines)
 
 
 def sentence(facts: Mapping) -> str:
@@ -288,7 +288,7 @@ def table_of_heads(rows: Sequence[Mapping]) -> str:
     heads = ["heads", *(f"promised, split {i}" for i in range(1, splits + 1)), "F1 of these"]
     for name in HEADS_AT:
         heads += [f"labels changed at {name}x", f"F1 at {name}x"]
-    lines = [heads, ["---", *["--:"] * (len(heads) - 1)]]
+    lines = []
     for hears, name in ((False, "plain"), (True, "hearing")):
         mine = [row for row in rows if row["neighbor_heads"] == hears]
         cells = [f"{row['promised']['flops_speedup']:.2f}x" for row in mine]
@@ -299,7 +299,7 @@ def table_of_heads(rows: Sequence[Mapping]) -> str:
             )
             cells += [f"{changed:.2%}"] * (at != "promised") + [f"{f1:.4f}"]
         lines.append([name, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return harness.table(heads, lines)
 
 
 def main(arguments: Sequence[str] | None = None):

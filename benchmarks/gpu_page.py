@@ -26,12 +26,6 @@ BATCHES = [(64, 128, False), (64, 128, True), (256, 128, False), (32, 512, False
 PROFILES = {"goal": "words", "goal whole": "sentences"}  # that leave
 
 
-def table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    """Markdown: names to the left, numbers to the right."""
-    rows = [heads, ["---", *["--:"] * (len(heads) - 1)], *lines]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
-
-
 def of(found: Sequence[dict], **wanted) -> dict[str, float]:
     """Median milliseconds by system of the rows that have these values."""
     found = [r for r in found if all(r.get(k) == v for k, v in wanted.items()) and "system" in r]
@@ -74,7 +68,7 @@ def beside(title: str, cards: dict[str, dict[str, float]], digits: int) -> str:
         )
         lines.append((name, *(cell for two in cells for cell in two)))
     heads = [head for name in cards for head in (f"{name}, ms", f"over {HF}")]
-    return table([title, *heads], lines)
+    return harness.table([title, *heads], lines)
 
 
 def ways(cards) -> str:
@@ -104,8 +98,9 @@ def exits(cards) -> str:
                 times = full[CALL], ms[CALL], full[LAYERS], ms[LAYERS]
                 batch = f"{name}, {sentences} x {longest}{', ragged' * ragged}, {what}"
                 lines.append((batch, *(f"{x:.2f}" for x in times + ratios)))
-    heads = "call, all layers", "with exits", "layers alone, all", "with exits"
-    return table(["batch, what leaves", *heads, "call x", f"x over {HF}", "layers alone x"], lines)
+    heads = ["batch, what leaves", "call, all layers", "with exits", "layers alone, all"]
+    heads += ["with exits", "call x", f"x over {HF}", "layers alone x"]
+    return harness.table(heads, lines)
 
 
 def launches(cards) -> str:
@@ -127,7 +122,7 @@ def launches(cards) -> str:
             cells.append(f"{12e3 * GFLOP[kernel] / full:.0f}" if full else "")
         lines.append(cells)
     heads = [f"{name}, {x}" for name in cards for x in (*kinds.values(), "TFLOP/s")]
-    return table(["us of a launch", *heads], lines)
+    return harness.table(["us of a launch", *heads], lines)
 
 
 def products(rows) -> str:
@@ -136,7 +131,7 @@ def products(rows) -> str:
     for role, count in dict.fromkeys((r["role"], r["rows"]) for r in found):
         us = {k: 1e3 * v for k, v in of(found, role=role, rows=count).items()}
         lines.append((f"{role}, {count} rows", *(f"{us[x]:.1f}" for x in _LIBRARIES)))
-    return table(["product", *(f"us, {x}" for x in _LIBRARIES)], lines)
+    return harness.table(["product", *(f"us, {x}" for x in _LIBRARIES)], lines)
 
 
 _LIBRARIES = ("cuBLAS exact", "grouped_mm")

@@ -145,6 +145,12 @@ def read(name: str, folder: Path = RESULTS) -> list[dict]:
     return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
 
 
+def table(heads: Sequence[str], lines: Sequence[Sequence[object]], names: int = 1) -> str:
+    """Markdown: columns of names to the left, those of numbers to the right."""
+    rule = ["---"] * names + ["--:"] * (len(heads) - names)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (heads, rule, *lines))
+
+
 def between(document: Path, marker: str, text: str):
     """Put the text between the lines `<!-- MARKER -->` and `<!-- /MARKER -->` of a document."""
     start, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"

@@ -187,7 +187,7 @@ def table(rows: Sequence[Mapping]) -> str:
         "multiply-adds",
     ]
     heads += ["mean exit layer", "F1", "no exits", "failed, text of later", "failed, untested"]
-    lines = [" | ".join(heads), " | ".join(["---", *["--:"] * (len(heads) - 1)])]
+    lines = []
     for row in rows:
         cells = [
             f"{row['bound']:.1%}",
@@ -201,8 +201,8 @@ def table(rows: Sequence[Mapping]) -> str:
             f"{row['failed_later']:.0%}",
             f"{row['failed_untested']:.0%}",
         ]
-        lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append(cells)
+    return harness.table(heads, lines)
 
 
 def edges(rows: Sequence[Mapping]) -> str:

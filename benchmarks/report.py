@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness
+
 from tokenexit.files import write_aside
 
 BASE, TAGGER = "BERT-base", "MiniLM-L6 tagger"
@@ -326,7 +328,7 @@ def tables(
     parts = [
         f"{_origin(first)}; {versions}; run `{first['run']}` of `benchmarks/results/cpu.jsonl`.",
         "## Goals",
-        _markdown(
+        harness.table(
             ["", "goal", "measured", "reached", "roofline allows"],
             [
                 [
@@ -370,7 +372,7 @@ def overview(runs: Mapping[str, Sequence[dict]]) -> str:
         )
         head = [f"{model}: {CONLL}", *(f"x {case[1]}: {kind}" for kind, case in cases)]
         lines = [[x, *(_cell(mine[kind], case, x, "best") for kind, case in cases)] for x in labels]
-        parts.append(_markdown(head, lines))
+        parts.append(harness.table(head, lines))
     pages = [f"[{kind}](cpu-{slug(rows[0])}.md)" for kind, rows in runs.items()]
     return "\n\n".join([*parts, f"All of each run: {', '.join(pages)}."])
 
@@ -398,7 +400,7 @@ def _speeds(found: Rows, model: str) -> str:
             lines.append([f"{label}, padded" if kind == "padded" else label])
             lines[-1] += [_quality(mine, label), *cells]
     quality = "F1" if any("f1" in row for row in mine) else "same label"
-    return _markdown(["", quality, *(f"{text} x {batch}" for text, batch in cases)], lines)
+    return harness.table(["", quality, *(f"{text} x {batch}" for text, batch in cases)], lines)
 
 
 def _has_best(rows, padded):
@@ -450,7 +452,7 @@ def _savings(found: Rows, model: str) -> str:
             ]
         )
     head = ["", "", "computed", "FLOPs", "wall-clock", "eta", "ms (p20 to p80)"]
-    return _markdown(head, lines)
+    return harness.table(head, lines)
 
 
 def _losses(found: Rows) -> str:
@@ -505,13 +507,14 @@ def _latency(rows: Sequence[dict]) -> str:
                 line[at] += f" ({100 * row['around']:.0f} %)"
             if "sentences_per_s" in row:
                 line[at + 1] = f"{row['sentences_per_s']:.0f}"
-        parts.append(_markdown([f"{model}, {rows[0]['text']}", *head[1:]], list(lines.values())))
+        head[0] = f"{model}, {rows[0]['text']}"
+        parts.append(harness.table(head, list(lines.values())))
     return "\n\n".join(parts)
 
 
 def _memory(rows):
     lines = [[row["model"], _label({**row, "setting": ""}), f"{row['peak_mib']}"] for row in rows]
-    return _markdown(["", "", "MiB"], lines)
+    return harness.table(["", "", "MiB"], lines)
 
 
 def _roofline(rows: Sequence[dict]) -> str:
@@ -535,7 +538,7 @@ def _roofline(rows: Sequence[dict]) -> str:
         cells = {(row["phase"], row["exits"]): _phase(row) for row in mine}
         phases = dict.fromkeys(row["phase"] for row in mine)
         lines = [[phase, *(cells.get((phase, e), "") for e in exits)] for phase in phases]
-        parts.append(_markdown([f"{batch[0]} x {batch[1]}, {dtype}", *exits], lines))
+        parts.append(harness.table([f"{batch[0]} x {batch[1]}, {dtype}", *exits], lines))
     return "\n\n".join(parts)
 
 
@@ -547,11 +550,6 @@ def _phase(row: dict) -> str:
         return f"{measured:+.2f} ({100 * row['share']:+.2f} %)"
     share = f" ({100 * row['floor_ms'] / measured:.0f} %)" if row["floor_ms"] and measured else ""
     return f"{floor} / {measured:.2f}{share}"
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
 def plot(rows: Sequence[dict], path: Path):

@@ -57,15 +57,12 @@ def summary(rows: Sequence[dict]) -> str:
         for group, by_speed in grouped([row for row in rows if row["data"] == data]).items()
     }
     speeds = sorted({speed for by_speed in each.values() for speed in by_speed})
-    lines = [
-        f"| set | | {' | '.join(f'{speed:g}x' for speed in speeds)} |",
-        f"| --- | --- |{' --: |' * len(speeds)}",
-    ]
+    lines = []
     for names, by_speed in each.items():
         scores = {speed: [row["test"] for row in group] for speed, group in by_speed.items()}
         cells = [spread(scores[speed]) if speed in scores else "" for speed in speeds]
-        lines.append(f"| {' | '.join((*names, *cells))} |")
-    return "\n".join(lines)
+        lines.append([*names, *cells])
+    return harness.table(["set", "", *_times(speeds)], lines, names=2)
 
 
 def grouped(rows: Sequence[dict]) -> dict[str, dict[float, list[dict]]]:
@@ -108,16 +105,13 @@ def at_speeds(rows: Sequence[dict]) -> str:
         of_kind = found.setdefault((_system(row), row["kind"]), {})
         of_kind.setdefault(speed, []).append(row["test"])
     columns = sorted({speed for of_kind in found.values() for speed in of_kind})
-    lines = [
-        f"| run | policy | {' | '.join(f'{speed:g}x' for speed in columns)} |",
-        f"| --- | --- |{' --: |' * len(columns)}",
-    ]
+    lines = []
     for (system, kind), of_kind in sorted(
         found.items(), key=lambda item: item[0][1] != "full depth"
     ):
         cells = [spread(of_kind[speed]) if speed in of_kind else "" for speed in columns]
-        lines.append(f"| {system} | {kind} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([system, kind, *cells])
+    return harness.table(["run", "policy", *_times(columns)], lines, names=2)
 
 
 def speeds(rows: Sequence[dict]) -> str:
@@ -126,11 +120,8 @@ def speeds(rows: Sequence[dict]) -> str:
     Operations and token layers of an encoder with fewer layers count against the deepest.
     """
     fewer = _fewer_layers(rows)
-    lines = [
-        "| run | policy | asked | dev | test | operations | token layers | wall clock | in fp32 "
-        "| broken |",
-        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
+    heads = ["run", "policy", "asked", "dev", "test", "operations", "token layers", "wall clock"]
+    lines = []
     groups: dict[tuple, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["kind"] != "full depth"):
         groups.setdefault((_system(row), row["kind"], row["target"]), []).append(row)
@@ -139,42 +130,33 @@ def speeds(rows: Sequence[dict]) -> str:
             fewer[system] * mean_of(group, name) for name in ("flops_speedup", "layer_speedup")
         )
         walls = (mean(group, name) for name in ("wall_speedup", "wall_speedup_fp32"))
-        lines.append(
-            f"| {system} | {kind} | {'' if target is None else f'{target:g}x'} "
-            f"| {spread([r['dev'] for r in group])} | {spread([r['test'] for r in group])} "
-            f"| {' | '.join(f'{speed:.2f}' for speed in speeds)} "
-            f"| {' | '.join(walls)} | {round(mean_of(group, 'broken'))} |"
-        )
-    return "\n".join(lines)
+        scores = (spread([row[part] for row in group]) for part in ("dev", "test"))
+        cells = *scores, *(f"{speed:.2f}" for speed in speeds), *walls
+        lines.append([system, kind, _time(target), *cells, round(mean_of(group, "broken"))])
+    return harness.table([*heads, "in fp32", "broken"], lines, names=2)
 
 
 def layers(rows: Sequence[dict]) -> str:
     """A table of each layer's score on test data at full depth."""
     full = [row for row in rows if row["kind"] == "full depth"]
     most = max(len(row["test_layers"]) for row in full)
-    lines = [
-        "| run | " + " | ".join(map(str, range(1, most + 1))) + " |",
-        "| --- |" + " --: |" * most,
-    ]
+    lines = []
     groups: dict[str, list[dict]] = {}
     for row in full:
         groups.setdefault(_system(row), []).append(row)
     for system, group in groups.items():
         each = zip(*(row["test_layers"] for row in group), strict=True)
         cells = [f"{100 * statistics.mean(scores):.1f}" for scores in each]
-        lines.append(f"| {system} | " + " | ".join(cells + [""] * (most - len(cells))) + " |")
-    return "\n".join(lines)
+        lines.append([system, *cells, *[""] * (most - len(cells))])
+    return harness.table(["run", *map(str, range(1, most + 1))], lines)
 
 
 def decodings(rows: Sequence[dict]) -> str:
     """A table of scores word by word and under constraints, and of test data what was broken."""
-    lines = [
-        "| run | policy | asked | dev | constrained | test | constrained | broken | constrained "
-        "| decoding, ms |",
-        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
+    heads = ["run", "policy", "asked"]
+    heads += [x for part in ("dev", "test", "broken") for x in (part, "constrained")]
+    lines = []
     for row in rows:
-        target = "" if row["target"] is None else f"{row['target']:g}x"
         pair = [
             f"{100 * row[part][way]['score']:.2f}"
             for part in ("dev", "test")
@@ -182,44 +164,34 @@ def decodings(rows: Sequence[dict]) -> str:
         ]
         test = row["test"]
         pair += [str(test[way]["broken"]) for way in ("argmax", "constrained")]
-        lines.append(
-            f"| {row['run']} | {row['kind']} | {target} | {' | '.join(pair)} "
-            f"| {test['decode_ms']:.0f} |"
-        )
-    return "\n".join(lines)
+        names = row["run"], row["kind"], _time(row["target"])
+        lines.append([*names, *pair, f"{test['decode_ms']:.0f}"])
+    return harness.table([*heads, "decoding, ms"], lines, names=2)
 
 
 def by_signal(rows: Sequence[dict]) -> str:
     """A table of scores on test data by head and signal, exits simulated; a column a speed."""
     targets = sorted({row["target"] for row in rows})
-    lines = [
-        f"| run | heads | signal | {' | '.join(f'{target:g}x' for target in targets)} |",
-        f"| --- | --- | --- |{' --: |' * len(targets)}",
-    ]
+    lines = []
     groups: dict[tuple, dict[float, list[float]]] = {}
     for row in rows:
         group = groups.setdefault((_system(row), row["head"], row["signal"]), {})
         group.setdefault(row["target"], []).append(row["test"])
     for names, group in groups.items():
         cells = [spread(group[target]) if target in group else "" for target in targets]
-        lines.append(f"| {' | '.join((*names, *cells))} |")
-    return "\n".join(lines)
+        lines.append([*names, *cells])
+    return harness.table(["run", "heads", "signal", *_times(targets)], lines, names=3)
 
 
 def scores(rows: Sequence[dict]) -> str:
     """A table of the policies of the newest run on a GPU, the one chosen marked."""
     last = [row for row in rows if row["date"][:10] == rows[-1]["date"][:10]]
-    lines = [
-        "| policy | dev | test | operations | token layers | |",
-        "| --- | --: | --: | --: | --: | --- |",
-    ]
+    lines = []
     for row in last:
-        lines.append(
-            f"| {ExitPolicy.from_dict(row['policy'])} | {100 * row['dev']:.2f} "
-            f"| {100 * row['test']:.2f} | {row['flops_speedup']:.2f} | {row['layer_speedup']:.2f} "
-            f"| {'chosen' if row['chosen'] else ''} |"
-        )
-    return "\n".join(lines)
+        numbers = 100 * row["dev"], 100 * row["test"], row["flops_speedup"], row["layer_speedup"]
+        cells = [f"{number:.2f}" for number in numbers]
+        lines.append([ExitPolicy.from_dict(row["policy"]), *cells, "chosen" * row["chosen"]])
+    return harness.table(["policy", "dev", "test", "operations", "token layers", ""], lines)
 
 
 def clocks(rows: Sequence[dict]) -> str:
@@ -234,10 +206,7 @@ def clocks(rows: Sequence[dict]) -> str:
         if "tagger" in row:
             key = row["tagger"], row["sentences"], row["order"]
             cases.setdefault(key, {})[row["system"]] = row
-    lines = [
-        f"| tagger | batch | order | token-layers | {' | '.join(systems)} |",
-        f"| --- | --: | --- | --: |{' --: |' * len(systems)}",
-    ]
+    lines = []
     for (tagger, size, order), found in cases.items():
         ms = {name: row["median_ms"] for name, row in found.items()}
         cells = []
@@ -248,8 +217,8 @@ def clocks(rows: Sequence[dict]) -> str:
                 cell += f" ({', '.join(f'{ms[other] / ms[name]:.2f}' for other in others)})"
             cells.append(cell)
         share = next(iter(found.values()))["active_fraction"]
-        lines.append(f"| {tagger} | {size} | {order} | {share:.3f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([tagger, order, size, f"{share:.3f}", *cells])
+    return harness.table(["tagger", "order", "batch", "token-layers", *systems], lines, names=2)
 
 
 def steps(rows: Sequence[dict]) -> str:
@@ -262,17 +231,22 @@ def steps(rows: Sequence[dict]) -> str:
         for row in rows
         if "tagger" not in row and "longest" in row
     }
-    lines = [
-        "| training step | sentences | token-layers | ms | the GPU busy for |",
-        "| --- | --: | --: | --: | --: |",
-    ]
+    lines = []
     for (sentences, longest, name), row in last.items():
         share = row["active_fraction"] if name == "self-sampling" else 1
         busy = f"{row['busy_ms']:.1f}" if "busy_ms" in row else ""
-        lines.append(
-            f"| {name} | {sentences} x {longest} | {share:.3f} | {row['median_ms']:.1f} | {busy} |"
-        )
-    return "\n".join(lines) if last else ""
+        of_batch = f"{sentences} x {longest}", f"{share:.3f}"
+        lines.append([name, *of_batch, f"{row['median_ms']:.1f}", busy])
+    heads = ["training step", "sentences", "token-layers", "ms", "the GPU busy for"]
+    return harness.table(heads, lines) if last else ""
+
+
+def _time(speed: float | None) -> str:
+    return "" if speed is None else f"{speed:g}x"
+
+
+def _times(speeds: Sequence[float]) -> list[str]:
+    return [*map(_time, speeds)]
 
 
 def spread(scores: Sequence[float]) -> str:

@@ -252,7 +252,7 @@ def test_a_summary_has_what_development_data_choose_seed_by_seed():
         row("a-all-hear-1", "token", 2.0, 0.6, 0.5625),
     ]
     assert report.summary(rows).splitlines() == [
-        "| set | | 1x | 2x |",
+        "| set |  | 1x | 2x |",
         "| --- | --- | --: | --: |",
         "| a | full depth | 50.00 ± 0.00 |  |",
         "| a | words, all heads hear | 62.50 | 56.25 |",

@@ -166,11 +166,15 @@ def test_where_rows_come_from_without_git(monkeypatch):
     assert harness.origin()["commit"] == ""
 
 
+def test_a_table_has_names_to_the_left():
+    table = harness.table(["a", "b", "c"], [("x", "y", 1)], names=2)
+    assert table == "| a | b | c |\n| --- | --- | --: |\n| x | y | 1 |"
+
+
 def test_the_page_is_written_from_its_rows():
     text = gpu_page.DOCUMENT.read_text(encoding="utf-8")
     inside = text.partition("<!-- gpu -->\n")[2].partition("<!-- /gpu -->")[0]
     assert inside == gpu_page.tables() + "\n"
-    assert gpu_page.table(["a", "b"], [("x", 1)]) == "| a | b |\n| --- | --: |\n| x | 1 |"
 
 
 def test_the_page_shows_the_last_run_of_each_card_that_has_full_depth():
