@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "simd.h"
@@ -73,25 +74,35 @@ INLINE typename S::Int load(const Word* p) {
   return *reinterpret_cast<const typename S::UnalignedInt*>(p);
 }
 
-// R rows of weights against the first VECS vectors of panels beside each other.
-template <class S, class Dot, int R, int VECS>
+// R rows of weights against the first VECS vectors of panels beside each other, and with a Half against
+// the first half of the panel behind them, half of a vector.
+template <class S, class Dot, int R, int VECS, class Half = void>
 INLINE void tile(const Tile& t) {
+  constexpr bool HALF = !std::is_void_v<Half>;
+  using H = std::conditional_t<HALF, Half, S>;
+  constexpr int BEHIND = VECS / S::VECS;
   typename Dot::template Sum<S> sums[R][VECS] = {};
+  typename Dot::template Sum<H> halves[R] = {};
   const Word* next = t.next;
   for (int64_t k = 0; k < t.depth; ++k) {
     if (k % 16 == 0) {
       for (int64_t i = 0; i < t.lines; ++i, next += 16) __builtin_prefetch(next);
     }
     typename S::Int x[VECS];
+    typename H::Int y;
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) {
       x[v] = load<S>(t.x + v / S::VECS * t.depth * LANES + k * LANES + v % S::VECS * S::WIDTH);
     }
+    if constexpr (HALF) y = load<H>(t.x + (BEHIND * t.depth + k) * LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const typename S::Int w = t.w[r * t.depth + k] - typename S::Int{};
 #pragma GCC unroll 4
       for (int v = 0; v < VECS; ++v) Dot::template add<S>(sums[r][v], x[v], w);
+      if constexpr (HALF) {
+        Dot::template add<H>(halves[r], y, __builtin_shufflevector(w, w, 0, 1, 2, 3, 4, 5, 6, 7));
+      }
     }
   }
 #pragma GCC unroll 16
@@ -101,32 +112,7 @@ INLINE void tile(const Tile& t) {
       Word* to = t.sums + (v / S::VECS * R + r) * LANES + v % S::VECS * S::WIDTH;
       std::memcpy(to, &sums[r][v], sizeof(sums[r][v]));
     }
-  }
-}
-
-// The same of a panel, whole vectors, and of the first half of the one beside it, half of a vector.
-template <class S, class Half, class Dot, int R>
-INLINE void tile_and_half(const Tile& t) {
-  typename Dot::template Sum<S> sums[R] = {};
-  typename Dot::template Sum<Half> halves[R] = {};
-  const Word* next = t.next;
-  for (int64_t k = 0; k < t.depth; ++k) {
-    if (k % 16 == 0) {
-      for (int64_t i = 0; i < t.lines; ++i, next += 16) __builtin_prefetch(next);
-    }
-    const auto x = load<S>(t.x + k * LANES);
-    const auto y = load<Half>(t.x + (t.depth + k) * LANES);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const typename S::Int w = t.w[r * t.depth + k] - typename S::Int{};
-      Dot::template add<S>(sums[r], x, w);
-      Dot::template add<Half>(halves[r], y, __builtin_shufflevector(w, w, 0, 1, 2, 3, 4, 5, 6, 7));
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    std::memcpy(t.sums + r * LANES, &sums[r], sizeof(sums[r]));
-    std::memcpy(t.sums + (R + r) * LANES, &halves[r], sizeof(halves[r]));
+    if constexpr (HALF) std::memcpy(t.sums + (BEHIND * R + r) * LANES, &halves[r], sizeof(halves[r]));
   }
 }
 
@@ -232,7 +218,7 @@ __attribute__((target("avx512f,avx512vl,avx2,fma"))) void half_avx512(const Tile
 }
 template <class Dot, int R>
 __attribute__((target("avx512f,avx512vl,avx2,fma"))) void and_half_avx512(const Tile& t) {
-  tile_and_half<Avx512, Avx2, Dot, R>(t);
+  tile<Avx512, Dot, R, 1, Avx2>(t);
 }
 template <class Dot, int ROWS>
 __attribute__((target("avx512f,avx2,fma"))) void few_avx512(const Tile& t) {
@@ -302,7 +288,9 @@ void amx(const Tile& t) {
       MULTIPLY(0, 4, 6);
       MULTIPLY(2, 5, 6);
       LOAD_PAST(6, x, ROW);
-      if constexpr (PANELS > 1) MULTIPLY(1, 4, 7);
+      if constexpr (PANELS > 1) {
+        MULTIPLY(1, 4, 7);
+      }
       LOAD(4, w, row);
       if constexpr (PANELS > 1) {
         MULTIPLY(3, 5, 7);
