@@ -7,6 +7,9 @@
 #include <vector>
 
 #include "simd.h"
+#ifdef __linux__
+#include <unistd.h>
+#endif
 
 namespace tokenexit {
 namespace {
@@ -125,21 +128,33 @@ INLINE Eight eight(Int x) {
       __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+const int64_t FIRST_LEVEL = std::max<int64_t>(32 << 10, sysconf(_SC_LEVEL1_DCACHE_SIZE));
+#else
+constexpr int64_t FIRST_LEVEL = 32 << 10;
+#endif
+
 // 4 rows of weights against ROWS rows of bytes, which t.x has one after the other.
 template <class S, class Dot, int ROWS>
 INLINE void few(const Tile& t) {
   constexpr int AT_ONCE = S::WIDTH < 16 && ROWS > 2 ? 2 : 4;  // as the registers allow
   const int64_t whole = t.depth / S::WIDTH * S::WIDTH;
+  // These rows and the next four, near enough; else what comes next goes to the second-level cache, from further.
+  constexpr int64_t FURTHER = 4096;
+  const bool fit = (8 + ROWS) * t.depth * 4 < FIRST_LEVEL / 6 * 5;
   Eight total[4][ROWS];
 #pragma GCC unroll 2
   for (int first = 0; first < 4; first += AT_ONCE) {
     typename S::Int sums[AT_ONCE][ROWS] = {};
     for (int64_t k = 0; k < whole; k += S::WIDTH) {
       // The next rows in the order in which they lie in memory.
-      if (t.lines) {
+      const int64_t at = first * t.depth + k * AT_ONCE;
 #pragma GCC unroll 4
-        for (int i = 0; i < AT_ONCE * S::WIDTH; i += 16) {
-          __builtin_prefetch(t.next + first * t.depth + k * AT_ONCE + i);
+      for (int i = 0; i < AT_ONCE * S::WIDTH && t.lines; i += 16) {
+        if (fit) {
+          __builtin_prefetch(t.next + at + i);
+        } else {
+          __builtin_prefetch(t.w + FURTHER + at + i, 0, 2);
         }
       }
       typename S::Int x[ROWS];
