@@ -78,8 +78,9 @@ INLINE typename S::Int load(const Word* p) {
 }
 
 // R rows of weights against the first VECS vectors of panels beside each other, and with a Half against
-// the first half of the panel behind them, half of a vector.
-template <class S, class Dot, int R, int VECS, class Half = void>
+// the first half of the panel behind them, half of a vector. What is next is asked for into that CACHE:
+// the first-level one (3) or the second (2).
+template <class S, class Dot, int R, int VECS, class Half = void, int CACHE = 3>
 INLINE void tile(const Tile& t) {
   constexpr bool HALF = !std::is_void_v<Half>;
   using H = std::conditional_t<HALF, Half, S>;
@@ -89,7 +90,7 @@ INLINE void tile(const Tile& t) {
   const Word* next = t.next;
   for (int64_t k = 0; k < t.depth; ++k) {
     if (k % 16 == 0) {
-      for (int64_t i = 0; i < t.lines; ++i, next += 16) __builtin_prefetch(next);
+      for (int64_t i = 0; i < t.lines; ++i, next += 16) __builtin_prefetch(next, 0, CACHE);
     }
     typename S::Int x[VECS];
     typename H::Int y;
@@ -226,10 +227,11 @@ template <class Dot, int R, int VECS>
 __attribute__((target("avx512f,avx2,fma"))) void avx512(const Tile& t) {
   tile<Avx512, Dot, R, VECS>(t);
 }
-// Half a panel is half a vector: of instructions that take two of those at once, half the time.
+// Half a panel is half a vector: of instructions that take two of those at once, half the time. By itself
+// it waits for memory, and the first-level cache can't wait for as many lines at once as the second.
 template <class Dot, int R>
 __attribute__((target("avx512f,avx512vl,avx2,fma"))) void half_avx512(const Tile& t) {
-  tile<Avx2, Dot, R, 1>(t);
+  tile<Avx2, Dot, R, 1, void, 2>(t);
 }
 template <class Dot, int R>
 __attribute__((target("avx512f,avx512vl,avx2,fma"))) void and_half_avx512(const Tile& t) {
