@@ -84,7 +84,7 @@ def compiled_ops():
     return dict(ext_modules=extensions, cmdclass={"build_ext": BuildWhatCanBeBuilt})
 
 
-# kernels/ stands beside the package; see "The house" in docs for why its folder is not inside.
+# kernels/ stands beside the package; see CONTRIBUTING.md for why its folder is not inside.
 packages = [*find_packages(include=["tokenexit*"]), "tokenexit.kernels"]
 places, options = {"tokenexit.kernels": "kernels"}, {"bdist_wheel": {"py_limited_api": "cp310"}}
 setup(packages=packages, package_dir=places, options=options, **compiled_ops())

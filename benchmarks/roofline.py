@@ -203,7 +203,7 @@ def layer_times(inputs: list[tuple], rounds: int) -> tuple[float, float]:
         how = costs(d, f, layer.num_heads, layer.query.weight.dtype)
         inner = {"up": nn.Linear(d, THIN), "down": nn.Linear(THIN, d)}
         inner = {name: part.to(h.dtype) for name, part in inner.items()}
-        if layer.is_int8:
+        if isinstance(layer.query, Int8Linear):
             inner = {name: Int8Linear(part) for name, part in inner.items()}
         thin = copy.copy(layer)
         thin._modules = {**layer._modules, **inner}

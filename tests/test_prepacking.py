@@ -1,6 +1,7 @@
 """Second copies of weights: the same bits, used where there are few rows, never out of date."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -101,6 +102,23 @@ def test_a_copy_of_the_model_has_its_own():
         other.encoder.layers[0].up.weight.mul_(0.5)
     assert not torch.equal(logits_of(other, FEW), before)
     assert torch.equal(logits_of(model, FEW), before)
+
+
+@wide
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("changes", [0, 1, 2])
+def test_a_copy_knows_what_changed_before(again, changes):
+    """Its weights count changes anew: from 0 or 1, whatever those of the model had."""
+    model = tokenexit.prepack(tagger_of())
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            for _ in range(changes):
+                layer.up.weight.mul_(0.5)
+            # As if it was packed after so many changes as a copy begins with.
+            layer.up._prepacked_of._version = changes - 1 if changes else 0
+    other, plain = again(model), tagger_of()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(other, FEW), logits_of(plain, FEW))
 
 
 @wide

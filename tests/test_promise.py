@@ -7,7 +7,7 @@ import pytest
 
 from tokenexit import promise
 from tokenexit.calibrate import by_type
-from tokenexit.promise import fixed_sequence, holds, needed, upper_bound
+from tokenexit.promise import fixed_sequence, holds, least, needed, upper_bound
 
 DRAWS, DELTA = 1000, 0.1
 # Three standard deviations of how often what fails with probability DELTA fails in DRAWS.
@@ -252,17 +252,23 @@ def test_power():
 
 
 def test_how_many_would_do():
-    least = needed(0.01, 0.9)
-    assert holds(np.zeros(least), 0.01, 0.9) and not holds(np.zeros(least - 1), 0.01, 0.9)
-    assert math.log(0.1) / math.log(0.99) <= least < 320  # what no test can do with less
+    few = needed(0.01, 0.9)
+    assert holds(np.zeros(few), 0.01, 0.9) and not holds(np.zeros(few - 1), 0.01, 0.9)
+    assert math.log(0.1) / math.log(0.99) <= few < 320  # what no test can do with less
     rng = np.random.default_rng(6)
     some = sentences(rng, 0.005, 20_000)
     number = needed(0.01, 0.9, some)
-    assert least < number < 1000
+    assert few < number < 1000
     share = np.mean([holds(rng.choice(some, number), 0.01, 0.9) for _ in range(200)])
     assert 0.2 < share < 0.95
     assert needed(0.01, 0.9, sentences(rng, 0.02, 20_000)) is None
     assert needed(0.01, 0.9, np.full(10, 0.01 - 1e-9)) is None
+
+
+def test_what_a_million_would_not_show_is_told():
+    assert least(0.01, 0.9) == needed(0.01, 0.9)
+    with pytest.raises(ValueError, match="got 1e-07 to promise with a confidence of 0.9; expected"):
+        least(1e-7, 0.9)
 
 
 def test_all_lost_is_no_evidence():

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenexit import ExitPolicy
+from tokenexit.policy import UNBOUNDED
 from tokenexit.schedule import Schedule, simulate_exits
 
 
@@ -126,6 +127,23 @@ def test_one_policy_s_is_kept_on_a_cpu_and_no_other():
         fresh = Schedule.of(policy, 4, 7, torch.zeros(0))
     assert traced is not kept and isinstance(fresh.window, FakeTensor)
     assert type(Schedule.of(policy, 4, 7, like).window) is torch.Tensor
+
+
+def test_another_thread_may_clear_what_is_kept(monkeypatch):
+    class Cleared(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.clear()  # as another thread would between this and a look
+            return found
+
+    monkeypatch.setattr("tokenexit.schedule._KEPT", Cleared())
+    made = [Schedule.of(ExitPolicy(), 4, 3, torch.zeros(0)) for _ in range(2)]
+    assert made[0].window.tolist() == made[1].window.tolist()
+
+
+def test_min_active_beyond_any_sentence():
+    made = Schedule.of(ExitPolicy(min_active=10**30), 4, 1, torch.zeros(0))
+    assert made.min_active.tolist() == [UNBOUNDED]
 
 
 def test_a_schedule_follows_the_states():

@@ -406,7 +406,7 @@ def make_dial(
     for its, labels in ((sentences, reference), (known, known_reference)):
         if labels is not None and len(labels) != len(its):
             raise ValueError(f"got labels of {len(labels)} sentences for {len(its)} of them")
-    least = promise.needed(max_disagreement, confidence)
+    least = promise.least(max_disagreement, confidence)
     _check_trained(tagger)
     type_of = chosen_types(tagger, per_type)
     kept = [i for i, words in enumerate(sentences) if len(words)]
@@ -596,7 +596,7 @@ def check_types(
         type_of: of `chosen_types`.
         given: of how many sentences so many would test the path.
     """
-    least = promise.needed(max_disagreement, confidence)
+    least = promise.least(max_disagreement, confidence)
     found = {name: len(losses) for name, losses in by_type(whole, whole, type_of).items()}
     few = []
     for name in sorted(set(type_of.values())):

@@ -1,4 +1,4 @@
-"""What a fast loop needs of all that it reads: one table, asked at every call.
+"""What a fast loop needs of all that it reads: one table, asked whenever that may have changed.
 
 A fast loop takes the tensors of modules and calls none of them. So it may run only where calling
 them would do what their classes say, and no more, on tensors as they were made. All else goes the
@@ -89,7 +89,7 @@ def _contiguous(reads):
 # In words, and whether it holds of a subject.
 Condition = tuple[str, Callable[[object], bool]]
 
-# Lists are made whole and compared whole: each call asks some 150 modules and 200 tensors.
+# Lists are made whole and compared whole: of a model some 150 modules and 200 tensors.
 CALLS = (
     ("modules of the classes they were made of", lambda r: [*map(type, r.modules)] == r.kinds),
     ("forwards that are their classes' own", _own_forward),

@@ -171,5 +171,6 @@ def quantize(model: _Model, embeddings: bool = True) -> _Model:
         rounded.append((model.embeddings, "word", Int8Embedding(words)))
     for layer, name, part in rounded:  # only once all could be rounded
         setattr(layer, name, part)
+    model._memory.forget()  # which keeps the weights that were there
     model.config.int8, model.config.int8_embeddings = True, embeddings
     return model.eval()

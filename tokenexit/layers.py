@@ -146,11 +146,6 @@ class ExitLayer(nn.Module):
         update = self.dropout(self.down(inner))
         return update + h if pre_norm else _add_norm(self.output_norm, update, h)
 
-    @property
-    def is_int8(self) -> bool:
-        """Whether `tokenexit.quantize` has been here."""
-        return isinstance(self._modules["query"], Int8Linear)
-
     def reads(self, h: torch.Tensor) -> Reads | str:
         """What `tokenexit.ops.exit_layer` takes of the layer for states h, or why it can't run."""
         if failed := unmet(STATES, h):

@@ -13,8 +13,23 @@ from tokenexit.layers import PREPACKED, ExitLayer
 from tokenexit.ops import instruction_set
 
 _TOGETHER = 32  # features that lie beside each other, as csrc/cpu/panels.h has them
-_OF = "_prepacked_of"  # a linear layer's weight when its copy was made, and its version
+_OF = "_prepacked_of"  # a linear layer's `_Origin` of its copy
 _Model = TypeVar("_Model", bound=nn.Module)
+
+
+class _Origin:
+    """The weight that a copy was made of, as it was. Copies and pickles, whose weights are others
+    and count their changes anew, do not know."""
+
+    def __init__(self, weight: torch.Tensor | None = None):
+        self._weight, self._version = weight, None if weight is None else weight._version
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def still(self, weight: torch.Tensor) -> bool:
+        """Whether it is this weight, which has not changed."""
+        return weight is self._weight and weight._version == self._version
 
 
 def prepack(model: _Model) -> _Model:
@@ -55,7 +70,7 @@ def prepack(model: _Model) -> _Model:
     if (instruction_set() or "").startswith(("avx512", "amx")):
         for part in parts:  # only once all can be
             part.register_buffer(PREPACKED, turned(part.weight), persistent=False)
-            setattr(part, _OF, (part.weight, part.weight._version))
+            setattr(part, _OF, _Origin(part.weight))
     return model
 
 
@@ -64,11 +79,11 @@ def prepacked(found: Reads) -> list[torch.Tensor]:
     if torch.compiler.is_compiling():
         return []
     for part in found.copied:
-        weight, (known, version) = part._parameters["weight"], part.__dict__[_OF]
-        if weight is not known or weight._version != version:
-            version = weight._version
+        weight = part._parameters["weight"]
+        if not part.__dict__[_OF].still(weight):
+            origin = _Origin(weight)  # what changes meanwhile is seen next time
             part._buffers[PREPACKED].copy_(turned(weight))
-            setattr(part, _OF, (weight, version))
+            setattr(part, _OF, origin)
     return [part._buffers[PREPACKED] for part in found.copied]
 
 

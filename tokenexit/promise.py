@@ -21,7 +21,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["check_share", "fixed_sequence", "holds", "needed", "upper_bound"]
+__all__ = ["check_share", "fixed_sequence", "holds", "least", "needed", "upper_bound"]
 
 _MOST = 1_000_000  # losses that anybody could be asked for
 
@@ -111,6 +111,21 @@ def needed(bound: float, confidence: float, losses: ArrayLike = (0.0,)) -> int |
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
+
+
+def least(bound: float, confidence: float) -> int:
+    """How many losses, all of them 0, show a mean below `bound`.
+
+    Raises:
+        ValueError: a million would not.
+    """
+    number = needed(bound, confidence)
+    if number is None:
+        raise ValueError(
+            f"got {bound:g} to promise with a confidence of {confidence:g}; expected more, as a "
+            "million losses of nothing would not show that"
+        )
+    return number
 
 
 def check_share(name: str, value: float):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenexit.ops.exit_decision import exit_decision
-from tokenexit.policy import ExitPolicy
+from tokenexit.policy import UNBOUNDED, ExitPolicy
 
 _TENSORS = ("window", "min_active", "threshold")
 
@@ -54,8 +54,8 @@ class Schedule:
         """
         may_keep = isinstance(policies, ExitPolicy) and _is_plain(like)
         key = (policies, num_layers, num_sentences, like.dtype, like.device) if may_keep else None
-        if may_keep and key in _KEPT:
-            return _KEPT[key]
+        if may_keep and (kept := _KEPT.get(key)) is not None:  # others may clear it meanwhile
+            return kept
         with torch.inference_mode(False):  # else it could be used in that mode only
             made = cls._made(policies, num_layers, num_sentences, like)
         if may_keep and _is_plain(made.threshold):
@@ -86,7 +86,7 @@ class Schedule:
         criterion, copy, neighbors = kinds.pop()
         # One copy for all, which the host does not wait for: a GPU's copies of other memory wait.
         flat = [x for p, column in zip(policies, columns, strict=True)
-                for x in (p.reach, p.min_active, *column)]  # fmt: skip
+                for x in (p.reach, min(p.min_active, UNBOUNDED), *column)]  # fmt: skip
         values = torch.tensor(flat, dtype=torch.float64, device="cpu", pin_memory=like.is_cuda)
         values = values.view(len(policies), -1).to(like.device, non_blocking=True).T
 

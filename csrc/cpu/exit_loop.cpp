@@ -166,6 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> exit_loop(
     const auto* end = logits.data() + count * num_labels;
     if (std::any_of<const float*>(logits.data(), end, [](float x) { return std::isnan(x); })) {
       std::fill_n(logits_of, num_tokens * num_labels, std::numeric_limits<float>::quiet_NaN());
+      std::fill_n(layer_of, num_tokens, 0);
       no_nan = false;
       break;
     }

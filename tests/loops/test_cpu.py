@@ -186,6 +186,15 @@ def test_nan_of_a_head_whose_words_leave_later_is_told(calls):
     assert calls == [1]
 
 
+@torch.no_grad()
+def test_nan_leaves_no_layers_that_nobody_wrote(calls, poisoned):
+    """A program made by torch.export gives them to its user."""
+    encoder, h, packed, schedule = arguments()
+    encoder.heads[0].bias[0] = torch.nan
+    logits, layers, no_nan = loop(encoder, h, packed, schedule)
+    assert logits.isnan().all() and not layers.any() and not no_nan
+
+
 class Adapted(nn.Linear):
     """As adapters do it: the same weights, another forward."""
 

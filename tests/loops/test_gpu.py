@@ -15,7 +15,7 @@ from tokenexit import ExitPolicy, loops
 from tokenexit.conditions import TENSORS, unmet
 from tokenexit.layers import ExitHead
 from tokenexit.loops import CONDITIONS, LOOPS, Call, gpu
-from tokenexit.loops.eager import ExitEncoder
+from tokenexit.loops.eager import ExitEncoder, Unmet
 from tokenexit.models.pipeline import tag
 from tokenexit.models.rows import Rows
 from tokenexit.ops import extension_available, extension_error
@@ -44,6 +44,12 @@ def arguments(device="cpu", dtype=torch.float32, bias=False, policy=None, length
     schedule = Schedule.of(policy or ExitPolicy(threshold=0.3, window=1), 4, len(lengths), h)
     table = torch.randn(4, 9, device=device, dtype=dtype) if bias else None
     return tagger.encoder.layers, tagger.encoder.heads, h, packed, schedule, table
+
+
+def test_more_sentences_than_a_grid_has(monkeypatch):
+    monkeypatch.setattr(gpu, "MOST_SENTENCES", 2)
+    with pytest.raises(Unmet, match="at most 2 sentences in a call"):
+        gpu.pack(torch.ones(3, 4, dtype=int), torch.ones(3, 4, dtype=int))
 
 
 def traced(bias=False, after=lambda logits, layers: None):

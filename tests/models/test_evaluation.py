@@ -1,6 +1,9 @@
 """Tagging beside training: results of evaluation, and the model keeps its mode and its hooks."""
 
+import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from torch import nn
 
 import tokenexit
 from tokenexit import ExitPolicy, Tagger
+from tokenexit.loops.memory import Held
 from tokenexit.models.evaluation import evaluating
+from tokenexit.ops import extension_available, extension_error
 
 SENTENCES = [["john", "smith"], ["paris"], ["red", "the", "new", "york"], ["in"]]
 
@@ -111,6 +116,46 @@ def test_what_is_changed_later_is_seen(tagger):
         assert not twin.training and twin is not model
         assert [*map(id, twin.parameters())] == [*map(id, model.parameters())]
         assert [*twin.state_dict()] == [*model.state_dict()]
+
+
+@pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
+def test_what_is_found_out_of_a_model_is_kept_from_batch_to_batch(tagger):
+    model, made = tagger.model, []
+
+    class Counted(Held):
+        def __init__(self, root):
+            made.append(root)
+            super().__init__(root)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokenexit.loops.memory.Held", Counted)
+        expected = tagger.tag(SENTENCES)
+        for _ in range(3):
+            assert tagger.tag(SENTENCES) == expected
+            with torch.no_grad():
+                model(**random_batch((2,)))
+    assert len(made) == 2  # the model, and the one in evaluation mode
+
+
+def test_what_is_set_on_a_kept_model_is_seen(tagger):
+    model = tagger.model
+    tagger.tag(SENTENCES)
+    model.encoder.layers[0].activation = torch.relu
+    model.backend = "eager"
+    assert tagger.tag(SENTENCES) == Tagger(copy.deepcopy(model), tagger.tokenizer).tag(SENTENCES)
+    model.encoder.layers[1].down = nn.Linear(64, 32)
+    assert tagger.tag(SENTENCES) == Tagger(copy.deepcopy(model), tagger.tokenizer).tag(SENTENCES)
+    model.forward = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        tagger.tag(SENTENCES)
+
+
+def test_weights_of_before_are_let_go(tagger):
+    tagger.tag(SENTENCES)
+    weight = weakref.ref(tagger.model.encoder.layers[0].up.weight)
+    tokenexit.quantize(tagger.model)
+    gc.collect()
+    assert weight() is None
 
 
 def test_a_part_that_stands_twice():

@@ -28,6 +28,23 @@ def test_sandwich():
     assert {p.window for p in many} == {1, 3}
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_shares_of_small_batches_are_met_in_the_mean(number):
+    sampling = SelfSampling(full_depth=0.25, aggressive=0.25, windows=(0, 1), thresholds=(0.1, 0.4))
+    torch.manual_seed(0)
+    drawn = [policy for _ in range(3000 // number) for policy in sampling.draw(number)]
+    full = sum(policy.threshold == 0 for policy in drawn) / len(drawn)
+    aggressive = sum(policy.threshold == 0.4 for policy in drawn) / len(drawn)
+    assert 0.22 < full < 0.28 and 0.22 < aggressive < 0.28
+
+
+def test_what_is_not_drawn_is_that_of_the_policy():
+    base = ExitPolicy(growth=2.0, min_active=3, criterion="max_prob", level="sentence")
+    for policy in SelfSampling(base).draw(4):
+        assert (policy.growth, policy.min_active, policy.criterion) == (2.0, 3, "max_prob")
+        assert policy.level == "token"
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [

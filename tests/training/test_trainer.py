@@ -10,7 +10,7 @@ from random_models import random_classifier
 from transformers import TrainerCallback
 
 import tokenexit
-from tokenexit import ExitPolicy
+from tokenexit import Dial, ExitPolicy, Speed
 from tokenexit.evaluate import evaluate
 from tokenexit.text import scoring
 from tokenexit.training.report import ReportExits
@@ -337,6 +337,14 @@ def test_stage_1_is_at_full_depth_whatever_the_policy(tiny_tokenizer, tmp_path):
     model.policy = ExitPolicy(threshold=1.0, window=0)
     _, out = trainer.compute_loss(model, batch, return_outputs=True)
     assert set(out.exit_layers[batch["attention_mask"] != 0].tolist()) == {4}
+
+
+def test_what_was_measured_of_older_weights_is_gone(tiny_tokenizer, tmp_path):
+    trainer = trainer_for(tiny_tokenizer(), tmp_path, epochs=1, count=8)
+    trainer.model.dial = Dial((Speed(ExitPolicy.never(), 1, 0, 0, 4),), 0, 0.01, 0.9, 500)
+    trainer.model.config.temperatures = [0.5] * 4
+    trainer.train()
+    assert trainer.model.dial is None and trainer.model.config.temperatures is None
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

@@ -220,7 +220,6 @@ def _planned(
             )
             model.float()
         model.policy = policy
-        model.dial = model.config.temperatures = None
         arguments = training_arguments(
             checkpoints, model.config.hidden_size, len(train_data), **options
         )

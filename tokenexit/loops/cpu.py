@@ -83,7 +83,7 @@ def exit_loop(
 
     Returns:
         Logits `[T, C]` and layers `[T]` int64 that tokens left with, and `[]` bool, whether no
-        layer's logits had a NaN. Else all logits are NaN, and layers are not set.
+        layer's logits had a NaN. Else all logits are NaN, and all layers 0.
 
     Raises:
         TypeError: indices that are not int64.

@@ -31,7 +31,7 @@ from torch import nn
 from tokenexit.conditions import check_loaded
 from tokenexit.int8 import Int8Linear
 from tokenexit.layers import labels_of
-from tokenexit.loops.eager import Outcome
+from tokenexit.loops.eager import Outcome, Unmet
 from tokenexit.loops.eager import embed as embed_by_calls
 from tokenexit.ops import compiled_devices, extension_error, float32_precision
 from tokenexit.ops.bias_gelu import GELUS, gelu_tanh
@@ -41,6 +41,7 @@ from tokenexit.schedule import Schedule
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_OUTPUTS = 256  # of a head, that exit_step_ takes
+MOST_SENTENCES = 2**16 - 2  # the third dimension of a grid, less the empty one that pack adds
 _DEVICES = compiled_devices("compact_active") & {"cuda"}
 # How often a GPU was served by a slower path, by reason.
 FALLBACKS = Counter()
@@ -113,9 +114,14 @@ def pack(mask, ids, *given) -> tuple[Roomy, list[torch.Tensor], torch.Tensor]:
 
     Returns:
         It, its ids and what else is given, packed; and `[]` bool, whether all was sound.
+
+    Raises:
+        Unmet: more than `MOST_SENTENCES`.
     """
     from tokenexit.kernels.pack_rows import pack_rows
 
+    if len(ids) > MOST_SENTENCES:
+        raise Unmet(f"at most {MOST_SENTENCES} sentences in a call")
     by_token, offsets, first_token, place, sound = pack_rows(mask, ids, *given)
     shape = len(ids) + 1, ids.shape[1]
     packed = Roomy.of(shape, by_token, offsets, first_token, place=place)

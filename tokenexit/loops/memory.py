@@ -83,6 +83,10 @@ class Memory:
     def __reduce__(self):
         return type(self), ()
 
+    def forget(self):
+        """Hold nothing: what was found keeps the tensors that were there."""
+        self._last = None
+
     def of(self, root: nn.Module) -> Held:
         """What it holds now."""
         last = self._last  # which another thread may replace

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from tokenexit.int8 import Int8Embedding, Int8Linear
+from tokenexit.loops.memory import Memory
 
 _OF_NO_MODE = {nn.Linear, nn.LayerNorm, nn.Embedding, Int8Linear, Int8Embedding}
 
@@ -16,13 +17,14 @@ _OF_NO_MODE = {nn.Linear, nn.LayerNorm, nn.Embedding, Int8Linear, Int8Embedding}
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """The model as it is in evaluation mode; it keeps its own, as another thread may train it.
 
-    That is a second tree of modules on the same weights, buffers and hooks, made in some 50 us. A
-    module with a forward of its own (as accelerate and torch.compile put there) would run the first
-    tree through it: a model that has one is switched, and switched back module by module at the
-    end; only beside a thread that trains it at that moment, this is not enough.
+    That is a second tree of modules on the same weights, buffers and hooks, which is kept for as
+    long as the model holds the same. A module with a forward of its own (as accelerate and
+    torch.compile put there) would run the first tree through it: a model that has one is switched,
+    and switched back module by module at the end; only beside a thread that trains it at that
+    moment, this is not enough.
     """
     try:
-        twin = _twin(model, {})
+        twin = _kept_twin(model)
     except _OwnForward:
         modes = [(module, module.training) for module in model.modules()]
         try:
@@ -38,14 +40,27 @@ class _OwnForward(Exception):
     """A module has a forward of its own, in place of its class's."""
 
 
-def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    own = module.__dict__
-    if "forward" in own or own.get("_compiled_call_impl") is not None:
+def _kept_twin(model: nn.Module) -> nn.Module:
+    """`_twin`, of parts that were made before; what the parts hold is found once, too."""
+    memory = model.__dict__.get("_memory")
+    held = None if memory is None else memory.of(model)
+    if held is None or not held.is_all:
+        return _twin(model, {})
+    parts, of_twin = held.once("twin", lambda: (_twin(model, {})._modules, Memory()))
+    return _alike(model, parts, _memory=of_twin)  # of the model itself, attributes come and go
+
+
+def _alike(module: nn.Module, parts: dict[str, nn.Module | None], **own) -> nn.Module:
+    if "forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl") is not None:
         raise _OwnForward
-    if type(module) in _OF_NO_MODE and not own["_modules"]:
-        return module
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(module.__dict__, training=False, _modules=parts, **own)
+    return twin
+
+
+def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
     if module not in twins:  # a part may stand in several places
-        twins[module] = twin = type(module).__new__(type(module))
-        parts = {name: part and _twin(part, twins) for name, part in own["_modules"].items()}
-        twin.__dict__.update(own, training=False, _modules=parts)
+        parts = module.__dict__["_modules"]
+        twin = _alike(module, {name: part and _twin(part, twins) for name, part in parts.items()})
+        twins[module] = twin if parts or type(module) not in _OF_NO_MODE else module
     return twins[module]

@@ -148,6 +148,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
 
     def _apply(self, *args, **kwargs):
         self._graphs.forget()  # as they keep the weights that they read
+        self._memory.forget()
         return super()._apply(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -248,7 +248,7 @@ def adapt(
 
 def _held_out(sentences: int, max_disagreement: float, confidence: float) -> int:
     """How many of the sentences are kept aside for calibration: half, more for few."""
-    least = promise.needed(max_disagreement, confidence)
+    least = promise.least(max_disagreement, confidence)
     held = max(min(sentences // 2, _MOST_HELD_OUT), least)
     if 5 * held > 4 * sentences:
         raise ValueError(

@@ -17,7 +17,6 @@ _STEPS, _MOST_EPOCHS = 1500, 40
 
 
 @torch.inference_mode(False)
-@torch.inference_mode(False)
 @torch.enable_grad()
 def distill_heads(
     tagger: Tagger,

@@ -21,10 +21,11 @@ class SelfSampling:
     """How the policy of each training sentence is drawn.
 
     Args:
-        policy: its criterion, copy and neighbors are those of all.
+        policy: what is not drawn of it: its criterion, copy, neighbors, growth and min_active.
         windows: windows to draw from, evenly.
         thresholds: (lowest, highest) threshold; drawn evenly between.
-        full_depth: share of each batch that runs without exits (sandwich rule).
+        full_depth: share of each batch that runs without exits (sandwich rule). Of a batch that it
+            gives no whole number of, chance rounds it.
         aggressive: share that runs at the smallest window and the highest threshold.
         exits: "online": drawn by the model as it is. "cached": by the uncertainties it had
             after stage 1 (the authors' way).
@@ -65,17 +66,20 @@ class SelfSampling:
 
     def draw(self, num_sentences: int) -> list[ExitPolicy]:
         """A policy for each sentence of a batch, drawn with torch's generator."""
-        full = round(self.full_depth * num_sentences)
-        aggressive = round(self.aggressive * num_sentences)
         windows = torch.randint(len(self.windows), (num_sentences,), device="cpu").tolist()
         shares = torch.rand(num_sentences, dtype=torch.float32, device="cpu").tolist()
+        ends = [
+            part * num_sentences for part in (self.full_depth, self.full_depth + self.aggressive)
+        ]
+        chance = 0 if all(end % 1 == 0 for end in ends) else torch.rand((), device="cpu").item()
+        full, either = (int(end + chance) for end in ends)
         low, high = self.thresholds
         policies = []
         for i, (index, share) in enumerate(zip(windows, shares, strict=True)):
             window, threshold = self.windows[index], low + share * (high - low)
             if i < full:
                 threshold = 0.0
-            elif i < full + aggressive:
+            elif i < either:
                 window, threshold = min(self.windows), high
             policies.append(
                 self.policy.replace(

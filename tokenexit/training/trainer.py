@@ -190,6 +190,8 @@ class ExitTrainer(Trainer):
     def train(self, *args, **kwargs):
         """As in `Trainer`; within `torch.inference_mode` or `no_grad`, too.
 
+        The model's dial and temperatures, which say what its weights do, are gone with these.
+
         Raises:
             ValueError: weights made in `torch.inference_mode`, which have no gradients; the weights
                 it ends with are not finite.
@@ -199,6 +201,7 @@ class ExitTrainer(Trainer):
                 "got a model made in torch.inference_mode; expected one made or loaded outside, "
                 "as its weights have no gradients"
             )
+        self.model.dial = self.model.config.temperatures = None
         result = super().train(*args, **kwargs)
         for name, weight in self.model.named_parameters():
             if not weight.isfinite().all():
