@@ -114,6 +114,20 @@ def trained(folder, tmp_path_factory):
     return folder / "exits"
 
 
+def test_runs_with_equal_seeds_are_equal(folder, tmp_path, capsys):
+    """New classifiers are drawn before the Trainer seeds."""
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.rand(len(weights))  # whatever was drawn before
+        code, _, err = call(
+            capsys, "train", "-m", folder / "encoder", "-d", folder / "dev.conll",
+            "-o", tmp_path / name, "--epochs", 1, "--seed", seed, *SETTINGS,
+        )  # fmt: skip
+        assert code == 0, err
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
 def contents(folder):
     """Every file in a folder, and when it was written."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -991,6 +1005,8 @@ def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, com
          "got --revision v1 for a folder, .*exits; expected a name on the hub"),
         (["train", "-m", "{folder}/hf", "-d", "{folder}/no.conll", "-o", "{folder}/y",
           "--neighbor-heads", "some"], "got --neighbor-heads some; expected none, below or all"),
+        (["adapt", "{folder}/hf", "-t", "{folder}/no.txt", "-o", "{folder}/y",
+          "--neighbor-heads", "all"], "got --neighbor-heads all; expected none or below"),
         (["train", "-m", "{folder}/hf", "-d", "{folder}/cars.conll", "-o", "{folder}/y"],
          "expected labels in common, or --new-classifier"),
         (

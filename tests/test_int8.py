@@ -312,3 +312,12 @@ def test_a_table_that_was_changed_is_not_rounded():
             tokenexit.quantize(tagger)
         assert not tagger.config.int8 and not tokenexit.int8.is_quantized(tagger)
         assert tokenexit.quantize(tagger, embeddings=False).config.int8
+
+
+@pytest.mark.parametrize("move", [lambda m: m.bfloat16(), lambda m: m.to(torch.float16)])
+def test_no_other_dtype_for_8_bit_weights(move):
+    model = tokenexit.quantize(random_tagger(dtype=torch.float32))
+    before = {name: x.dtype for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match="for 8-bit weights; expected float32, as all else is"):
+        move(model)
+    assert {name: x.dtype for name, x in model.float().state_dict().items()} == before

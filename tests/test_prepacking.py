@@ -160,6 +160,12 @@ def test_compiled_programs_read_none():
         assert torch.equal(torch.compile(model, backend="eager")(**rows).logits, plain)
 
 
+@pytest.mark.parametrize("act", [tokenexit.prepack, tokenexit.quantize])
+def test_a_tagger_has_a_model(act, tiny_tokenizer):
+    with pytest.raises(TypeError, match="got a Tagger; expected a TokenExitForTokenClassification"):
+        act(tokenexit.Tagger(tagger_of(), tiny_tokenizer()))
+
+
 def replaced(model):
     model.encoder.layers[1].up = torch.nn.Sequential(torch.nn.Linear(64, 128))
     return model
@@ -175,11 +181,11 @@ def made_in_inference_mode():
     [
         (
             lambda: tagger_of().bfloat16(),
-            "torch.bfloat16 on cpu; expected a multiple of 32 in fp32",
+            "got query of torch.bfloat16 on cpu; expected torch.float32 on cpu",
         ),
-        (lambda: tokenexit.quantize(tagger_of()), "query, a Int8Linear"),
+        (lambda: tokenexit.quantize(tagger_of()), "got an 8-bit model; expected one in fp32"),
         (lambda: tagger_of().to("meta"), "torch.float32 on meta"),
-        (lambda: tagger_of(hidden=40), "query of 40 features"),
+        (lambda: tagger_of(hidden=40), "query of 40 features; expected a multiple of 32"),
         (lambda: tagger_of("deberta-v2"), "got a DisentangledLayer as layer"),
         (lambda: tagger_of("modernbert"), "got a NormFirstLayer as layer"),
         (lambda: replaced(tagger_of()), "layers.1.up than it was made with: up, a Sequential"),

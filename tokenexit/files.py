@@ -227,7 +227,7 @@ def _owned(make: Callable[[], Path]) -> Iterator[Path]:
 def check_same_record(folder: str | os.PathLike, before: Mapping, record: Mapping):
     """Raise ValueError if the run whose record lies in a folder is another than `record` says."""
     other = [
-        f"{name.replace('_', ' ')} {before.get(name)}, now {value}"
+        f"{name.replace('_', ' ')} {_said(before.get(name))}, now {_said(value)}"
         for name, value in record.items()
         if before.get(name) != value
     ]
@@ -236,6 +236,10 @@ def check_same_record(folder: str | os.PathLike, before: Mapping, record: Mappin
             f"the run in {folder} was started otherwise: {'; '.join(other)}; expected the same to "
             "go on with it, or the folder removed to start anew"
         )
+
+
+def _said(value):
+    return "none" if value is None else value
 
 
 @contextmanager

@@ -110,6 +110,17 @@ def dtype_of(model: nn.Module) -> str:
     return "int8" if is_quantized(model) else str(model.dtype).removeprefix("torch.")
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """A tagger's layers; TypeError where it is none."""
+    layers = getattr(getattr(model, "encoder", None), "layers", None)
+    if layers is None:
+        raise TypeError(
+            f"got a {type(model).__name__}; expected a TokenExitForTokenClassification, which is "
+            "the `model` of a Tagger"
+        )
+    return layers
+
+
 def products(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Each linear layer of an encoder's layers, behind the layer that it is a part of and its name.
 
@@ -151,8 +162,9 @@ def quantize(model: _Model, embeddings: bool = True) -> _Model:
         ValueError: a model on another device or of another dtype; one that is 8-bit already; layers
             of whose parts one has been replaced, hooked, pruned or the like; widths that are no
             multiples of 4.
+        TypeError: what is no tagger.
     """
-    layers = model.encoder.layers
+    layers = layers_of(model)
     devices = {(p.device.type, p.dtype) for p in model.parameters()}
     if devices not in ({("cpu", torch.float32)}, {("meta", torch.float32)}):  # or yet to be loaded
         raise ValueError(f"got a model of {sorted(map(str, devices))}; expected fp32 on the CPU")

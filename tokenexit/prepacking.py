@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tokenexit.conditions import Reads
-from tokenexit.int8 import products
+from tokenexit.int8 import is_quantized, layers_of, products
 from tokenexit.layers import PREPACKED, ExitLayer
 from tokenexit.ops import instruction_set
 
@@ -53,18 +53,27 @@ def prepack(model: _Model) -> _Model:
         ValueError: a model on another device, of another dtype or in 8 bits; layers that are not
             as BERT's, or have a part that was replaced; weights made in inference mode, whose
             changes nobody notices; widths that are no multiples of 32.
+        TypeError: what is no tagger.
     """
-    if others := [x for x in model.encoder.layers if type(x) is not ExitLayer]:
+    layers = layers_of(model)
+    if is_quantized(model):
+        raise ValueError("got an 8-bit model; expected one in fp32")
+    if others := [x for x in layers if type(x) is not ExitLayer]:
         raise ValueError(f"got a {type(others[0]).__name__} as layer; expected layers as BERT's")
     parts = []
-    for _, name, part in products(model.encoder.layers):
+    for _, name, part in products(layers):
         weight = part.weight
         kind = f"{weight.dtype} on {weight.device.type}"
-        if kind != "torch.float32 on cpu" or weight.is_inference() or len(weight) % _TOGETHER:
+        if kind != "torch.float32 on cpu":
+            raise ValueError(f"got {name} of {kind}; expected torch.float32 on cpu")
+        if weight.is_inference():
             raise ValueError(
-                f"got {name} of {len(weight)} features, {kind}"
-                f"{' made in inference mode' * weight.is_inference()}; expected a multiple of "
-                f"{_TOGETHER} in fp32 on the CPU, made outside of that mode"
+                f"got {name} made in inference mode; expected weights made outside of it, whose "
+                "changes are seen"
+            )
+        if len(weight) % _TOGETHER:
+            raise ValueError(
+                f"got {name} of {len(weight)} features; expected a multiple of {_TOGETHER}"
             )
         parts.append(part)
     if (instruction_set() or "").startswith(("avx512", "amx")):

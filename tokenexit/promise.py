@@ -16,6 +16,7 @@ Source: Waudby-Smith and Ramdas 2024 (arXiv 2010.09686), predictable plug-in bet
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 
 import numpy as np
@@ -130,8 +131,8 @@ def least(bound: float, confidence: float) -> int:
 
 def check_share(name: str, value: float):
     """Raise ValueError unless a value lies between 0 and 1."""
-    if not 0 < value < 1:
-        raise ValueError(f"{name} is {value}; expected a number between 0 and 1")
+    if not isinstance(value, numbers.Real) or not 0 < value < 1:
+        raise ValueError(f"{name} is {value!r}; expected a number between 0 and 1")
 
 
 def _stakes(losses: np.ndarray, confidence: float) -> np.ndarray:

@@ -11,7 +11,7 @@ from random_models import random_batch, random_tagger
 from torch import nn
 
 import tokenexit
-from tokenexit import ExitPolicy, Tagger
+from tokenexit import Dial, ExitPolicy, Speed, Tagger
 from tokenexit.loops.memory import Held
 from tokenexit.models.evaluation import evaluating
 from tokenexit.ops import extension_available, extension_error
@@ -179,8 +179,19 @@ def test_a_policy_for_each_sentence(tagger):
     assert list(tagger.stream(iter(sentences), policies, buffer=4)) == alone
     assert len({x for t in alone for x in t.exit_layers}) > 2
     for wrong in (policies[:-1], policies * 2):
-        with pytest.raises(ValueError, match=f"got {len(wrong)} policies for"):
+        with pytest.raises(ValueError, match=f"got {len(wrong)} policies or speeds for"):
             tagger.tag(sentences, wrong)
+
+
+def test_a_speed_for_each_sentence_and_no_fewer(tagger):
+    full = Speed(ExitPolicy.never(), 1.0, 0.0, 0.0, 4.0)
+    tagger.model.dial = Dial((full,), 0, 0.01, 0.9, 500)
+    with pytest.raises(ValueError, match="got 1 policies or speeds for more sentences"):
+        tagger.tag(SENTENCES, speed=["full"])
+    with pytest.raises(ValueError, match="got 5 policies or speeds for 4 sentences"):
+        tagger.tag(SENTENCES, speed=["full"] * 5)
+    with pytest.raises(TypeError, match="got None; expected a list of sentences"):
+        tagger.tag(None)
 
 
 def test_the_policy_is_what_the_configuration_says(tmp_path):

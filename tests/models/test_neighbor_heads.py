@@ -39,13 +39,21 @@ def test_full_depth_is_hugging_faces(which, tmp_path):
     theirs.save_pretrained(tmp_path)
     load = TokenExitForTokenClassification.from_pretrained
     again = load(tmp_path, neighbor_heads=which)
+    again.save_pretrained(tmp_path / "saved")
+    assert load(tmp_path / "saved", neighbor_heads=which).config.neighbor_heads == which
+    with pytest.raises(ValueError, match="for a saved tagger of .*the heads it was trained with"):
+        load(tmp_path / "saved", neighbor_heads="all" if which is True else True)
+    with pytest.raises(
+        ValueError, match="neighbor_heads is 'below'; expected True, False or 'all'"
+    ):
+        load(tmp_path / "saved", neighbor_heads="below")
     assert [type(head) is NeighborHead for head in again.exit_heads] == hears
     assert type(load(tmp_path).exit_heads[0]) is not NeighborHead
 
 
 @pytest.mark.parametrize("which", ["below", 1, 0, None])
 def test_others_are_refused(which):
-    with pytest.raises(ValueError, match=f"neighbor_heads is {which!r}; expected true, false or"):
+    with pytest.raises(ValueError, match=f"neighbor_heads is {which!r}; expected True, False or"):
         tokenexit.convert(random_classifier(), neighbor_heads=which)
 
 

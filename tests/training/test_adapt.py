@@ -351,6 +351,18 @@ def test_what_can_not_be_adapted(tiny_tokenizer, tmp_path):
         adapt(hf, sentences(80), tokenizer, confidence=1)
     with pytest.raises(ValueError, match="neighbor_heads is 'all'; expected True or False"):
         adapt(hf, sentences(80), tokenizer, neighbor_heads="all")
+    for name, value, other in (
+        ("epochs", 3, "tune"),
+        ("checkpoints", tmp_path / "c", "tune"),
+        ("metric", "f1", "annotated"),
+    ):
+        with pytest.raises(ValueError, match=f"got {name} without {other}"):
+            adapt(hf, sentences(80), tokenizer, **{name: value})
+    for name, value in (("max_disagreement", "x"), ("confidence", None), ("max_disagreement", 0)):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}; expected a number between"):
+            adapt(hf, sentences(80), tokenizer, **{name: value})
+    with pytest.raises(ValueError, match="memory_mib is 0; expected 1 or more"):
+        adapt(hf, sentences(80), tokenizer, memory_mib=0)
     hf.bert.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no trained classifier; expected a token classifier"):

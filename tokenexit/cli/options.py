@@ -286,11 +286,12 @@ def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
     return settings
 
 
-def hearing(neighbor_heads: str | None) -> bool | str | None:
-    """What `NeighborHeads` means in Python."""
+def hearing(neighbor_heads: str | None, last: bool = True) -> bool | str | None:
+    """What `--neighbor-heads` means in Python; without `last`, all is not offered."""
     values = {None: None, "none": False, "below": True, "all": "all"}
-    if neighbor_heads not in values:
-        raise ValueError(f"got --neighbor-heads {neighbor_heads}; expected none, below or all")
+    if neighbor_heads not in values or (neighbor_heads == "all" and not last):
+        expected = "none, below or all" if last else "none or below"
+        raise ValueError(f"got --neighbor-heads {neighbor_heads}; expected {expected}")
     return values[neighbor_heads]
 
 

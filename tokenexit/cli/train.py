@@ -81,6 +81,8 @@ def train(
     Example: `tokenexit train -m bert-base-cased -d train.conll --dev dev.conll -o tagger`
     """
     be_quiet()
+    from transformers import set_seed
+
     from tokenexit.models.checkpoint import load_config
     from tokenexit.text.data import label_names
     from tokenexit.text.encoding import load_tokenizer
@@ -104,6 +106,7 @@ def train(
     train_data = read_data(data, column, format)
     dev_data = dev and read_data(dev, column, format)
     tokenizer = load_tokenizer(model)
+    set_seed(seed)  # of new classifiers; the Trainer seeds later
     tagger_model = load_to_train(model, tokenizer, label_names(train_data), new_classifier, heads)
     run(tagger_model, tokenizer, train_data, dev_data, ExitPolicy.never())
 
@@ -428,7 +431,13 @@ def adapt(
     int8: Annotated[
         bool, typer.Option("--int8", help="Give the result 8-bit weights, and promise it of these.")
     ] = False,
-    neighbor_heads: NeighborHeads = None,
+    neighbor_heads: Annotated[
+        str | None,
+        typer.Option(
+            help="Which classifiers hear those of the tokens beside a token: none, or those below "
+            "the last, which stays. Default: these, up to 85 labels, which GPUs take.",
+        ),
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Of --tune.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of --tune.")
@@ -474,7 +483,7 @@ def adapt(
     ):
         if given and not there:
             raise ValueError(f"got --{name} without --{other}; expected both or neither")
-    heads = hearing(neighbor_heads)
+    heads = hearing(neighbor_heads, last=False)
     check_output_folder(output)
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise ValueError(f"--output is the folder of the model, {model}; expected another")

@@ -169,7 +169,7 @@ def check_sizes(config: PreTrainedConfig):
 def check_neighbor_heads(name: str, value: object):
     """Raise ValueError for what is none of `NEIGHBOR_HEADS`."""
     if value not in NEIGHBOR_HEADS or isinstance(value, int) and not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; expected true, false or 'all'")
+        raise ValueError(f"{name} is {value!r}; expected True, False or 'all'")
 
 
 def check_config(config: TokenExitConfig):

@@ -19,7 +19,7 @@ from tokenexit.models.checkpoint import (
     load_config,
     load_whole,
 )
-from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.models.configuration import TokenExitConfig, check_neighbor_heads
 from tokenexit.models.translation import (
     check_checkpoint,
     check_supported,
@@ -56,6 +56,12 @@ def load_tagger(
     if config.model_type == TokenExitConfig.model_type:
         # Weights come from safetensors only: no pickle is ever opened.
         kwargs["use_safetensors"] = True
+        check_neighbor_heads("neighbor_heads", neighbor_heads)
+        if neighbor_heads and neighbor_heads != config.neighbor_heads:
+            raise ValueError(
+                f"got neighbor_heads {neighbor_heads!r} for a saved tagger of "
+                f"{config.neighbor_heads!r}; expected False: it has the heads it was trained with"
+            )
         if config.int8:
             check_dtype_of_int8(kwargs.get("dtype"))
             kwargs["dtype"] = torch.float32
@@ -89,6 +95,7 @@ def of_hugging_face(
     neighbor_heads: bool | str,
 ):
     """See `tokenexit.convert`; cls: that of its result."""
+    check_neighbor_heads("neighbor_heads", neighbor_heads)
     config = config_of(theirs)
     config.neighbor_heads = neighbor_heads
     with torch.device("cpu"):  # whatever the user's default is

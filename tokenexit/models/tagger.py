@@ -132,6 +132,8 @@ def _check_sentences(sentences: Iterable[Sequence[str] | str]):
         raise TypeError(f"got the text {sentences!r:.60}; expected a list of texts")
     if isinstance(sentences, Mapping):
         raise TypeError(f"got a {type(sentences).__name__}; expected a list of sentences")
+    if not isinstance(sentences, Iterable):
+        raise TypeError(f"got {sentences!r:.60}; expected a list of sentences")
 
 
 def _places(words: Sequence[str]) -> list[tuple[int, int]]:
@@ -381,7 +383,10 @@ class Tagger:
             if isinstance(policy, Sequence):
                 given = policy[done : done + len(chunk)]
                 if len(given) < len(chunk):
-                    raise ValueError(f"got {len(policy)} policies for more sentences")
+                    raise ValueError(
+                        f"got {len(policy)} policies or speeds for more sentences; expected one "
+                        "for each"
+                    )
             done += len(chunk)
             texts = [sentence if isinstance(sentence, str) else None for sentence in chunk]
             offsets = [None if text is None else self._splitter.spans(text) for text in texts]
@@ -408,7 +413,9 @@ class Tagger:
                 places = (places or []) if text is not None else None
                 yield Tagged(list(its_words), labels, layers, sure, text, places, scheme, depth)
         if isinstance(policy, Sequence) and len(policy) != done:
-            raise ValueError(f"got {len(policy)} policies for {done} sentences")
+            raise ValueError(
+                f"got {len(policy)} policies or speeds for {done} sentences; expected one for each"
+            )
 
     def _policy_now(self) -> ExitPolicy:
         speed = self._speed

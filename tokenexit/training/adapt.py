@@ -149,6 +149,18 @@ def adapt(
     """
     check_run(epochs, seed)
     check_timing_runs(timing_runs)
+    for name, value in (("max_disagreement", max_disagreement), ("confidence", confidence)):
+        promise.check_share(name, value)
+    for name, given, other, there in (
+        ("epochs", epochs is not None, "tune", tune),
+        ("checkpoints", checkpoints is not None, "tune", tune),
+        ("resume", resume, "tune", tune),
+        ("metric", metric != "auto", "annotated", annotated is not None),
+    ):
+        if given and not there:
+            raise ValueError(f"got {name} without {other}; expected both or neither")
+    if memory_mib < 1:
+        raise ValueError(f"memory_mib is {memory_mib}; expected 1 or more")
     checkpoint = None if checkpoints is None else last_checkpoint(checkpoints)
     if resume and checkpoint is None:
         raise ValueError(f"got resume, but no complete checkpoint is in {checkpoints}")
