@@ -217,8 +217,8 @@ def clocks(rows: Sequence[dict]) -> str:
                 cell += f" ({', '.join(f'{ms[other] / ms[name]:.2f}' for other in others)})"
             cells.append(cell)
         share = next(iter(found.values()))["active_fraction"]
-        lines.append([tagger, order, size, f"{share:.3f}", *cells])
-    return harness.table(["tagger", "order", "batch", "token-layers", *systems], lines, names=2)
+        lines.append([tagger, size, order, f"{share:.3f}", *cells])
+    return harness.table(["tagger", "batch", "order", "token-layers", *systems], lines, names=3)
 
 
 def steps(rows: Sequence[dict]) -> str:
