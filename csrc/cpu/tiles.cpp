@@ -150,7 +150,6 @@ INLINE void few(const Tile& t) {
     for (int64_t k = 0; k < whole; k += S::WIDTH) {
       // The next rows in the order in which they lie in memory.
       const int64_t at = first * t.depth + k * AT_ONCE;
-#pragma GCC unroll 4
       for (int i = 0; i < AT_ONCE * S::WIDTH && t.lines; i += 16) {
         if (fit) {
           __builtin_prefetch(t.next + at + i);
