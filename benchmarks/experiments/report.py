@@ -130,8 +130,8 @@ def speeds(rows: Sequence[dict]) -> str:
             fewer[system] * mean_of(group, name) for name in ("flops_speedup", "layer_speedup")
         )
         walls = (mean(group, name) for name in ("wall_speedup", "wall_speedup_fp32"))
-        scores = (spread([row[part] for row in group]) for part in ("dev", "test"))
-        cells = *scores, *(f"{speed:.2f}" for speed in speeds), *walls
+        both = (spread([row[part] for row in group]) for part in ("dev", "test"))
+        cells = *both, *(f"{speed:.2f}" for speed in speeds), *walls
         lines.append([system, kind, _time(target), *cells, round(mean_of(group, "broken"))])
     return harness.table([*heads, "in fp32", "broken"], lines, names=2)
 

@@ -169,6 +169,7 @@ def test_where_rows_come_from_without_git(monkeypatch):
 def test_a_table_has_names_to_the_left():
     table = harness.table(["a", "b", "c"], [("x", "y", 1)], names=2)
     assert table == "| a | b | c |\n| --- | --- | --: |\n| x | y | 1 |"
+    assert harness.table(["a", "b"], [("x", 1)]) == "| a | b |\n| --- | --: |\n| x | 1 |"
 
 
 def test_the_page_is_written_from_its_rows():

@@ -118,6 +118,7 @@ def test_what_is_changed_later_is_seen(tagger):
         assert [*twin.state_dict()] == [*model.state_dict()]
 
 
+# Without compiled ops nothing sees modules' attributes: all is found anew, none is to be counted.
 @pytest.mark.skipif(not extension_available(), reason=str(extension_error()))
 def test_what_is_found_out_of_a_model_is_kept_from_batch_to_batch(tagger):
     model, made = tagger.model, []

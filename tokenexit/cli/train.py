@@ -468,6 +468,7 @@ def adapt(
     from tokenexit.text.encoding import load_tokenizer
     from tokenexit.text.scoring import check_metric
     from tokenexit.training.adapt import adapt as run
+    from tokenexit.training.adapt import check_wanted
 
     be_quiet()
     if json_output:
@@ -475,14 +476,10 @@ def adapt(
     check_share("--max-disagreement", max_disagreement)
     check_share("--confidence", confidence)
     check_metric(metric)
-    for name, given, other, there in (
-        ("epochs", epochs is not None, "tune", tune),
-        ("resume", resume, "tune", tune),
-        ("column", column is not None, "data", data),
-        ("metric", metric != "auto", "data", data),
-    ):
-        if given and not there:
-            raise ValueError(f"got --{name} without --{other}; expected both or neither")
+    check_wanted("--epochs", epochs is not None, "--tune", tune)
+    check_wanted("--resume", resume, "--tune", tune)
+    check_wanted("--column", column is not None, "--data", bool(data))
+    check_wanted("--metric", metric != "auto", "--data", bool(data))
     heads = hearing(neighbor_heads, last=False)
     check_output_folder(output)
     if output.exists() and Path(model).exists() and output.samefile(model):

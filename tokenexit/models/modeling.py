@@ -147,9 +147,10 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
             module.quiet()
 
     def _apply(self, fn, *args, **kwargs):
-        dtype = fn(self.embeddings.norm.weight.detach()[:0]).dtype
-        if self.config.int8 and dtype != torch.float32:
-            raise ValueError(f"got {dtype} for 8-bit weights; expected float32, as all else is")
+        if self.config.int8:
+            dtype = fn(self.embeddings.norm.weight.detach()[:0]).dtype
+            if dtype != torch.float32:
+                raise ValueError(f"got {dtype} for 8-bit weights; expected float32, as all else is")
         self._graphs.forget()  # as they keep the weights that they read
         self._memory.forget()
         return super()._apply(fn, *args, **kwargs)

@@ -151,14 +151,10 @@ def adapt(
     check_timing_runs(timing_runs)
     for name, value in (("max_disagreement", max_disagreement), ("confidence", confidence)):
         promise.check_share(name, value)
-    for name, given, other, there in (
-        ("epochs", epochs is not None, "tune", tune),
-        ("checkpoints", checkpoints is not None, "tune", tune),
-        ("resume", resume, "tune", tune),
-        ("metric", metric != "auto", "annotated", annotated is not None),
-    ):
-        if given and not there:
-            raise ValueError(f"got {name} without {other}; expected both or neither")
+    check_wanted("epochs", epochs is not None, "tune", tune)
+    check_wanted("checkpoints", checkpoints is not None, "tune", tune)
+    check_wanted("resume", resume, "tune", tune)
+    check_wanted("metric", metric != "auto", "annotated", annotated is not None)
     if memory_mib < 1:
         raise ValueError(f"memory_mib is {memory_mib}; expected 1 or more")
     checkpoint = None if checkpoints is None else last_checkpoint(checkpoints)
@@ -256,6 +252,12 @@ def adapt(
         some = tagger.windows(apart[-TIMED_SENTENCES:])
         original_wall = _time_original(original, tagger, some, timing_runs)
     return Adapted(tagger, found, scores, metric if scores else None, original_wall)
+
+
+def check_wanted(name: str, given: bool, other: str, there: bool):
+    """Raise ValueError for an option that is given without the other, which it is of."""
+    if given and not there:
+        raise ValueError(f"got {name} without {other}; expected both or neither")
 
 
 def _held_out(sentences: int, max_disagreement: float, confidence: float) -> int:
