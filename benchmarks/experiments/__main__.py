@@ -122,6 +122,8 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
         found = reading.choose(tagger, dev, sweep, KINDS[kind])
         if kind.endswith("per layer"):
             found = reading.choose_per_layer(tagger, dev, sweep, found)
+        if kind.endswith("by clock"):
+            found = reading.choose_by_clock(tagger, dev, found)
         walls = reading.wall_speedups(tagger, dev, [x.policy for x in found.values()])
         rows = [row_of(kind, *x, wall) for x, wall in zip(found.items(), walls, strict=True)]
         harness.write(ROWS, rows)

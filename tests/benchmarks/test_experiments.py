@@ -178,6 +178,28 @@ def test_learned_thresholds_are_as_high_as_has_to_be(monkeypatch):
     assert found[2.5].policy == learned.replace(threshold=(0.1 * scale, 1.0, 0.0))
 
 
+def test_the_clock_wants_bolder_thresholds(monkeypatch):
+    """Here it shows nine tenths of the speed-up in multiply-adds, and 5 times at most."""
+
+    def evaluate(tagger, data, policy):
+        return Evaluation(policy, {"score": 0.5}, 1.0, [], 1 + 10 * policy.threshold)
+
+    def wall_speedups(tagger, data, policies):
+        return [min(5.0, 0.9 + 9 * policy.threshold) for policy in policies]
+
+    monkeypatch.setattr(reading, "evaluate", evaluate)
+    monkeypatch.setattr(reading, "wall_speedups", wall_speedups)
+    chosen = {t: evaluate(None, None, ExitPolicy(threshold=(t - 1) / 10)) for t in (2.0, 4.0, 6.0)}
+    found = reading.choose_by_clock(None, None, chosen)
+    assert found.keys() == {2.0, 4.0}
+    for target, result in found.items():
+        bolder = [scale for scale in reading.BOLDER if scale * (target - 1) * 0.9 + 0.9 >= target]
+        assert result.policy.threshold == pytest.approx(bolder[0] * (target - 1) / 10)
+        assert result.flops_speedup > target
+    already = {2.0: evaluate(None, None, ExitPolicy(threshold=0.2))}
+    assert reading.choose_by_clock(None, None, already) == already
+
+
 def test_a_layer_that_is_sure_and_wrong_learns_to_wait(tiny_tokenizer):
     """Half of the words leave by it, wrong; by the next all could leave, right and no later."""
     tokenizer = tiny_tokenizer(["a", "b", "c", "d"])
