@@ -60,6 +60,15 @@ INLINE auto load_some(const Number* from, int64_t count) {
   return x;
 }
 
+template <class S, class Some, class Number>
+INLINE void store_some(Number* to, Some x, int64_t count) {
+  if (count >= S::WIDTH) {
+    std::memcpy(to, &x, S::WIDTH * sizeof(Number));
+  } else {
+    std::memcpy(to, &x, count * sizeof(Number));
+  }
+}
+
 // A vector of 16-bit numbers in words, and the lower halves of words. Of 512 bits, the compiler makes
 // two halves of __builtin_convertvector.
 template <class S, class Few>
@@ -87,32 +96,53 @@ INLINE Few narrowed(typename S::UInt x) {
 template <class S>
 INLINE void floats_of(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += S::WIDTH) {
-    const auto bits = widened<S>(load_some<S>(from + i, count - i)) << 16;
-    std::memcpy(to + i, &bits, std::min<int64_t>(S::WIDTH, count - i) * sizeof(float));
+    store_some<S>(to + i, widened<S>(load_some<S>(from + i, count - i)) << 16, count - i);
   }
 }
 template <class S>
 INLINE void bf16_of(const float* from, int64_t count, uint16_t* to) {
   typedef uint16_t Few __attribute__((vector_size(S::WIDTH * sizeof(uint16_t))));
   for (int64_t i = 0; i < count; i += S::WIDTH) {
-    const auto x = load_some<S>(from + i, count - i);
-    const Few rounded = narrowed<S, Few>(to_bf16<S>(x) >> 16);
-    if (count - i >= S::WIDTH) {
-      std::memcpy(to + i, &rounded, sizeof(rounded));
-    } else {
-      std::memcpy(to + i, &rounded, (count - i) * sizeof(uint16_t));
-    }
+    const auto rounded = to_bf16<S>(load_some<S>(from + i, count - i));
+    store_some<S>(to + i, narrowed<S, Few>(rounded >> 16), count - i);
   }
 }
 
 // To what bf16 holds, in place.
 template <class S>
 INLINE void round_to_bf16(float* x, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    uint16_t rounded;
-    bf16_of<S>(x + i, 1, &rounded);
-    floats_of<S>(&rounded, 1, x + i);
+  for (int64_t i = 0; i < count; i += S::WIDTH) {
+    const auto rounded = to_bf16<S>(load_some<S>(x + i, count - i));
+    store_some<S>(x + i, rounded & 0xFFFF0000, count - i);
   }
+}
+
+// The same for callers of no instruction set.
+struct Widen {
+  template <class S>
+  static INLINE void run(const uint16_t* from, int64_t count, float* to) {
+    floats_of<S>(from, count, to);
+  }
+};
+struct Narrow {
+  template <class S>
+  static INLINE void run(const float* from, int64_t count, uint16_t* to) {
+    bf16_of<S>(from, count, to);
+  }
+};
+struct Round {
+  template <class S>
+  static INLINE void run(float* x, int64_t count) {
+    round_to_bf16<S>(x, count);
+  }
+};
+
+// The values of a contiguous tensor of bf16.
+inline std::vector<float> floats_of(const Tensor& x) {
+  std::vector<float> result(x.numel());
+  const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
+  dispatch<Widen>(from, x.numel(), result.data());
+  return result;
 }
 
 // Words of two rows' numbers, neighbors in a column: what a product over rows reads. Those of int8 are
@@ -148,14 +178,6 @@ INLINE void pair_up(const int8_t* a, const int8_t* b, int64_t count, Word* to) {
     const U words = low | (U)floats_of<S>(b + i, count - i);
     std::memcpy(to + i, &words, sizeof(words));
   }
-}
-
-// The values of a contiguous tensor of bf16.
-inline std::vector<float> floats_of(const Tensor& x) {
-  std::vector<float> result(x.numel());
-  floats_of<Portable>(
-      static_cast<const uint16_t*>(x.const_data_ptr()), x.numel(), result.data());
-  return result;
 }
 
 // As product() in panels.h, of words: weights [*][depth], x [panels][depth][16]. If `words` is given,

@@ -591,8 +591,8 @@ void exit_layer(
     if (!w.bf16()) return static_cast<const float*>(values(x, size));
     const size_t first = w.small.size();
     w.small.resize(first + size);
-    floats_of<Portable>(static_cast<const uint16_t*>(values(x, size, 1, ScalarType::BFloat16)), size,
-              w.small.data() + first);
+    const void* from = values(x, size, 1, ScalarType::BFloat16);
+    dispatch<Widen>(static_cast<const uint16_t*>(from), size, w.small.data() + first);
     return static_cast<const float*>(w.small.data() + first);
   };
   for (int i = 0; i < NUM_WEIGHTS; ++i) {

@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> exit_loop(
         outputs_of(layer));
     if (layer <= neighbor_heads) {
       hear(active.data(), first.data(), start, num_sentences, num_labels, told.data(), logits.data());
-      if (bf16) round_to_bf16<Portable>(logits.data(), count * num_labels);
+      if (bf16) dispatch<Round>(logits.data(), count * num_labels);
     }
     const auto* end = logits.data() + count * num_labels;
     if (std::any_of<const float*>(logits.data(), end, [](float x) { return std::isnan(x); })) {
@@ -195,7 +195,8 @@ std::tuple<Tensor, Tensor, Tensor> exit_loop(
     first.swap(first_kept);
   }
   if (bf16) {
-    bf16_of<Portable>(logits_of, num_tokens * num_labels, static_cast<uint16_t*>(logits_out.mutable_data_ptr()));
+    auto* to = static_cast<uint16_t*>(logits_out.mutable_data_ptr());
+    dispatch<Narrow>(static_cast<const float*>(logits_of), num_tokens * num_labels, to);
   }
   return {logits_out, layers_out, no_nan_out};
 }

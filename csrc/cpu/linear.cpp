@@ -65,7 +65,8 @@ Tensor linear_op(const Tensor& x_, const Tensor& weight_, const Tensor& bias_) {
   std::vector<float> result(rows * features);
   linear(x.const_data_ptr(), true, nullptr, floats_of(weight).data(), floats_of(bias).data(),
          result.data(), rows, x.size(1), features);
-  bf16_of<Portable>(result.data(), rows * features, static_cast<uint16_t*>(out.mutable_data_ptr()));
+  auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
+  dispatch<Narrow>(static_cast<const float*>(result.data()), rows * features, to);
   return out;
 }
 
