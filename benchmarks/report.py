@@ -120,7 +120,7 @@ class Allowed:
 
     def floor_ms(self, exits, ours=OURS, text=CONLL, batch=32):
         wanted = text, batch, exits, self.DTYPES[ours]
-        facts = ("text", "sentences", "exits", "dtype")
+        facts = ("text", "batch", "exits", "dtype")
         mine = (r for r in self.roofline if tuple(r[fact] for fact in facts) == wanted)
         return sum(r["floor_ms"] for r in mine if r["measured_ms"]) or None
 
@@ -309,7 +309,7 @@ def _overhead(roofline: Sequence[dict]) -> float | None:
     percents = Counter()
     for row in roofline:
         if "share" in row:
-            percents[row["text"], row["sentences"], row["dtype"]] += 100 * row["share"]
+            percents[row["text"], row["batch"], row["dtype"]] += 100 * row["share"]
     return max(percents.values(), default=None)
 
 
@@ -529,16 +529,19 @@ def _roofline(rows: Sequence[dict]) -> str:
         "its attention block is q to norm, its feed-forward part up and down. Exit heads (those "
         "below the last, by themselves) and decisions (a call in which each layer asks in vain, "
         "less one in which none asks, in alternation): ms, and the share of the latter call. "
+        "Calls: all that a call does, of sentences that come one at a time. "
         f"{first['model']}; {_origin(first)}."
     )
     parts = [text]
-    for *batch, dtype in dict.fromkeys((r["text"], r["sentences"], r["dtype"]) for r in rows):
-        mine = [r for r in rows if [r["text"], r["sentences"], r["dtype"]] == [*batch, dtype]]
+    facts = ("text", "batch", "dtype")
+    for case in dict.fromkeys(tuple(r[fact] for fact in facts) for r in rows):
+        name, batch, dtype = case
+        mine = [r for r in rows if tuple(r[fact] for fact in facts) == case]
         exits = list(dict.fromkeys(row["exits"] for row in mine))
         cells = {(row["phase"], row["exits"]): _phase(row) for row in mine}
         phases = dict.fromkeys(row["phase"] for row in mine)
         lines = [[phase, *(cells.get((phase, e), "") for e in exits)] for phase in phases]
-        parts.append(harness.table([f"{batch[0]} x {batch[1]}, {dtype}", *exits], lines))
+        parts.append(harness.table([f"{name} x {batch}, {dtype}", *exits], lines))
     return "\n\n".join(parts)
 
 

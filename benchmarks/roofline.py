@@ -312,6 +312,34 @@ def phases(model, call, machine: Machine, rounds: int = ROUNDS) -> list[dict]:
     return rows
 
 
+def one_by_one(system: cpu.System, config, machine: Machine, rounds: int = ROUNDS) -> list[dict]:
+    """The row of sentences that come one at a time: the floors of all phases, the time of calls."""
+    total = dict(NOTHING)
+    for out in system.run():
+        tokens = (out.exit_layers > 0).sum(1)
+        active = active_tokens(out.exit_layers, config.num_hidden_layers)
+        for least in floors(active, tokens, config, machine).values():
+            total = {key: total[key] + least[key] for key in NOTHING}
+    times = [system.time_ms() for _ in range(rounds)]
+    return [{"phase": "calls", **total, "measured_ms": statistics.median(times)}]
+
+
+def rows_of(
+    case: cpu.Case, model, dtype: str, exits: str, chosen, machine: Machine, quick: bool
+) -> list[dict]:
+    """Rows of a case: by phases, and at full depth what exits cost in vain, of a single batch."""
+    if len(case.sentences) > case.batch:
+        system = cpu.our_system(dtype, model, exits, chosen, case.sentences, case.batch)
+        return one_by_one(system, model.config, machine)
+    b = texts.batch(case.sentences)
+    call = {"input_ids": b.input_ids, "attention_mask": b.attention_mask, "word_ids": b.word_ids}
+    call |= chosen(b)
+    found = phases(model, call, machine)
+    if exits == report.FULL:
+        found += bookkeeping(model, call, ROUNDS if quick else ASKED_ROUNDS)
+    return found
+
+
 @torch.inference_mode()
 def main(arguments: Sequence[str] | None = None):
     """Measure and write rows."""
@@ -350,23 +378,21 @@ def main(arguments: Sequence[str] | None = None):
             case
             for case in cases
             if (case.text, case.batch)
-            in {("uniform 32", 1), ("uniform 128", 1), (report.CONLL, 32)}
+            in {
+                *((f"uniform {length}", batch) for length, batch in ((32, 1), (128, 1), (128, 8))),
+                *((report.CONLL, batch) for batch in (1, 32)),
+            }
         ]
     )
     rows = []
+    num_layers = model.config.num_hidden_layers
     for case in wanted:
-        b = texts.batch(case.sentences)
-        call = {"input_ids": b.input_ids, "attention_mask": b.attention_mask}
-        for exits, chosen in cpu.imposed(model.config.num_hidden_layers).items():
+        for exits, chosen in cpu.imposed(num_layers).items():
             if exits.startswith("sentence"):
                 continue
-            whole = {**call, "word_ids": b.word_ids, **chosen(b)}
             for dtype, tagger in ours.items():
                 facts = {"run": common["date"], **case.facts(), "exits": exits, "dtype": dtype}
-                found = phases(tagger, whole, machines[dtype])
-                if exits == report.FULL:
-                    found += bookkeeping(tagger, whole, ROUNDS if args.quick else ASKED_ROUNDS)
-                for row in found:
+                for row in rows_of(case, tagger, dtype, exits, chosen, machines[dtype], args.quick):
                     row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
                     rows.append({**facts, **row, **common})
     harness.write("roofline", rows, args.results)

@@ -253,7 +253,7 @@ def test_goals():
 
 def test_goals_beside_what_the_roofline_allows():
     floors = {report.FULL: 60.0, report.STRONG: 20.0}
-    common = {"device": "d", "text": report.CONLL, "sentences": 32}
+    common = {"device": "d", "text": report.CONLL, "batch": 32}
     measured = (("q", 0.9, None), ("layers", 0.9, 99.0), ("head", 0.1, 9.0))
     roof = [
         {**common, "dtype": dtype, "exits": exits, "phase": phase, "floor_ms": ms * share * faster}
@@ -311,7 +311,7 @@ def test_goals_of_processors_that_multiply_bytes_and_bf16():
     assert goals["eta, strong exits, bf16"] == 0.8
     assert goals[f"int8, strong exits, {peer}"] is None
     assert f"| bf16, full depth, {peer} | >= 1 | 1.25 | yes |" in report.tables(measured)
-    case = {"device": "d", "text": report.CONLL, "sentences": 32, "dtype": "bf16", "share": 0.01}
+    case = {"device": "d", "text": report.CONLL, "batch": 32, "dtype": "bf16", "share": 0.01}
     floors = {report.FULL: 20.0, report.STRONG: 8.0}
     roof = [
         {**case, "exits": exits, "phase": "layers", "floor_ms": ms, "measured_ms": 50.0}
@@ -405,6 +405,21 @@ def test_floors():
     assert roofline.operations([0, 0], [4, 6], config, roofline.Machine(1, 1, 1, 1)) == {}
 
 
+def test_sentences_one_at_a_time_read_the_weights_each_time():
+    config = random_classifier(hidden=8, heads=2, layers=2, labels=3).config
+    exits, machine = torch.tensor([[2, 2, 1, 0]]), roofline.Machine(1, 1, 1, 1e-3)
+    outputs, times = [SimpleNamespace(exit_layers=exits)] * 3, [5.0, 9.0, 7.0]
+    system = SimpleNamespace(run=lambda: outputs, time_ms=times.pop)
+    (row,) = roofline.one_by_one(system, config, machine, rounds=3)
+    once = roofline.floors(torch.tensor([[3, 2]]), torch.tensor([3]), config, machine)
+    assert row["measured_ms"] == 7.0
+    for key in roofline.NOTHING:
+        assert row[key] == pytest.approx(3 * sum(least[key] for least in once.values()))
+    facts = {"device": "d", "text": report.CONLL, "batch": 1, "dtype": "int8"}
+    allowed = report.Allowed(report.Rows(rows()), [{**facts, "exits": report.STRONG, **row}])
+    assert allowed.floor_ms(report.STRONG, report.INT8, report.CONLL, 1) == row["floor_ms"]
+
+
 @pytest.mark.skipif(not extension_available(), reason="the layer is no op")
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
 def test_a_layer_s_time_is_that_of_the_op(kind, monkeypatch):
@@ -460,7 +475,7 @@ def test_bookkeeping_is_what_it_takes(monkeypatch, asked, head, percent, reached
     heads, decisions = roofline.bookkeeping(model, {}, rounds=3)
     assert heads["measured_ms"] == pytest.approx(2 * head)
     assert decisions["measured_ms"] == pytest.approx(asked - 100)
-    common = {"text": "t", "sentences": 1, "dtype": "fp32", "device": "d", "exits": report.FULL}
+    common = {"text": "t", "batch": 1, "dtype": "fp32", "device": "d", "exits": report.FULL}
     found = [{**common, **heads}, {**common, **decisions}]
     found += [{**common, "dtype": "int8", "phase": "decisions", "share": -0.05}]
     goal = next(g for g in report.goals(report.Rows(rows()), found) if "bookkeeping" in g.text)
