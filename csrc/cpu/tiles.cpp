@@ -7,9 +7,6 @@
 #include <vector>
 
 #include "simd.h"
-#ifdef __linux__
-#include <unistd.h>
-#endif
 
 namespace tokenexit {
 namespace {
@@ -129,49 +126,61 @@ INLINE Eight eight(Int x) {
       __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-const int64_t FIRST_LEVEL = std::max<int64_t>(32 << 10, sysconf(_SC_LEVEL1_DCACHE_SIZE));
-#else
-constexpr int64_t FIRST_LEVEL = 32 << 10;
-#endif
-
-// 4 rows of weights against ROWS rows of bytes, which t.x has one after the other.
-template <class S, class Dot, int ROWS>
-INLINE void few(const Tile& t) {
-  constexpr int AT_ONCE = S::WIDTH < 16 && ROWS > 2 ? 2 : 4;  // as the registers allow
+// Of 4 rows of weights, AT_ONCE beside each other, and ROWS rows of bytes. What is at `later` is asked for
+// into that CACHE, in the order in which it lies in memory.
+template <class S, class Dot, int ROWS, int AT_ONCE, int CACHE>
+INLINE void sum_up(const Tile& t, const Word* later, Eight (*total)[ROWS]) {
+  constexpr int TURNS = AT_ONCE > 1 ? 1 : 2;  // sums that take turns, as one would wait for itself
+  constexpr int64_t STEP = TURNS * S::WIDTH;
   const int64_t whole = t.depth / S::WIDTH * S::WIDTH;
-  // These rows and the next four, near enough; else what comes next goes to the second-level cache, from further.
-  constexpr int64_t FURTHER = 4096;
-  const bool fit = (8 + ROWS) * t.depth * 4 < FIRST_LEVEL / 6 * 5;
-  Eight total[4][ROWS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int first = 0; first < 4; first += AT_ONCE) {
-    typename S::Int sums[AT_ONCE][ROWS] = {};
-    for (int64_t k = 0; k < whole; k += S::WIDTH) {
-      // The next rows in the order in which they lie in memory.
-      const int64_t at = first * t.depth + k * AT_ONCE;
-      for (int i = 0; i < AT_ONCE * S::WIDTH && t.lines; i += 16) {
-        if (fit) {
-          __builtin_prefetch(t.next + at + i);
-        } else {
-          __builtin_prefetch(t.w + FURTHER + at + i, 0, 2);
-        }
-      }
+    const Word* w = t.w + first * t.depth;
+    typename S::Int sums[TURNS][AT_ONCE][ROWS] = {};
+    const auto add = [&](int64_t k, int turn) __attribute__((always_inline)) {
       typename S::Int x[ROWS];
 #pragma GCC unroll 4
       for (int i = 0; i < ROWS; ++i) x[i] = load<S>(t.x + i * t.depth + k);
 #pragma GCC unroll 4
       for (int r = 0; r < AT_ONCE; ++r) {
-        const auto w = load<S>(t.w + (first + r) * t.depth + k);
+        const auto part = load<S>(w + r * t.depth + k);
 #pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) Dot::template add<S>(sums[r][i], x[i], w);
+        for (int i = 0; i < ROWS; ++i) Dot::template add<S>(sums[turn][r][i], x[i], part);
       }
+    };
+    int64_t k = 0;
+    for (; k + STEP <= whole; k += STEP) {
+      const Word* at = later + first * t.depth + k * AT_ONCE;
+      for (int i = 0; i < STEP * AT_ONCE && t.lines; i += 16) __builtin_prefetch(at + i, 0, CACHE);
+#pragma GCC unroll 2
+      for (int turn = 0; turn < TURNS; ++turn) add(k + turn * S::WIDTH, turn);
     }
+    if (k < whole) add(k, 0);
 #pragma GCC unroll 4
     for (int r = 0; r < AT_ONCE; ++r) {
 #pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) total[first + r][i] = eight(sums[r][i]);
+      for (int i = 0; i < ROWS; ++i) {
+        total[first + r][i] = eight(TURNS > 1 ? sums[0][r][i] + sums[TURNS - 1][r][i] : sums[0][r][i]);
+      }
     }
+  }
+}
+
+// 4 rows of weights against ROWS rows of bytes, which t.x has one after the other. Weights are read as they
+// lie, so that the processor sees what comes next, and what comes later is asked for into the second-level
+// cache, where more lines can be waited for. Where there is work enough to hide what the first-level cache
+// waits for (narrow vectors, or more rows behind these), rows go side by side, unless they are too long.
+template <class S, class Dot, int ROWS>
+INLINE void few(const Tile& t) {
+  constexpr int64_t LATER = ROWS > 1 ? 2048 : 512, MOST_NEAR = 384;
+  constexpr int MOST_AT_ONCE = S::WIDTH < 16 && ROWS > 2 ? 2 : 4;  // as the registers allow
+  const int64_t whole = t.depth / S::WIDTH * S::WIDTH;
+  Eight total[4][ROWS];
+  const bool busy = S::WIDTH < 16 ? ROWS > 1 : ROWS > 2 && t.lines == 2;
+  if (busy && t.depth <= MOST_NEAR) {
+    sum_up<S, Dot, ROWS, MOST_AT_ONCE, 3>(t, t.next, total);
+  } else {
+    sum_up<S, Dot, ROWS, (ROWS > 3 ? 2 : 1), 2>(t, t.w + LATER, total);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; ++i) {
