@@ -81,7 +81,7 @@ def runs_of(plan: Path) -> list[Run]:
 
 
 def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
-    """Append the rows of a trained run: each kind of policy and target, full depth and its layers.
+    """Append the rows of a trained run: full depth and its layers, each kind of policy and target.
 
     Kinds with rows are left alone.
     """
@@ -114,6 +114,13 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
             **common,
         }
 
+    if FULL not in known:
+        full = evaluate(tagger, dev, ExitPolicy.never())
+        layers = {
+            name: [s["score"] for s in reading.read_layers(tagger, data)]
+            for name, data in (("dev_layers", dev), ("test_layers", splits.test))
+        }
+        harness.write(ROWS, [row_of(FULL, None, full, **layers)])
     sweep = None
     for kind in run.read:
         if kind in known:
@@ -133,14 +140,6 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
                 f"wall clock {row['wall_speedup']:.2f}x",
                 flush=True,
             )
-    if FULL in known:
-        return
-    full = evaluate(tagger, dev, ExitPolicy.never())
-    layers = {
-        name: [s["score"] for s in reading.read_layers(tagger, data)]
-        for name, data in (("dev_layers", dev), ("test_layers", splits.test))
-    }
-    harness.write(ROWS, [row_of(FULL, None, full, **layers)])
 
 
 @app.command()
