@@ -155,6 +155,12 @@ def floors(active: torch.Tensor, tokens: torch.Tensor, config, machine: Machine)
     return result
 
 
+def floors_of(out, config, machine: Machine) -> dict[str, dict]:
+    """`floors` of a call, from its output."""
+    active = active_tokens(out.exit_layers, config.num_hidden_layers)
+    return floors(active, (out.exit_layers > 0).sum(1), config, machine)
+
+
 class Watch:
     """Milliseconds spent in a model's parts, by hooks."""
 
@@ -280,14 +286,7 @@ def peak_of_ours(model, call, rounds: int = ROUNDS) -> float:
 
 def phases(model, call, machine: Machine, rounds: int = ROUNDS) -> list[dict]:
     """Rows of one batch: each phase's floor, each part's time."""
-    out = model(**call)
-    tokens = (out.exit_layers > 0).sum(1)
-    least = floors(
-        active_tokens(out.exit_layers, model.config.num_hidden_layers),
-        tokens,
-        model.config,
-        machine,
-    )
+    least = floors_of(model(**call), model.config, machine)
     passes = []
     for _ in range(rounds):
         with Watch(model) as watch:
@@ -316,9 +315,7 @@ def one_by_one(system: cpu.System, config, machine: Machine, rounds: int = ROUND
     """The row of sentences that come one at a time: the floors of all phases, the time of calls."""
     total = dict(NOTHING)
     for out in system.run():
-        tokens = (out.exit_layers > 0).sum(1)
-        active = active_tokens(out.exit_layers, config.num_hidden_layers)
-        for least in floors(active, tokens, config, machine).values():
+        for least in floors_of(out, config, machine).values():
             total = {key: total[key] + least[key] for key in NOTHING}
     times = [system.time_ms() for _ in range(rounds)]
     return [{"phase": "calls", **total, "measured_ms": statistics.median(times)}]

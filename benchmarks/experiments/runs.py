@@ -134,11 +134,7 @@ KINDS: dict[str, list[ExitPolicy]] = {
     "token, per layer": _of(),
     "token, growing, per layer": _of(1.5, 2.0),
     # Speeds are those of the clock.
-    "token, growing, by clock": [
-        policy
-        for criterion in ("entropy", "max_prob")
-        for policy in _of(1.5, 2.0, criterion=criterion)
-    ],
+    "token, growing, by clock": [*_of(1.5, 2.0), *_of(1.5, 2.0, criterion="max_prob")],
     "authors": [ExitPolicy.authors_code(window=k) for k in WINDOWS],
     "sentence": [ExitPolicy.sentence()],
     "sentence, growing": _of(1.5, 2.0, windows=[0], level="sentence"),
