@@ -23,6 +23,7 @@ import yaml
 
 from experiments import clock, packing, reading, report, signals, sources
 from experiments.runs import (
+    BY_CLOCK,
     KINDS,
     OutOfTime,
     Run,
@@ -85,7 +86,8 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
 
     Kinds with rows are left alone.
     """
-    known = {row["kind"] for row in harness.read(ROWS) if row["run"] == run.name}
+    known = [row for row in harness.read(ROWS) if row["run"] == run.name]
+    kinds = {row["kind"] for row in known}
     dev = splits.dev.take(min(dev_sentences, len(splits.dev)))
     tagger.model.to(getattr(torch, run.dtype))
     common = {
@@ -114,7 +116,7 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
             **common,
         }
 
-    if FULL not in known:
+    if FULL not in kinds:
         full = evaluate(tagger, dev, ExitPolicy.never())
         layers = {
             name: [s["score"] for s in reading.read_layers(tagger, data)]
@@ -123,23 +125,32 @@ def read(run: Run, tagger, splits, dev_sentences: int, seconds: float):
         harness.write(ROWS, [row_of(FULL, None, full, **layers)])
     sweep = None
     for kind in run.read:
-        if kind in known:
+        if kind in kinds:
             continue
-        sweep = sweep or Sweep(tagger, dev, "auto")
-        found = reading.choose(tagger, dev, sweep, KINDS[kind])
+        if kind == BY_CLOCK:
+            found = reading.choose_by_clock(tagger, dev, best_on_dev(known))
+        else:
+            sweep = sweep or Sweep(tagger, dev, "auto")
+            found = reading.choose(tagger, dev, sweep, KINDS[kind])
         if kind.endswith("per layer"):
             found = reading.choose_per_layer(tagger, dev, sweep, found)
-        if kind.endswith("by clock"):
-            found = reading.choose_by_clock(tagger, dev, found)
         walls = reading.wall_speedups(tagger, dev, [x.policy for x in found.values()])
         rows = [row_of(kind, *x, wall) for x, wall in zip(found.items(), walls, strict=True)]
         harness.write(ROWS, rows)
+        known += rows
         for row in rows:
             print(
                 f"  {kind}, {row['target']:g}x: dev {row['dev']:.4f}, test {row['test']:.4f}, "
                 f"wall clock {row['wall_speedup']:.2f}x",
                 flush=True,
             )
+
+
+def best_on_dev(rows: list[dict]) -> dict[float, ExitPolicy]:
+    """Of a run's rows the policy of words with the best score on development data, by target."""
+    rows = sorted(rows, key=lambda row: row["dev"])  # of equals the last one stays
+    words = [row for row in rows if row["target"] and row["kind"].startswith("token")]
+    return {row["target"]: ExitPolicy.from_dict(row["policy"]) for row in words}
 
 
 @app.command()

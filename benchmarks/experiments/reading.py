@@ -81,19 +81,24 @@ def choose_per_layer(
 
 
 def choose_by_clock(
-    tagger: Tagger, dev: Dataset, chosen: Mapping[float, Evaluation]
+    tagger: Tagger, dev: Dataset, chosen: Mapping[float, ExitPolicy]
 ) -> dict[float, Evaluation]:
-    """What `choose` gave, thresholds just as much higher as the clock wants for the same speed-up.
+    """Thresholds just as much higher as the clock wants for the same speed-up.
 
     Multiply-adds leave out what a call costs beside them. Of a machine that does nothing else.
+
+    Args:
+        chosen: policies that reach a speed-up in multiply-adds, by that.
+
+    Returns:
+        As `choose` does.
     """
     found = {}
     for target, start in chosen.items():
         for factor in BOLDER:
-            policy = scaled(start.policy, factor)
+            policy = scaled(start, factor)
             if wall_speedups(tagger, dev, [policy])[0] >= target:
-                same = policy == start.policy
-                found[target] = start if same else evaluate(tagger, dev, policy)
+                found[target] = evaluate(tagger, dev, policy)
                 break
     return found
 

@@ -119,6 +119,8 @@ def _of(*growths: float, windows: Sequence[int] = WINDOWS, **fields) -> list[Exi
     return [ExitPolicy(window=k, growth=g, **fields) for g in growths for k in windows]
 
 
+BY_CLOCK = "token, by clock"
+
 # Policies by kind: of those the best is chosen.
 KINDS: dict[str, list[ExitPolicy]] = {
     "token": _of(),
@@ -133,8 +135,8 @@ KINDS: dict[str, list[ExitPolicy]] = {
     # Thresholds are learned, from the best of these.
     "token, per layer": _of(),
     "token, growing, per layer": _of(1.5, 2.0),
-    # Speeds are those of the clock.
-    "token, growing, by clock": [*_of(1.5, 2.0), *_of(1.5, 2.0, criterion="max_prob")],
+    # The best of those that a run has read before, as bold as the clock wants.
+    BY_CLOCK: [],
     "authors": [ExitPolicy.authors_code(window=k) for k in WINDOWS],
     "sentence": [ExitPolicy.sentence()],
     "sentence, growing": _of(1.5, 2.0, windows=[0], level="sentence"),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from experiments import clock, packing, reading, report, runs, signals, sources, thresholds
-from experiments.__main__ import app, runs_of
+from experiments.__main__ import app, best_on_dev, runs_of
 from experiments.runs import Run
 from random_models import random_tagger
 from transformers import AutoModel, AutoTokenizer
@@ -189,15 +189,32 @@ def test_the_clock_wants_bolder_thresholds(monkeypatch):
 
     monkeypatch.setattr(reading, "evaluate", evaluate)
     monkeypatch.setattr(reading, "wall_speedups", wall_speedups)
-    chosen = {t: evaluate(None, None, ExitPolicy(threshold=(t - 1) / 10)) for t in (2.0, 4.0, 6.0)}
+    chosen = {t: ExitPolicy(threshold=(t - 1) / 10) for t in (2.0, 4.0, 6.0)}
     found = reading.choose_by_clock(None, None, chosen)
     assert found.keys() == {2.0, 4.0}
     for target, result in found.items():
         bolder = [scale for scale in reading.BOLDER if scale * (target - 1) * 0.9 + 0.9 >= target]
         assert result.policy.threshold == pytest.approx(bolder[0] * (target - 1) / 10)
         assert result.flops_speedup > target
-    already = {2.0: evaluate(None, None, ExitPolicy(threshold=0.2))}
-    assert reading.choose_by_clock(None, None, already) == already
+    already = ExitPolicy(threshold=0.2)
+    assert reading.choose_by_clock(None, None, {2.0: already})[2.0].policy == already
+
+
+def test_the_clock_begins_at_what_development_data_like_best():
+    def row(kind, target, dev, threshold):
+        policy = ExitPolicy(threshold=threshold).to_dict()
+        return {"kind": kind, "target": target, "dev": dev, "policy": policy}
+
+    rows = [
+        row("full depth", None, 0.99, 0.0),
+        row("token", 2.0, 0.9, 0.1),
+        row("token, growing", 2.0, 0.8, 0.2),
+        row("sentence", 2.0, 0.95, 0.3),
+        row("token", 4.0, 0.7, 0.4),
+        row("token, growing, max_prob", 4.0, 0.8, 0.5),
+    ]
+    found = {target: policy.threshold for target, policy in best_on_dev(rows).items()}
+    assert found == {2.0: 0.1, 4.0: 0.5}
 
 
 def test_a_layer_that_is_sure_and_wrong_learns_to_wait(tiny_tokenizer):
