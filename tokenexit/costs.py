@@ -22,18 +22,17 @@ NAMES = ("key_row", "projected_block", "active_row", "absorbed_block")
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
 # Nanoseconds for 1,000 multiply-adds of each, by the kind of weights and, where that makes a
 # difference, the instruction set: medians of `measure` for widths of 128 to 1024 on a Xeon, of
-# avx512_bf16 on a Zen 4 (26 for 19 of bytes, as one sentence waits for memory: up to 9 % faster,
-# and 32 sentences 1 % slower). Only ratios count; those of fp32 are the same with AVX2 and
-# AVX-512. They choose as well as what is measured for one width: see docs/cpu.md.
+# avx512_bf16 on a Zen 4. Only ratios count; those of fp32 are the same with AVX2 and AVX-512. They
+# choose as well as what is measured for one width: see docs/cpu.md.
 _RATES = {
     "fp32": (18.0, 140.0, 55.0, 22.0),
     "bf16": (18.0, 190.0, 52.0, 20.0),
-    "bf16, avx512_bf16": (8.8, 75.0, 25.0, 12.5),
+    "bf16, avx512_bf16": (8.8, 75.0, 23.0, 12.0),
     "bf16, amx": (2.8, 79.0, 23.0, 9.5),
     "int8": (18.0, 80.0, 42.0, 24.0),
     "int8, avx_vnni": (11.0, 105.0, 55.0, 33.0),
     "int8, avx512_vnni": (5.1, 87.0, 32.0, 18.0),
-    "int8, avx512_bf16": (4.6, 67.0, 26.0, 14.0),
+    "int8, avx512_bf16": (4.7, 67.0, 16.0, 14.0),
     "int8, amx": (1.4, 75.0, 23.0, 13.0),
 }
 # (sentences, tokens, active tokens) of the batches that are timed

@@ -6,29 +6,81 @@
 
 namespace tokenexit {
 
-// x in bf16, to the nearest, ties to even; NaN stays NaN. In the upper half of a word.
+// A vector of 16-bit numbers in words, and the lower halves of words. Of 512 bits, the compiler makes
+// two halves of __builtin_convertvector.
 template <class S>
-INLINE typename S::UInt to_bf16(typename S::Vec x) {
+INLINE typename S::UInt widened(typename S::UShort x) {
+#ifdef __x86_64__
+  if constexpr (S::WIDTH == LANES) {
+    typename S::UInt wide;
+    asm("vpmovzxwd %1, %0" : "=v"(wide) : "vm"(x));
+    return wide;
+  }
+#endif
+  return __builtin_convertvector(x, typename S::UInt);
+}
+template <class S>
+INLINE typename S::UShort narrowed(typename S::UInt x) {
+#ifdef __x86_64__
+  if constexpr (S::WIDTH == LANES) {
+    typename S::UShort few;
+    asm("vpmovdw %1, %0" : "=v"(few) : "v"(x));
+    return few;
+  }
+#endif
+  return __builtin_convertvector(x, typename S::UShort);
+}
+
+// x in bf16, to the nearest, ties to even; NaN stays NaN. In the upper half of a word, by integers.
+template <class S>
+INLINE typename S::UInt rounded(typename S::Vec x) {
   using U = typename S::UInt;
   const U bits = (U)x;
-  const U rounded = bits + 0x7FFF + (bits >> 16 & 1);
-  return x == x ? rounded : bits | 0x400000;
+  const U nearest = bits + 0x7FFF + (bits >> 16 & 1);
+  return x == x ? nearest : bits | 0x400000;
+}
+template <class S>
+INLINE typename S::UShort to_bf16(typename S::Vec x) {
+#ifdef __x86_64__
+  if constexpr (S::WIDTH == LANES) {
+    if (ROUNDS_TO_BF16) {
+      typename S::UShort result;
+      asm("vcvtneps2bf16 %1, %0" : "=v"(result) : "v"(x));
+      return result;
+    }
+  }
+#endif
+  return narrowed<S>(rounded<S>(x) >> 16);
 }
 
 // A word of x, then y.
 template <class S>
 INLINE void store_bf16(Word* to, typename S::Vec x, typename S::Vec y) {
-  const typename S::UInt words = to_bf16<S>(x) >> 16 | (to_bf16<S>(y) & 0xFFFF0000);
+  typename S::UInt words;
+#ifdef __x86_64__
+  if constexpr (S::WIDTH == LANES) {
+    if (ROUNDS_TO_BF16) {  // all of x, then all of y; then one of each
+      typename S::UInt order;
+#pragma GCC unroll 16
+      for (uint32_t i = 0; i < LANES; ++i) order[i] = i | (i + LANES) << 16;
+      asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(words) : "v"(x), "v"(y));
+      asm("vpermw %1, %2, %0" : "=v"(words) : "v"(words), "v"(order));
+      std::memcpy(to, &words, sizeof(words));
+      return;
+    }
+  }
+#endif
+  words = rounded<S>(x) >> 16 | (rounded<S>(y) & 0xFFFF0000);
   std::memcpy(to, &words, sizeof(words));
 }
 
-// A panel [width][16] to words, [width / 2][16].
+// A panel [width][16], times `scale`, to words, [width / 2][16].
 template <class S>
-INLINE void to_words(const float* panel, int64_t width, Word* words) {
+INLINE void to_words(const float* panel, int64_t width, Word* words, float scale = 1) {
   for (int64_t k = 0; k < width; k += 2) {
     for (int64_t i = 0; i < LANES; i += S::WIDTH) {
       const float* x = panel + k * LANES + i;
-      store_bf16<S>(words + k / 2 * LANES + i, S::load(x), S::load(x + LANES));
+      store_bf16<S>(words + k / 2 * LANES + i, S::load(x) * scale, S::load(x + LANES) * scale);
     }
   }
 }
@@ -69,30 +121,6 @@ INLINE void store_some(Number* to, Some x, int64_t count) {
   }
 }
 
-// A vector of 16-bit numbers in words, and the lower halves of words. Of 512 bits, the compiler makes
-// two halves of __builtin_convertvector.
-template <class S, class Few>
-INLINE typename S::UInt widened(Few x) {
-#ifdef __x86_64__
-  if constexpr (S::WIDTH == LANES) {
-    typename S::UInt wide;
-    asm("vpmovzxwd %1, %0" : "=v"(wide) : "vm"(x));
-    return wide;
-  }
-#endif
-  return __builtin_convertvector(x, typename S::UInt);
-}
-template <class S, class Few>
-INLINE Few narrowed(typename S::UInt x) {
-#ifdef __x86_64__
-  if constexpr (S::WIDTH == LANES) {
-    Few few;
-    asm("vpmovdw %1, %0" : "=v"(few) : "v"(x));
-    return few;
-  }
-#endif
-  return __builtin_convertvector(x, Few);
-}
 template <class S>
 INLINE void floats_of(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += S::WIDTH) {
@@ -101,10 +129,8 @@ INLINE void floats_of(const uint16_t* from, int64_t count, float* to) {
 }
 template <class S>
 INLINE void bf16_of(const float* from, int64_t count, uint16_t* to) {
-  typedef uint16_t Few __attribute__((vector_size(S::WIDTH * sizeof(uint16_t))));
   for (int64_t i = 0; i < count; i += S::WIDTH) {
-    const auto rounded = to_bf16<S>(load_some<S>(from + i, count - i));
-    store_some<S>(to + i, narrowed<S, Few>(rounded >> 16), count - i);
+    store_some<S>(to + i, to_bf16<S>(load_some<S>(from + i, count - i)), count - i);
   }
 }
 
@@ -112,8 +138,8 @@ INLINE void bf16_of(const float* from, int64_t count, uint16_t* to) {
 template <class S>
 INLINE void round_to_bf16(float* x, int64_t count) {
   for (int64_t i = 0; i < count; i += S::WIDTH) {
-    const auto rounded = to_bf16<S>(load_some<S>(x + i, count - i));
-    store_some<S>(x + i, rounded & 0xFFFF0000, count - i);
+    const auto few = to_bf16<S>(load_some<S>(x + i, count - i));
+    store_some<S>(x + i, widened<S>(few) << 16, count - i);
   }
 }
 
@@ -145,8 +171,7 @@ inline std::vector<float> floats_of(const Tensor& x) {
   return result;
 }
 
-// Words of two rows' numbers, neighbors in a column: what a product over rows reads. Those of int8 are
-// exact in bf16.
+// Words of two rows' numbers, neighbors in a column: what a product over rows reads.
 template <class S>
 INLINE void pair_up(const uint16_t* a, const uint16_t* b, int64_t count, Word* to) {
   using U = typename S::UInt;
@@ -156,30 +181,6 @@ INLINE void pair_up(const uint16_t* a, const uint16_t* b, int64_t count, Word* t
     std::memcpy(to + i, &words, sizeof(words));
   }
 }
-template <class S>
-INLINE typename S::Vec floats_of(const int8_t* from, int64_t count) {
-  const auto bytes = load_some<S>(from, count);
-  typename S::Int wide = {};
-#ifdef __x86_64__
-  // The compiler makes one number after the other of __builtin_convertvector.
-  if constexpr (S::WIDTH > Portable::WIDTH) {
-    asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(bytes));
-    return __builtin_convertvector(wide, typename S::Vec);
-  }
-#endif
-  for (int i = 0; i < S::WIDTH; ++i) wide[i] = bytes[i];
-  return __builtin_convertvector(wide, typename S::Vec);
-}
-template <class S>
-INLINE void pair_up(const int8_t* a, const int8_t* b, int64_t count, Word* to) {
-  using U = typename S::UInt;
-  for (int64_t i = 0; i < count; i += S::WIDTH) {
-    const U low = (U)floats_of<S>(a + i, count - i) >> 16;
-    const U words = low | (U)floats_of<S>(b + i, count - i);
-    std::memcpy(to + i, &words, sizeof(words));
-  }
-}
-
 // As product() in panels.h, of words: weights [*][depth], x [panels][depth][16]. If `words` is given,
 // the result goes there in bf16 in place of y, [panels][out / 2][16].
 struct Product16 {

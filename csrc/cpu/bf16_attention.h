@@ -1,6 +1,6 @@
 #pragma once
 // The phases of attention by products of bf16, for where an instruction multiplies them: of bf16 models
-// and, whose activations are rounded more, of int8 ones.
+// and, whose activations are rounded more, of int8 ones, but for queries that are carried.
 #include "layer.h"
 
 namespace tokenexit {
@@ -76,8 +76,7 @@ struct AttendInBf16 {
       panels = (p + 1) * LANES < end ? 2 : 1;
       for (int64_t i = 0; i < panels; ++i) {
         const float* from = w->q + ((p + i) * w->d + head * dim) * LANES;
-        for (int64_t c = 0; c < dim * LANES; ++c) out[c] = from[c] * w->scale;
-        to_words<S>(out, dim, words_of(q) + i * half * LANES);
+        to_words<S>(from, dim, words_of(q) + i * half * LANES, w->scale);
       }
       multiply_words(
           Kind::bf16, k, half, words_of(q), panels * LANES, 0, keys,
@@ -111,14 +110,14 @@ struct AttendInBf16 {
   }
 };
 
-// As CarryQueries.
+// As CarryQueries, of bf16.
 struct CarryInBf16 {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     constexpr int64_t STRIP = 64;  // features, as there
     const int64_t d = w->d, dim = w->dim, half = dim / 2, strips = (d + STRIP - 1) / STRIP;
     const int64_t rows = w->lanes.size();
-    const Linear& kv = w->w[KEY_VALUE];
+    const auto* weight = reinterpret_cast<const uint16_t*>(w->w[KEY_VALUE].words);
     static thread_local Scratch scratch;
     Word* strip = words_of(scratch.get(STRIP * half));
     for (int64_t item = begin; item < end; ++item) {
@@ -126,28 +125,123 @@ struct CarryInBf16 {
       const int64_t width = std::min(STRIP, d - first), panels = panels_of(width);
       const int64_t at = head * dim * d + first;
       const int64_t ahead = item + 2, beyond = ahead / strips * dim * d + ahead % strips * STRIP;
-      const auto pair = [&](const auto* weight, int64_t c) __attribute__((always_inline)) {
-        const int64_t line = 64 / sizeof(*weight);
-        for (int64_t i = 0; i < STRIP; i += line) {
-          __builtin_prefetch(weight + beyond + c * d + i);
-          __builtin_prefetch(weight + beyond + (c + 1) * d + i);
+      for (int64_t c = 0; c < dim; c += 2) {
+        for (int64_t j = c; j < c + 2; ++j) {
+          for (int64_t i = 0; i < STRIP; i += 32) __builtin_prefetch(weight + beyond + j * d + i);
         }
-        const auto* row = weight + at + c * d;
+        const uint16_t* row = weight + at + c * d;
         for (int64_t i = 0; i < width; i += LANES) {
           pair_up<S>(row + i, row + d + i, std::min(LANES, width - i), strip + i * half + c / 2 * LANES);
         }
-      };
-      for (int64_t c = 0; c < dim; c += 2) {
-        kv.words ? pair(reinterpret_cast<const uint16_t*>(kv.words), c) : pair(kv.bits.weight, c);
       }
       multiply_words(
-          Kind::bf16, words_of(w->q_bf16) + head * rows * half, half, strip, panels * LANES, 0, rows,
+          Kind::bf16, words_of(w->q_narrow) + head * rows * half, half, strip, panels * LANES, 0, rows,
           [&](const Word* sums, int64_t n, int64_t count, int64_t p) {
             for (int64_t r = 0; r < count; ++r) {
               float values[LANES];
               std::memcpy(values, sums + r * LANES, sizeof(values));
               bf16_of<S>(values, LANES,
                       halves_of(w->carried) + (head * rows + n + r) * w->wide + first + p * LANES);
+            }
+          });
+    }
+  }
+};
+
+// Queries of one head and row as CarryInBytes reads them.
+template <class S>
+INLINE void bytes_to_carry(const float* query, const Work& w, int64_t at) {
+  auto* bytes = reinterpret_cast<uint8_t*>(w.q_narrow) + at * w.dim;
+  w.q_scale[at] = quantize_row<S>(query, w.dim, bytes);
+  Word sum = 0;
+  for (int64_t c = 0; c < w.dim; ++c) {
+    bytes[c] ^= 128;
+    sum += static_cast<int8_t>(bytes[c]);
+  }
+  w.q_offset[at] = 128 * sum;
+}
+
+// Words of four rows' bytes, neighbors in a column, with 128 added to each: [count / 16][16], `panel` apart.
+INLINE void four_up(const int8_t* rows, int64_t row, int64_t count, Word* to, int64_t panel) {
+  typedef uint8_t Bytes __attribute__((vector_size(32)));
+  typedef uint16_t Pairs __attribute__((vector_size(32)));
+  typedef Word Words __attribute__((vector_size(32)));
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32, to += 2 * panel) {
+    Bytes x[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      std::memcpy(&x[j], rows + j * row + i, sizeof(x[j]));
+      x[j] ^= 128;
+    }
+    Words y[4];  // of each, features 4 j .. 4 j + 3 of one panel and of the next
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const auto both = [j](Bytes a, Bytes b) __attribute__((always_inline)) {
+        return (Pairs)(j ? __builtin_shufflevector(
+                               a, b, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 24,
+                               56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63)
+                         : __builtin_shufflevector(
+                               a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 16, 48,
+                               17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55));
+      };
+      const Pairs a = both(x[0], x[1]), b = both(x[2], x[3]);
+      y[2 * j] = (Words)__builtin_shufflevector(
+          a, b, 0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27);
+      y[2 * j + 1] = (Words)__builtin_shufflevector(
+          a, b, 4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 4; j += 2) {
+      const Words low = __builtin_shufflevector(y[j], y[j + 1], 0, 1, 2, 3, 8, 9, 10, 11);
+      const Words high = __builtin_shufflevector(y[j], y[j + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+      std::memcpy(to + j * 4, &low, sizeof(low));
+      std::memcpy(to + panel + j * 4, &high, sizeof(high));
+    }
+  }
+  for (; i < count; to += panel) {
+    for (int64_t lane = 0; lane < LANES; ++lane, ++i) {
+      uint32_t word = 0;
+      for (int64_t j = 0; j < 4 && i < count; ++j) {
+        word |= (static_cast<uint8_t>(rows[j * row + i]) ^ 128u) << 8 * j;
+      }
+      to[lane] = word;
+    }
+  }
+}
+
+// The same of bytes: of weights, and of queries with a scale each row and head.
+struct CarryInBytes {
+  template <class S>
+  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
+    constexpr int64_t STRIP = 64;  // features, a line of memory
+    const int64_t d = w->d, dim = w->dim, fourth = dim / 4, strips = (d + STRIP - 1) / STRIP;
+    const int64_t rows = w->lanes.size();
+    const int8_t* weight = w->w[KEY_VALUE].bits.weight;
+    static thread_local Scratch scratch;
+    Word* strip = words_of(scratch.get(STRIP * fourth));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / strips, first = item % strips * STRIP;
+      const int64_t width = std::min(STRIP, d - first);
+      const int64_t ahead = item + 2, beyond = ahead / strips * dim * d + ahead % strips * STRIP;
+      for (int64_t c = 0; c < dim; c += 4) {
+        for (int64_t j = c; j < c + 4; ++j) __builtin_prefetch(weight + beyond + j * d);
+        four_up(weight + (head * dim + c) * d + first, d, width, strip + c / 4 * LANES, fourth * LANES);
+      }
+      multiply_words(
+          Kind::int8, words_of(w->q_narrow) + head * rows * fourth, fourth, strip,
+          panels_of(width) * LANES, 0, rows,
+          [&](const Word* sums, int64_t n, int64_t count, int64_t p) __attribute__((always_inline)) {
+            for (int64_t r = 0; r < count; ++r) {
+              const int64_t at = head * rows + n + r;
+              uint16_t* to = halves_of(w->carried) + at * w->wide + first + p * LANES;
+              for (int64_t i = 0; i < LANES; i += S::WIDTH) {
+                typename S::Int sum;
+                std::memcpy(&sum, sums + r * LANES + i, sizeof(sum));
+                const auto value =
+                    __builtin_convertvector(sum - w->q_offset[at], typename S::Vec) * w->q_scale[at];
+                store_some<S>(to + i, to_bf16<S>(value), S::WIDTH);
+              }
             }
           });
     }

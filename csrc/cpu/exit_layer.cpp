@@ -115,14 +115,25 @@ struct UnpackQueries {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
     const float* scale = w->w[KEY_VALUE].bits.scale;
-    for (int64_t r = begin; r < end; ++r) {
-      const float* from = w->q + w->lanes[r] / LANES * w->d * LANES + w->lanes[r] % LANES;
-      float* to = w->q_rows + r * w->d;
-      for (int64_t c = 0; c < w->d; ++c) {
-        to[c] = from[c * LANES] * (scale ? w->scale * scale[c] : w->scale);
+    const int64_t rows = w->lanes.size(), d = w->d, dim = w->dim;
+    for (int64_t r = begin, count; r < end; r += count) {  // neighbors in a panel
+      const int64_t lane = w->lanes[r], panel = lane / LANES;
+      for (count = 1; r + count < end && w->lanes[r + count] == lane + count; ++count) {
+        if ((lane + count) / LANES > panel) break;
       }
+      const int64_t first = lane % LANES;
+      unpack_panel<S>(
+          w->q + panel * d * LANES, d, [&](int64_t i) { return w->q_rows + (r + i - first) * d; },
+          first, first + count);
+    }
+    for (int64_t r = begin; r < end; ++r) {
+      float* row = w->q_rows + r * d;
+      for (int64_t c = 0; c < d; ++c) row[c] *= scale ? w->scale * scale[c] : w->scale;
       for (int64_t head = 0; head < w->heads && w->attends_in_bf16; ++head) {
-        bf16_of<S>(to + head * w->dim, w->dim, halves_of(w->q_bf16) + (head * w->lanes.size() + r) * w->dim);
+        const int64_t at = head * rows + r;
+        w->int8()
+            ? bytes_to_carry<S>(row + head * dim, *w, at)
+            : bf16_of<S>(row + head * dim, dim, halves_of(w->q_narrow) + at * dim);
       }
     }
   }
@@ -258,6 +269,10 @@ struct BringBack {
         const bool whole = value.turned && feature % TURNED == 0;
         value.turned = whole ? value.turned + feature * d : nullptr;
         x.x = packed;
+      }
+      if (rows == w->rows) {  // in the same lanes
+        linear<S>(value, d, x, rows, w->ctx.x + head * dim * LANES, d, 0, dim);
+        continue;
       }
       linear<S>(value, d, x, rows, y, dim, 0, dim);
       for (int64_t r = 0; r < rows; ++r) {
@@ -397,8 +412,8 @@ void run_group(Work& w, bool all_active) {
   float* at = scratch.get(
       size(panels, d) * 3 + size(panels, w.inner) + panels * row +
       (shared ? 0 : size(key_panels, d)) + key_panels * 2 * row + keys * 2 * d +
-      filled(1) * w.dim + absorbed * (2 * d + w.heads * (w.wide + d)) +
-      w.heads * panels_of(absorbed) * LANES + 16 * 16);
+      filled(1) * w.dim + absorbed * (2 * d + w.heads * (w.wide + d + 2)) +
+      w.heads * panels_of(absorbed) * LANES + 16 * 18);
   const auto take = [&](int64_t count) {  // whole lines of memory
     return std::exchange(at, at + (count + 15) / 16 * 16);
   };
@@ -419,7 +434,9 @@ void run_group(Work& w, bool all_active) {
   w.kv_panels = take(key_panels * 2 * row);
   w.kv = take(keys * 2 * d + filled(1) * w.dim);  // what fills up the last ones is read
   w.q_rows = take(absorbed * d);
-  w.q_bf16 = take(absorbed * d);
+  w.q_narrow = take(absorbed * d);
+  w.q_scale = take(absorbed * w.heads);
+  w.q_offset = words_of(take(absorbed * w.heads));
   w.carried = take(absorbed * w.heads * w.wide);
   w.mixed = take(absorbed * w.heads * d);
   w.mixed_scale = take(w.heads * panels_of(absorbed) * LANES);
@@ -473,7 +490,11 @@ void run_group(Work& w, bool all_active) {
     if (absorbed) {
       each(UnpackQueries(), absorbed, LEAST / LANES);
       const int64_t strips = w.heads * ((d + 63) / 64);
-      w.attends_in_bf16 ? each(CarryInBf16(), strips) : each(CarryQueries(), strips);
+      if (!w.attends_in_bf16) {
+        each(CarryQueries(), strips);
+      } else {
+        w.int8() ? each(CarryInBytes(), strips) : each(CarryInBf16(), strips);
+      }
       team.share(blocks.size(), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           dispatch<AttendAbsorbed>(work_, blocks[i].sentence, blocks[i].number);
@@ -559,7 +580,8 @@ void exit_layer(
     w.unit = std::max(WHOLE_TILES, engine(w.int8() ? Kind::int8 : Kind::bf16).rows);
   }
   w.state = w.bf16() ? w.d / 2 : w.d;
-  w.attends_in_bf16 = w.numbers != Numbers::fp32 && cpu() >= Cpu::avx512_bf16 && w.dim % 2 == 0;
+  w.attends_in_bf16 =
+      w.numbers != Numbers::fp32 && cpu() >= Cpu::avx512_bf16 && w.dim % w.a_word() == 0;
   const int64_t d = w.d;
   STD_TORCH_CHECK(
       d > 0 && w.inner > 0 && d == w.dim * w.heads && d % w.a_word() == 0 &&

@@ -69,8 +69,9 @@ struct Work {
   // Absorbed rows: [rows][d], [heads][rows][wide], [heads][rows][d]; the last are what products read,
   // bytes with a scale each row, [heads][panels][16], or bf16.
   float *q_rows, *carried, *mixed, *mixed_scale;
-  bool attends_in_bf16;  // then carried is that, of q_bf16 [heads][rows][dim]
-  float* q_bf16;
+  bool attends_in_bf16;  // then carried is that, of q_narrow [heads][rows][dim]: that as well or, in
+  float *q_narrow, *q_scale;  // 8 bits, signed bytes with a scale, [heads][rows],
+  Word* q_offset;             // and 128 times their sum
   int64_t wide;   // d, rounded up to whole lanes
   int64_t block;  // pairs of a query and a head that attend together
 

@@ -33,7 +33,9 @@ bool has(Cpu cpu) {
     case Cpu::avx512_vnni:
       return has(Cpu::avx512) && __builtin_cpu_supports("avx512vl") &&
           __builtin_cpu_supports("avx512vnni");
-    case Cpu::avx512_bf16: return has(Cpu::avx512_vnni) && __builtin_cpu_supports("avx512bf16");
+    case Cpu::avx512_bf16:
+      return has(Cpu::avx512_vnni) && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512bf16");
     case Cpu::amx:
       return has(Cpu::avx512_bf16) && __builtin_cpu_supports("amx-int8") &&
           __builtin_cpu_supports("amx-bf16") && may_use_tiles();
@@ -55,5 +57,7 @@ Cpu cpu() {
   }();
   return found;
 }
+
+const bool ROUNDS_TO_BF16 = cpu() >= Cpu::avx512_bf16;
 
 }  // namespace tokenexit

@@ -21,6 +21,7 @@ struct Isa {
   typedef int32_t Int __attribute__((vector_size(BYTES)));
   typedef int32_t UnalignedInt __attribute__((vector_size(BYTES), aligned(4)));
   typedef uint32_t UInt __attribute__((vector_size(BYTES)));
+  typedef uint16_t UShort __attribute__((vector_size(BYTES / 2)));  // as many
   static constexpr int WIDTH = BYTES / sizeof(float);
   static constexpr int VECS = LANES / WIDTH;  // of a panel's row
   static constexpr int ROWS = ROWS_;
@@ -108,6 +109,10 @@ bool has(Cpu cpu);
 
 // The best that this machine has; TOKENEXIT_CPU asks for a lesser one.
 Cpu cpu();
+
+// Whether that has an instruction that rounds to bf16. It takes what is smaller than 2^-126 for 0, as
+// products of bf16 do.
+extern const bool ROUNDS_TO_BF16;
 
 // Calls Body::run<Isa>(args...), compiled once for each instruction set. Only what is always inlined
 // takes over the instruction set of its caller: every helper is INLINE.

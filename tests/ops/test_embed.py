@@ -36,6 +36,23 @@ def test_same_bits(rows, d, has, dtype):
 
 
 @compiled
+@pytest.mark.parametrize("d", [3, 16, 39])
+def test_sums_are_rounded_to_the_nearest_bf16(d):
+    """Halfway to the even one, beyond the largest to infinity; NaN stays NaN."""
+    largest, inf, step = torch.finfo(torch.bfloat16).max, float("inf"), 2.0**-7
+    pairs = [(1, step / 2), (1 + step, step / 2), (1, 0.75 * step), (-1, -step / 2), (2, -step / 2)]
+    pairs += [(largest, largest), (-largest, -largest), (inf, -inf), (inf, 1), (float("nan"), 1)]
+    pairs += [(2.0**-126, 2.0**-133), (3.0, -3.0)]
+    word, position = torch.tensor(pairs).T.bfloat16()
+    ids = torch.arange(len(pairs))
+    given = ids, ids, None, *(x[:, None].repeat(1, d) for x in (word, position)), None
+    got, expected = embed(*given), embed(*given, backend="reference")
+    assert torch.equal(got.isnan(), expected.isnan()) and got[9].isnan().all()
+    assert torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
+    assert got[:2, 0].tolist() == [1, 1 + 2 * step]
+
+
+@compiled
 @pytest.mark.parametrize("has", ["all", "types 0", "no types", "words and types", "words alone"])
 @pytest.mark.parametrize(("rows", "d"), [(0, 4), (1, 1), (63, 24), (129, 1025)])
 def test_a_table_of_bytes(rows, d, has):
