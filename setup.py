@@ -1,7 +1,7 @@
 """Builds tokenexit/_C and _C_cuda, the compiled ops; pyproject.toml holds the rest.
 
-TOKENEXIT_BUILD_EXT=0 skips them; =1 makes it an error if they cannot be built. Otherwise what
-can be built is built, and the install succeeds.
+TOKENEXIT_BUILD_EXT=0 skips them; =1 makes it an error if they cannot be built, but for CUDA without
+nvcc. Otherwise what can be built is built, and the install succeeds.
 """
 
 import contextlib

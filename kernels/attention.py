@@ -103,8 +103,9 @@ def _dropout(x, seed, rows, head, keys, DROP_BELOW: tl.constexpr):
 def _softmax_step(s, top, total):
     """Weights of a block of scores, and what the sums so far have to be multiplied by."""
     new_top = tl.maximum(top, tl.max(s, 1))
-    shrink = tl.exp2(top - new_top)
-    p = tl.exp2(s - new_top[:, None])
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # all so far may have a bias of -inf
+    shrink = tl.exp2(top - base)
+    p = tl.exp2(s - base[:, None])
     return p, shrink[:, None], new_top, total * shrink + tl.sum(p, 1)
 
 
@@ -335,8 +336,10 @@ def _dense(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _table(bias):
-    return (None, 0) if bias is None else (bias.contiguous(), bias.shape[1] // 2)
+def _table(bias, positions):
+    if bias is None:
+        return None, None, 0
+    return bias.contiguous(), positions.contiguous(), bias.shape[1] // 2
 
 
 def _call(q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed, max_length, precision):
@@ -348,9 +351,10 @@ def _call(q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed, max_leng
     # suffice for blocks of half as many to be looped over, where more than the plain op is asked.
     block = max(16, min(64, 8192 // (block_d * q.element_size())))
     block = min(block, 16 if longest <= 16 else 32 if longest <= 32 else 64)
-    bias, reach = _table(bias)
+    bias, positions, reach = _table(bias, positions)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    shared = (cu_q, cu_k, bias, positions, scale, seed, heads, reach, *strides)
+    offsets = cu_q.contiguous(), cu_k.contiguous()
+    shared = (*offsets, bias, positions, scale, seed, heads, reach, *strides)
     named = dict(
         DROP_BELOW=int(dropout_p * 2**32), PRECISION=precision, D=d, BLOCK_D=block_d,
         num_warps=4, num_stages=2,
@@ -459,7 +463,8 @@ def absorbed_attention(
     """
     q, h = _dense(q), _dense(h)
     (num_q, heads, d), num_k = q.shape, h.shape[0]
-    out, (bias, reach) = q.new_empty(q.shape), _table(bias)
+    out, (bias, positions, reach) = q.new_empty(q.shape), _table(bias, positions)
+    cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     # A block of rows of q and one of h have to fit the shared memory, whole: 99 KiB on most GPUs,
     # and the registers of AMD's.
     size = d * q.element_size()

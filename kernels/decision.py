@@ -243,7 +243,10 @@ def exit_decision(
     """
     num_rows, labels = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    u, left = uncertainty.clone(), torch.empty_like(exit_layer)
+    words, exit_layer, cu_words = words.contiguous(), exit_layer.contiguous(), cu_words.contiguous()
+    window, threshold = window.contiguous(), threshold.contiguous()
+    min_active = None if min_active is None else min_active.contiguous()
+    u, left = uncertainty.clone(memory_format=torch.contiguous_format), torch.empty_like(exit_layer)
     if num_rows:
         block_c = triton.next_power_of_2(labels)
         block_r = max(1, 1024 // block_c)

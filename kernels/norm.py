@@ -98,6 +98,7 @@ def add_layer_norm(
     """
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
+    weight, bias = weight.contiguous(), bias.contiguous()
     num_rows, d = x.shape
     out = torch.empty_like(x)
     mean = x.new_empty(num_rows, 1, dtype=torch.float32)
@@ -123,7 +124,7 @@ def bias_gelu(x: Tensor, bias: Tensor, tanh: bool = False) -> Tensor:
         x: `[.., d]` fp16, bf16 or fp32; bias: `[d]`.
         tanh: approximated by it.
     """
-    x = x.contiguous()
+    x, bias = x.contiguous(), bias.contiguous()
     out = torch.empty_like(x)
     if x.numel():
         wrap_triton(_bias_gelu_kernel)[(triton.cdiv(x.numel(), 1024),)](

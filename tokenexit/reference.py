@@ -261,7 +261,7 @@ def _mixed(scores, v, rows, first_key, dropout_p, seed):
     if dropout_p:
         keep = dropout_keep(seed, rows, v.shape[1], first_key, len(v), dropout_p)
         weights = weights * keep / (1 - dropout_p)
-    return torch.einsum("hak,khd->ahd", weights, v)
+    return torch.einsum("hak,khd->ahd", weights.to(v.dtype), v)
 
 
 def absorbed_attention(q, h, cu_q, cu_k, scale, bias=None, positions=None):

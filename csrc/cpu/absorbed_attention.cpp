@@ -58,7 +58,7 @@ Tensor absorbed_attention(
   check_offsets(p.cu_q, num_sentences, "cu_q");
   check_offsets(p.cu_k, num_sentences, "cu_k");
   STD_TORCH_CHECK(
-      p.cu_q[num_sentences] <= q.size(0) && p.cu_k[num_sentences] <= h.size(0),
+      p.cu_q[num_sentences] == q.size(0) && p.cu_k[num_sentences] <= h.size(0),
       "got offsets up to ", p.cu_q[num_sentences], " and ", p.cu_k[num_sentences], " of ",
       q.size(0), " queries and ", h.size(0), " states");
   const CheckedBias bias(bias_, positions_, p.heads, q.size(0));

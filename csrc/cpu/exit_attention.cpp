@@ -197,7 +197,7 @@ struct Call {
     check_offsets(p.cu_q, p.num_sentences, "cu_q");
     check_offsets(p.cu_k, p.num_sentences, "cu_k");
     STD_TORCH_CHECK(
-        p.cu_q[p.num_sentences] <= q.size(0) && p.cu_k[p.num_sentences] <= k.size(0) &&
+        p.cu_q[p.num_sentences] == q.size(0) && p.cu_k[p.num_sentences] <= k.size(0) &&
             k.size(0) == v.size(0),
         "got offsets up to ", p.cu_q[p.num_sentences], " and ", p.cu_k[p.num_sentences], " of ",
         q.size(0), " queries, ", k.size(0), " keys and ", v.size(0), " values");

@@ -358,7 +358,10 @@ INLINE void few_tile(const Factors& f, int64_t n, const float* next) {
   for (; k + 4 <= f.depth; k += 4) step(k);
   for (; k < f.depth; ++k) {
     for (int64_t j = 0; j < 8; ++j) {
-      for (int r = 0; r < ROWS; ++r) sums[r][j] += f.x[k * LANES + r] * w[j * ld + k];
+      // As the compiler makes of vectors, but not always of single numbers.
+      for (int r = 0; r < ROWS; ++r) {
+        sums[r][j] = __builtin_fmaf(f.x[k * LANES + r], w[j * ld + k], sums[r][j]);
+      }
     }
   }
   for (int64_t j = 0; j < 8; ++j) {

@@ -219,6 +219,23 @@ def check_absorbed(batch):
     assert_as_exact(batch.used(ours), exact(torch.float64), exact(ours.dtype), scale=size)
 
 
+def test_a_bias_of_minus_infinity(device):
+    """It leaves whole blocks of keys no weight, before the first that has some, too."""
+    batch = Batch([(70, 150), (1, 90), (3, 3)], torch.float32, device, 24, reach=6)
+    batch.table[:, 0] = batch.table[:, -1] = float("-inf")
+    for got, truth in zip(batch.ours(), batch.exact(torch.float64), strict=True):
+        torch.testing.assert_close(got.double(), truth, atol=2e-5, rtol=1e-4, equal_nan=True)
+
+
+def test_vectors_with_gaps(device):
+    batch = Batch([(5, 17), (0, 3), (2, 2)], torch.float32, device, 16, reach=6)
+    expected = batch.ours()
+    batch.cu = [torch.stack([x, x + 9], 1)[:, 0] for x in batch.cu]
+    batch.positions = torch.stack([batch.positions] * 2, 1)[:, 0]
+    assert all(map(torch.equal, batch.ours(), expected))
+    check_absorbed(batch)
+
+
 def test_no_rows(device):
     q, none = torch.empty(0, 2, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     out, lse = exit_attention(q, q, q, none, none, 1.0)

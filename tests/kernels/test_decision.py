@@ -70,6 +70,17 @@ def assert_decides_right(ours, args, min_active=None):
     assert torch.equal(left[clear], left_exact[clear])
 
 
+def test_vectors_with_gaps(device):
+    args = make_args([5, 9], device=device)
+    apart = {
+        name: torch.stack([x, x + 1], -1)[..., 0] if torch.is_tensor(x) and x.dim() == 1 else x
+        for name, x in args.items()
+    }
+    apart["window"] = args["window"][:1].expand(2)
+    args["window"] = apart["window"].clone()
+    assert all(map(torch.equal, exit_decision(**apart), exit_decision(**args)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
 @pytest.mark.parametrize("max_prob", [False, True], ids=["entropy", "max_prob"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

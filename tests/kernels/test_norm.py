@@ -51,6 +51,15 @@ def test_add_layer_norm(rows, d, with_residual, dtype, device):
     check(ours, exact, [x, residual, weight, bias], "add_layer_norm", scales)
 
 
+def test_vectors_with_gaps(device):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*size).to(device) for size in ((7, 40), (40, 2), (40, 2)))
+    apart, dense = (weight[:, 0], bias[:, 0]), (weight[:, 0].clone(), bias[:, 0].clone())
+    got, expected = (add_layer_norm(x, x, *vectors, 1e-5)[0] for vectors in (apart, dense))
+    assert torch.equal(got, expected)
+    assert torch.equal(bias_gelu(x, apart[1]), bias_gelu(x, dense[1]))
+
+
 @pytest.mark.parametrize("rows", [1, 20, 33])
 def test_rows_beyond_the_count(rows, device):
     torch.use_deterministic_algorithms(True)  # what is allocated is filled with NaN

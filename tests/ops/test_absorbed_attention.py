@@ -146,3 +146,15 @@ def test_refuses_offsets_beyond_the_tensors():
     arguments[3] = torch.tensor([0, 4, 2**40])
     with pytest.raises(RuntimeError, match="of 3 queries and 7 states"):
         absorbed_attention(*arguments)
+    arguments[2:4] = torch.tensor([0, 1, 2]), torch.tensor([0, 4, 7])
+    with pytest.raises(RuntimeError, match="offsets up to 2 and 7 of 3 queries"):
+        absorbed_attention(*arguments)
+
+
+@compiled
+def test_a_bias_of_another_dtype():
+    arguments = cast(inputs([(1, 4), (2, 3)], 2, 8, bias=True), torch.float32)
+    arguments[5] = arguments[5].bfloat16()
+    torch.testing.assert_close(
+        absorbed_attention(*arguments), absorbed_attention(*arguments, backend="reference")
+    )

@@ -344,6 +344,7 @@ def test_opcheck(bias):
     "change, message",
     [
         ({"cu_k": torch.tensor([0, 2, 2**33])}, "offsets up to 3 and 8589934592 of 3 queries"),
+        ({"cu_q": torch.tensor([0, 1, 2])}, "offsets up to 2 and .* of 3 queries"),
         ({"cu_q": torch.tensor([0, 2, 1])}, "cu_q falls from 2 to 1"),
         ({"cu_q": torch.tensor([1, 2, 3])}, "cu_q starts at 1"),
     ],
@@ -383,3 +384,12 @@ def test_refuses(change, message):
     }
     with pytest.raises(ValueError, match=message):
         exit_attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_bias_of_another_dtype(dtype):
+    values, offsets, table, positions = inputs([(2, 5), (1, 3)], dtype, bias=True)
+    call = (*values.values(), *offsets, 0.3, table.float(), positions)
+    got, expected = exit_attention(*call), exit_attention(*call, backend="reference")
+    assert got.dtype == expected.dtype == dtype
+    torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)

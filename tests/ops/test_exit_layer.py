@@ -202,11 +202,13 @@ def test_same_bits_alone_in_any_order_and_on_any_number_of_threads(way, dtype):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17, 23, 24, 25, 32, 33])
-def test_few_rows_have_the_bits_that_many_have(rows):
-    layer = make_layer(72, 2, 134)  # whole and broken tiles of features, and pieces of depth
-    h, both = make_batch([(rows, rows), (50, 50)], 72)
-    _, alone = make_batch([(rows, rows)], 72)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 16, 17, 23, 24, 25, 32, 33])
+@pytest.mark.parametrize("d, heads, inner", [(72, 2, 134), (30, 5, 64), (60, 5, 35), (48, 3, 34)])
+def test_few_rows_have_the_bits_that_many_have(rows, d, heads, inner):
+    """Of whole and broken tiles of features, and pieces of depth."""
+    layer = make_layer(d, heads, inner)
+    h, both = make_batch([(rows, rows), (50, 50)], d)
+    _, alone = make_batch([(rows, rows)], d)
     h = h.float()
     got = run(layer, h[:rows], alone, PROJECTED)
     assert torch.equal(got, run(layer, h, both, PROJECTED)[:rows])

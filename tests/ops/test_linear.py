@@ -72,3 +72,11 @@ def test_has_gradients():
 def test_refuses(shapes):
     with pytest.raises(ValueError, match=r"expected \[A, K\], \[N, K\], \[N\]"):
         linear(*(torch.zeros(shape) for shape in shapes))
+
+
+@torch.no_grad()
+def test_rows_without_width_are_the_bias():
+    for rows in (0, 3, 40):
+        bias = torch.arange(5.0)
+        got = linear(torch.zeros(rows, 0), torch.zeros(5, 0), bias)
+        assert torch.equal(got, bias.expand(rows, 5))

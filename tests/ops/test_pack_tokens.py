@@ -53,6 +53,19 @@ def test_opcheck():
     )
 
 
+@compiled
+def test_any_number_of_rows_and_tokens_is_exported():
+    class Pack(torch.nn.Module):
+        def forward(self, mask, word_ids):
+            return torch.ops.tokenexit.pack_tokens(mask, word_ids)
+
+    given = torch.ones(3, 4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.int64)
+    size = (torch.export.Dim.DYNAMIC,) * 2
+    exported = torch.export.export(Pack(), given, dynamic_shapes=(size, size)).module()
+    other = torch.ones(5, 7, dtype=torch.bool), torch.zeros(5, 7, dtype=torch.int64)
+    assert all(map(torch.equal, exported(*other), Pack()(*other)))
+
+
 @given(rows=st.integers(1, 9).flatmap(lambda n: st.lists(st.lists(CELL, min_size=n, max_size=n))))
 def test_static_shapes(rows):
     """The same layout, and in excess tokens of no word and of a sentence without tokens."""

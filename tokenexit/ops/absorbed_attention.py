@@ -72,7 +72,9 @@ def absorbed_attention(
             run = torch.ops.tokenexit_triton.absorbed_attention
             return run(*arguments, max_length, float32_precision())
     if use_compiled(backend, q.device, _DEVICES) and q.dtype == torch.float32:
-        return torch.ops.tokenexit.absorbed_attention(*arguments, max_length)
+        table = None if bias is None else bias.float()
+        rest = (cu_q, cu_k, scale, table, positions, max_length)
+        return torch.ops.tokenexit.absorbed_attention(q, h, *rest)
     return reference.absorbed_attention(*arguments)
 
 

@@ -23,6 +23,8 @@ def embed(
 ) -> torch.Tensor:
     """`word[ids] + position[positions] + token_type[types]`, to the bit; no gradient.
 
+    (Where the processor rounds to bf16 by an instruction, sums below 2^-126 become 0.)
+
     Args:
         ids, positions, types: `[T]` int64; types None: all 0.
         word, position, token_type: tables `[*, d]` of one dtype; of the last two, None: not there.

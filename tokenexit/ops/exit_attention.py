@@ -44,7 +44,7 @@ def exit_attention(
         q: `[A, H, D]` queries of the active tokens.
         k: `[K, H, D]` keys of all tokens of the sentences that are not finished.
         v: `[K, H, D]` their values.
-        cu_q: `[B+1]` int64, offsets of each sentence's queries; a finished one has none.
+        cu_q: `[B+1]` int64, offsets of each sentence's queries, up to A; a finished one has none.
         cu_k: `[B+1]` int64, offsets of each sentence's keys.
         scale: factor of the scores, usually `D ** -0.5`.
         bias: `[H, 2R+1]` added to the scores by relative position: entry `r + R` for a key r
@@ -52,7 +52,7 @@ def exit_attention(
         positions: `[A]` int64, each query's position in its sentence; needed with `bias`.
         dropout_p: probability that an attention weight is zeroed (the others are scaled up).
         seed: what dropout draws from; the same weights go on every backend.
-        max_length: no sentence has more queries; 0 if unknown. A GPU sizes its grid by it.
+        max_length: no sentence has more queries or keys; 0 if unknown. A GPU sizes its grid by it.
         backend: "auto", or "reference" for plain PyTorch.
 
     Returns:

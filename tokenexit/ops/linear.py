@@ -41,6 +41,7 @@ def linear(
     fits = (
         x.dtype == weight.dtype == bias.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
+        and x.shape[1] > 0
         and not torch.is_grad_enabled()
     )
     if use_compiled(backend, x.device, _DEVICES) and fits:

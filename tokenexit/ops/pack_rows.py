@@ -63,4 +63,4 @@ if _DEVICES:
         size = torch.library.get_ctx().new_dynamic_size
         lists = 6 + (types is not None) + (positions is not None)
         new = ids.new_empty
-        return new((lists, size())), new((2, len(mask) + 1)), new((size(),))
+        return new((lists, size())), new((2, mask.shape[0] + 1)), new((size(),))

@@ -60,4 +60,4 @@ if _DEVICES:
     def _(mask, word_ids):
         size = torch.library.get_ctx().new_dynamic_size
         new = word_ids.new_empty
-        return new((5, size())), new((2, len(mask) + 1)), new((size(),))
+        return new((5, size())), new((2, mask.shape[0] + 1)), new((size(),))
