@@ -70,6 +70,21 @@ def test_max_loss(setting):
         assert result.chosen.score >= 1 - loss
 
 
+def test_a_loss_is_of_full_depth_as_the_tagger_decodes(setting):
+    tagger, data = setting
+    names = {0: "O", 1: "B-X", 2: "I-X"}
+    model = copy.deepcopy(tagger.model)
+    model.config.id2label, model.config.label2id = names, {name: i for i, name in names.items()}
+    other = Tagger(model, tagger.tokenizer, decoding="constrained")
+    labels = [tagged.labels for tagged in other.tag(data["words"])]
+    again = Dataset.from_dict({"words": data["words"], "labels": labels})
+    asked = {"max_loss": 0.02, "policies": GRID, "metric": "accuracy"}
+    found = calibrate(other, again, **asked)
+    assert found.full_depth.score == 1 and found.chosen.score >= 0.98
+    other.decoding = "argmax"
+    assert calibrate(other, again, **asked).full_depth.score < 0.95
+
+
 def test_a_loss_is_of_the_original_where_it_is_given(setting):
     """One that was better allows for less than full depth does, one that was worse for more."""
     tagger, data = setting

@@ -26,6 +26,7 @@ from tokenexit.calibrate import (
     policy_grid,
     promise_grid,
 )
+from tokenexit.dial import rounded_down
 from tokenexit.promise import fixed_sequence, needed, upper_bound
 
 ROOT = Path(__file__).parents[1]
@@ -532,6 +533,38 @@ def test_text_that_leaves_elsewhere_is_told_once(tiny_tokenizer, caplog, seen, w
     if warns:
         assert "600 sentences left at layer 4.00 in the mean" in caplog.messages[0]
         assert "calibrated with at 3.50" in caplog.messages[0]
+
+
+@torch.no_grad()
+def test_text_that_changes_later_is_told_once(tiny_tokenizer, caplog):
+    """All leave at the last of four layers; then, as of other text, at the first."""
+    tokenizer = tiny_tokenizer()
+    model = random_tagger(dtype=torch.float32, vocab_size=len(tokenizer))
+    for head in [*model.exit_heads][:-1]:
+        head.weight.zero_()
+        head.bias.zero_()
+    policy = ExitPolicy(threshold=0.5, window=0)
+    model.dial = Dial((Speed(policy, 1.0, 0, 0, 4.0),), 0, 0.1, 0.9, 1)
+    tagger, some = Tagger(model, tokenizer), sentences(150)
+    for _ in range(9):
+        tagger.tag(some, speed="full")
+    assert not caplog.records
+    model.exit_heads[0].bias[0] = 50
+    for calls in range(12):
+        assert len(caplog.records) == (calls > 2)  # 150 had left at the last since a comparison
+        tagger.tag(some, speed="full")
+    assert "600 sentences left at layer 1.75 in the mean" in caplog.messages[0]
+
+
+def test_a_speed_that_is_shown_can_be_asked_for():
+    times = zip(SPEEDS, (1, 1.499, 2.4961, 3.4567), strict=True)
+    speeds = tuple(dataclasses.replace(one, speedup=speedup) for one, speedup in times)
+    dial = dataclasses.replace(DIAL, speeds=speeds)
+    for one in speeds:
+        assert dial.at(float(rounded_down(one.speedup))) == one
+    with pytest.raises(ValueError, match="expected at most 3.45,"):
+        dial.at(3.46)
+    assert [rounded_down(x) for x in (1, 1.15, 2.3, 2.999)] == ["1.00", "1.15", "2.30", "2.99"]
 
 
 def test_what_the_docs_say_is_needed():

@@ -216,3 +216,17 @@ def test_the_op_refuses_copies_that_do_not_fit(spoil, message, monkeypatch):
     monkeypatch.setattr("tokenexit.loops.cpu.prepacked", lambda found: spoil(prepacked(found)))
     with pytest.raises(RuntimeError, match=message):
         logits_of(model, FEW)
+
+
+@wide
+def test_copies_of_weights_whose_changes_nobody_sees_are_not_read():
+    model = tokenexit.prepack(tagger_of())
+    with torch.inference_mode():
+        other = copy.deepcopy(model)
+        before = logits_of(other, FEW)
+        other.encoder.layers[1].up.weight.mul_(1.5)
+    assert torch.equal(before, logits_of(model, FEW))
+    with torch.no_grad():
+        model.encoder.layers[1].up.weight.mul_(1.5)
+    wanted = logits_of(model, FEW)
+    assert torch.equal(logits_of(other, FEW), wanted) and not torch.equal(wanted, before)

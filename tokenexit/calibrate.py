@@ -263,6 +263,9 @@ def calibrate(
 
     sweep = Sweep(tagger, data, metric)
     full, theirs = sweep.point(ExitPolicy.never()), None
+    if tagger.decoding != "argmax":  # of which simulation knows nothing
+        result = evaluate(tagger, data, ExitPolicy.never(), metric=metric)
+        full = Point(result.policy, result.score, 1.0)
     if original is not None:
         labels = _whole(original, data["words"])
         theirs = score(sweep.gold, labels, sweep.metric)["score"]

@@ -558,8 +558,10 @@ def _copied(parts, like):
     """Of `Reads`: the products, if the weights of all have a second copy that is in fp32."""
     linear = [part for part in parts if type(part) is nn.Linear]
     copies = [part._buffers.get(PREPACKED) for part in linear]
-    others = any([x is None or x.dtype != torch.float32 for x in (like, *copies)])
-    return [] if others else linear
+    if any([x is None or x.dtype != torch.float32 for x in (like, *copies)]):
+        return []
+    of = [x for part in linear for x in (part._parameters["weight"], part._buffers[PREPACKED])]
+    return [] if any([x.is_inference() for x in of]) else linear  # whose changes are not counted
 
 
 def costs_of(found: Reads, layer: ExitLayer) -> list[float]:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from random_models import ALL_FAMILIES, CONVOLVED, FAMILIES, random_batch, random_classifier
+from torch.nn.utils import prune
 from transformers.activations import ACT2FN
 
 import tokenexit
@@ -480,6 +481,19 @@ def test_back_to_hugging_face_from_what_is_none():
         tokenexit.to_hugging_face(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="got an 8-bit model; expected the fp32 one"):
         tokenexit.to_hugging_face(tokenexit.quantize(tokenexit.convert(random_classifier())))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_back_to_hugging_face_with_parts_that_are_not_plain(name):
+    """Their weights have other names, and would be left as the new model was initialised."""
+    ours = tokenexit.convert(random_classifier())
+    prune.l1_unstructured(ours.encoder.layers[1].up, name, 0.3)
+    with pytest.raises(ValueError, match=rf"without encoder.layers.1.up.{name}, .* was pruned"):
+        tokenexit.to_hugging_face(ours)
+    prune.remove(ours.encoder.layers[1].up, name)
+    back = tokenexit.to_hugging_face(ours)
+    pruned = back.bert.encoder.layer[1].intermediate.dense
+    assert torch.equal(getattr(pruned, name), getattr(ours.encoder.layers[1].up, name))
 
 
 def test_takes_a_subclass_that_changes_nothing():

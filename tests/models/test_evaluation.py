@@ -85,9 +85,10 @@ def test_another_thread_changes_the_mode_meanwhile(tagger):
     assert model.training
 
 
-def test_many_threads(tagger):
+@pytest.mark.parametrize("change", [nn.Module.train, own_forward])
+def test_many_threads(tagger, change):
     expected, results = tagger.tag(SENTENCES), []
-    tagger.model.train()
+    change(tagger.model)
     threads = [
         threading.Thread(target=lambda: results.extend(tagger.tag(SENTENCES) for _ in range(5)))
         for _ in range(4)

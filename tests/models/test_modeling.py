@@ -77,6 +77,9 @@ def test_a_token_counts_up_to_its_exit_and_flooding_keeps_its_distance():
     for wrong in (1, 3):  # the first would fit by broadcasting
         with pytest.raises(ValueError, match="loss_floor has shape .*expected .* 4"):
             tagger(**batch, policy=POLICY, loss_floor=floor[..., :wrong])
+    for other in (floor.flatten(0, 1), floor.transpose(0, 1), floor[:, :1].expand_as(floor)[1:]):
+        with pytest.raises(ValueError, match="loss_floor has shape .*expected .* 4"):
+            tagger(**batch, policy=POLICY, loss_floor=other)
 
 
 def test_layer_logits_are_nan_where_nothing_was_computed():
@@ -395,7 +398,7 @@ def test_embeddings_in_place_of_ids(family, backend):
         tagger(**batch).logits[mask], theirs(**batch).logits[mask], atol=1e-4, rtol=0
     )
     policy = ExitPolicy(threshold=0.9, window=0)
-    by_ids = tagger(ids, batch["attention_mask"], words, policy=policy)
+    by_ids = tagger(ids, batch["attention_mask"], word_ids=words, policy=policy)
     got = tagger(**batch, word_ids=words, policy=policy)
     assert torch.equal(got.logits, by_ids.logits)
     assert torch.equal(got.exit_layers, by_ids.exit_layers)
@@ -702,3 +705,10 @@ def test_the_activation_of_a_family_has_its_name(tmp_path):
     damage(tmp_path, {"activation": "nope"})
     with pytest.raises(ValueError, match="config.activation is 'nope'"):
         TokenExitForTokenClassification.from_pretrained(tmp_path)
+
+
+def test_what_follows_the_mask_goes_by_name():
+    """Hugging Face's families do not agree on what comes third."""
+    batch = random_batch([4])
+    with pytest.raises(TypeError, match="positional"):
+        random_tagger()(batch["input_ids"], batch["attention_mask"], batch["word_ids"])

@@ -61,6 +61,15 @@ def test_nothing_and_empty_sentences(tagger):
     assert [t.labels for t in tagger.tag([[], ["paris"], []])][::2] == [[], []]
 
 
+def test_empty_sentences_without_special_tokens(tagger, tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    bare = Tagger(tagger.model, tokenizer)
+    for given in ([[]], [""], [[], []]):
+        assert [t.labels for t in bare.tag(given)] == [[]] * len(given)
+    assert bare.tag([[], ["paris"]])[1] == bare.tag([["paris"]])[0]
+
+
 def test_long_sentences_keep_every_word(tagger):
     long = [WORDS[i % len(WORDS)] for i in range(300)]
     tagged = tagger.tag([["red"], long, ["paris"]])
@@ -226,6 +235,14 @@ def test_a_model_in_training_is_run_in_evaluation_mode(tagger):
         assert tagger.model.training
     finally:
         tagger.model.eval()
+
+
+def test_another_length_of_the_tokenizer_does_not_matter(tagger, tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    mine, long = Tagger(tagger.model, tokenizer), [["john", "paris"] * 30]
+    before = mine.windows(long)
+    tokenizer.model_max_length = 9
+    assert mine.windows(long) == before != Tagger(tagger.model, tokenizer).windows(long)
 
 
 @pytest.mark.parametrize("setting", ["truncation", "padding"])

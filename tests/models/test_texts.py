@@ -91,6 +91,31 @@ def test_words_of_texts_and_their_places(kind):
         splitter.words("\ud800")
 
 
+@pytest.mark.parametrize("pre", [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+def test_characters_that_a_normalizer_makes_several_of(pre):
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), pre
+    splitter = Splitter(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"))
+    for text in ("Muhammad \ufdfa said", "x\ufdfay", "wait\u2026 what", "\ufb01ne \ufdfa\ufdfa"):
+        places = splitter.spans(text)
+        assert "".join(text[start:stop] for start, stop in places) == text.replace(" ", "")
+        assert all(a[1] <= b[0] for a, b in zip(places, places[1:], strict=False))
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_accents_belong_to_the_letter_before_them(kind):
+    """A normalizer may take them off; text of some systems is decomposed throughout."""
+    splitter = Splitter([*tokenizers_of_other_kinds()][kind])
+    for words in (
+        ["Jose\u0301", "in", "Malmo\u0308", "."],
+        ["\u092e\u0948\u0902", "\u0939\u0942\u0901"],
+        ["\u2764\ufe0f"],
+    ):
+        assert splitter.words(" ".join(words).replace(" .", ".")) == words
+    alone = [] if kind == 0 else ["\u0301\u0301"]  # which that normalizer drops
+    assert splitter.words("a \u0301\u0301") == ["a", *alone]
+
+
 def test_texts_are_tagged_as_their_words(tagger):
     words = ["John", "Smiths", "lives", "(", "in", ")", "New", "-", "York", ".", "Paris", ",",
              "the", "red", "!"]  # fmt: skip

@@ -18,7 +18,13 @@ EXITS = ExitPolicy(threshold=0.5)
 def test_convert_leaves_the_last(tmp_path):
     model = tokenexit.convert(random_classifier())
     assert model.untrained_heads() == model.config.untrained_heads == [1, 2, 3]
-    for same in (copy.deepcopy(model).bfloat16(), model.double(), model.float()):
+    for same in (
+        copy.deepcopy(model).bfloat16(),
+        copy.deepcopy(model).bfloat16().float(),
+        copy.deepcopy(model).half().double(),
+        model.double(),
+        model.float(),
+    ):
         assert same.untrained_heads() == [1, 2, 3]
     assert model.untrained_heads(ExitPolicy.never()) == []
     assert model.untrained_heads(ExitPolicy(threshold=(0.0, 0.5, 0.0, 0.0))) == [2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tokenexit.dial import Dial
+from tokenexit.dial import Dial, rounded_down
 from tokenexit.files import write_aside
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.text.scoring import shown
@@ -86,7 +86,7 @@ def _speeds(dial: Dial) -> str:
     heads += [dial.metric.replace("_", " ").replace("f1", "F1")] if dial.metric else []
     rows = [[*heads, ""], ["---", *["--:"] * (len(heads) - 1), "---"]]
     for number, one in enumerate(dial.speeds):
-        row = [str(one.policy), f"{one.speedup:.2f}x", f"{one.disagreement:.2%}"]
+        row = [str(one.policy), f"{rounded_down(one.speedup)}x", f"{one.disagreement:.2%}"]
         row += [f"{share:.2%}" for share in (one.by_type or {}).values()]
         row += [f"{one.bound:.2%}", *([f"{one.score:.4f}"] if dial.metric else [])]
         within = dial.promised is not None and number <= dial.promised

@@ -62,7 +62,8 @@ def to_hugging_face(model: TokenExitForTokenClassification) -> PreTrainedModel:
 
     Raises:
         TypeError: another model.
-        ValueError: an 8-bit one; one whose last classifier hears the tokens beside a token, as no
+        ValueError: an 8-bit one; one with parts that were pruned, parametrized or wrapped by an
+            adapter; one whose last classifier hears the tokens beside a token, as no
             model of Hugging Face's does.
     """
     if not isinstance(model, TokenExitForTokenClassification):

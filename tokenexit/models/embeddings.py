@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenexit.conditions import passable
+from tokenexit.conditions import is_plain, passable
 from tokenexit.models.configuration import TokenExitConfig, settings_of
+from tokenexit.ops.linear import linear
 from tokenexit.packing import Packed
 
 _PLAIN = {nn.Parameter, torch.Tensor}
@@ -54,8 +55,13 @@ class ExitEmbeddings(nn.Module):
         if self.projection is None:
             return self.dropout(self.norm(h))
         if self.projects_last:
-            return self.projection(self.dropout(self.norm(h)))
-        return self.dropout(self.norm(self.projection(h)))
+            return self._projected(self.dropout(self.norm(h)))
+        return self.dropout(self.norm(self._projected(h)))
+
+    def _projected(self, h):
+        """By the op whose rows are the same in every batch, where it may take the weights."""
+        part = self.projection
+        return linear(h, part.weight, part.bias) if is_plain(part, nn.Linear) else part(h)
 
     def tensors(self, device: torch.device) -> list[torch.Tensor | None] | None:
         """What an op may read in place of a call: the tables of words, positions and types, the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,9 @@ from torch import nn
 from tokenexit.int8 import Int8Embedding, Int8Linear
 from tokenexit.loops.memory import Memory
 
+# Models that are switched now: by how many threads, and the mode of each module before.
+_SWITCHED: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}
+_LOCK = threading.Lock()
 _OF_NO_MODE = {nn.Linear, nn.LayerNorm, nn.Embedding, Int8Linear, Int8Embedding}
 
 
@@ -20,20 +24,35 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     That is a second tree of modules on the same weights, buffers and hooks, which is kept for as
     long as the model holds the same. A module with a forward of its own (as accelerate and
     torch.compile put there) would run the first tree through it: a model that has one is switched,
-    and switched back module by module at the end; only beside a thread that trains it at that
-    moment, this is not enough.
+    and switched back module by module once no thread evaluates it; only beside a thread that trains
+    it at that moment, this is not enough.
     """
     try:
         twin = _kept_twin(model)
     except _OwnForward:
-        modes = [(module, module.training) for module in model.modules()]
-        try:
-            yield model.eval()
-        finally:
-            for module, training in modes:
-                module.training = training
+        with _switched(model):
+            yield model
     else:
         yield twin
+
+
+@contextmanager
+def _switched(model: nn.Module) -> Iterator[None]:
+    with _LOCK:
+        count, modes = _SWITCHED.get(model, (0, []))
+        modes = modes or [(module, module.training) for module in model.modules()]
+        _SWITCHED[model] = count + 1, modes
+        model.eval()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            count, modes = _SWITCHED.pop(model)
+            if count > 1:
+                _SWITCHED[model] = count - 1, modes
+            else:
+                for module, training in modes:
+                    module.training = training
 
 
 class _OwnForward(Exception):

@@ -218,6 +218,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        *,
         word_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
@@ -283,12 +284,12 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         if labels is not None:
             check_labels(labels, rows.real, self.config.num_labels)
         if labels is not None and self.training:
-            floor = None if loss_floor is None else found.packed.pack(loss_floor)
-            if floor is not None and floor.shape[1:] != (num_layers,):
+            expected = (*labels.shape, num_layers)
+            if loss_floor is not None and loss_floor.shape != expected:
                 raise ValueError(
-                    f"loss_floor has shape {tuple(loss_floor.shape)}; expected "
-                    f"{(*labels.shape, num_layers)}"
+                    f"loss_floor has shape {tuple(loss_floor.shape)}; expected {expected}"
                 )
+            floor = None if loss_floor is None else found.packed.pack(loss_floor)
             wanted = found.packed.pack(labels).long()
             loss = exit_loss(found.trace, wanted, num_layers, num_items_in_batch, floor)
         elif labels is not None:

@@ -117,7 +117,7 @@ class Steered:
         heads = [
             number
             for number, weight in weights.items()
-            if not weight.is_meta and torch.equal(self._new_heads[number].to(weight), weight)
+            if not weight.is_meta and _same(self._new_heads[number], weight)
         ]
         if policy is None:
             return heads
@@ -141,3 +141,10 @@ class Steered:
                 "layers %s: labels mean nothing there; train them first",
                 ", ".join(map(str, heads)),
             )
+
+
+def _same(before: torch.Tensor, now: torch.Tensor) -> bool:
+    """Whether weights are as before, but for what a stay in half precision rounds."""
+    kept = before.to(now)
+    halves = (kept.to(dtype).to(now.dtype) for dtype in (torch.bfloat16, torch.float16))
+    return any(torch.equal(one, now) for one in (kept, *halves))

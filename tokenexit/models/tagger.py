@@ -194,11 +194,13 @@ class Tagger:
         self._tokenizer = tokenizer
         self._words = WordTokenizer(tokenizer)
         self._splitter = Splitter(tokenizer)
+        self._most_tokens = tokenizer.model_max_length
         self.batch_size = batch_size
         self.overlap = overlap
         self.speed = speed
         self.decoding = decoding
-        self._seen: dict[ExitPolicy, tuple[int, int, int]] = {}
+        self._seen: dict[ExitPolicy, tuple[int, int, int]] = {}  # since it was last compared
+        self._told: set[ExitPolicy] = set()
         self._together = None
         if window_ms is not None:
             if not 0 <= window_ms < math.inf:
@@ -424,7 +426,7 @@ class Tagger:
     def _compare(self, policy: ExitPolicy, results: Sequence[Sequence[_Found]]):
         """Say once where words leave elsewhere than in the text that the dial was made with."""
         sentences, words, layers = self._seen.get(policy, (0, 0, 0))
-        dial = self.model.dial if sentences < _COMPARED else None
+        dial = None if policy in self._told else self.model.dial
         speed = next((one for one in dial.speeds if one.policy == policy), None) if dial else None
         if speed is None:
             return
@@ -434,8 +436,10 @@ class Tagger:
         self._seen[policy] = sentences, words, layers
         if sentences < _COMPARED or not words:
             return
+        self._seen[policy] = 0, 0, 0
         mean, depth = layers / words, self.model.config.num_hidden_layers
         if abs(mean - speed.mean_exit_layer) > _APART * depth:
+            self._told.add(policy)
             logger.warning(
                 "the words of %d sentences left at layer %.2f in the mean, those of the text that "
                 "speeds were calibrated with at %.2f: what is promised is about text like that; "
@@ -526,7 +530,7 @@ class Tagger:
 
     def windows(self, sentences: Sequence[Sequence[str]]) -> list[Window]:
         """The model's inputs for some sentences: a window each, more for long ones."""
-        limit = min(self.model.config.max_tokens, self.tokenizer.model_max_length)
+        limit = min(self.model.config.max_tokens, self._most_tokens)
         return encode(self._words, sentences, limit, self.overlap)
 
     def words(

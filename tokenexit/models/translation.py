@@ -129,7 +129,11 @@ _ONLY_OURS = frozenset(
 
 
 def copy_weights_back(ours: Mapping[str, torch.Tensor], model: PreTrainedModel):
-    """Copy the weights of ours, by name, into a Hugging Face token classifier."""
+    """Copy the weights of ours, by name, into a Hugging Face token classifier.
+
+    Raises:
+        ValueError: one that it has is not among them.
+    """
     family = family_of(model.config)
     theirs = family.parted(model.state_dict())
     for name, parts in family.names(model.config).items():
@@ -137,6 +141,11 @@ def copy_weights_back(ours: Mapping[str, torch.Tensor], model: PreTrainedModel):
             if (value := ours.get(f"{name}.{kind}")) is not None:
                 for part, rows in zip(parts, value.chunk(len(parts)), strict=True):
                     theirs[f"{part}.{kind}"].copy_(rows)
+            elif f"{parts[0]}.{kind}" in theirs:
+                raise ValueError(
+                    f"got a tagger without {name}.{kind}, a part that was pruned, parametrized or "
+                    "wrapped by an adapter; expected plain ones: merge adapters, remove the others"
+                )
 
 
 def family_of(config: PreTrainedConfig) -> Family:

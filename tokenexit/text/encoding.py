@@ -188,7 +188,8 @@ def encode(
 
     Args:
         tokenizer: a fast tokenizer, or what `WordTokenizer` made of it, once for many calls.
-        sentences: lists of words; an empty one gives a window of special tokens only.
+        sentences: lists of words; an empty one gives a window of special tokens only, of a token
+            for padding where there are none.
         max_length: tokens, special ones included.
         overlap: words that neighboring windows share; fewer if that were more than half of one.
 
@@ -215,6 +216,10 @@ def encode(
     sentences = [as_words(words, number) for number, words in enumerate(sentences)]
     for number, (ids, word_ids) in enumerate(tokenizer.pieces(sentences)):
         words = sentences[number]
+        if not (words or frame.before or frame.after):  # a window has a token
+            ids, word_ids = [tokenizer.pad_token_id], [NO_WORD]
+            windows.append(frame.around(number, (0, 0), (0, 0), ids, word_ids))
+            continue
         if len(ids) <= room and len(set(word_ids)) == len(words):
             all_words = (0, len(words))
             windows.append(frame.around(number, all_words, all_words, ids, word_ids))

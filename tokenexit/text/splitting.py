@@ -43,12 +43,36 @@ class Splitter:
             split.normalize(self._normalizer.normalize)
         if self._pre_tokenizer is not None:
             self._pre_tokenizer.pre_tokenize(split)
-        found = split.get_splits(offset_referential="original", offset_type="char")
-        return [span for _, place, _ in found for span in _words_in(text, *place)]
+        spans, end = [], 0
+        for _, (start, stop), _ in split.get_splits("original", "char"):
+            # Of a character that the normalizer makes several of, each part is said to be all.
+            spans += _words_in(text, max(start, end), stop)
+            end = max(end, stop)
+        return _with_accents(text, spans)
 
     def words(self, text: str) -> list[str]:
         """The words of a text."""
         return [text[start:stop] for start, stop in self.spans(text)]
+
+
+def _with_accents(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Marks belong to the letter before them; normalizers take them off, pre-tokenizers split."""
+    found = []
+    for (start, stop), most in zip(spans, [*(at for at, _ in spans[1:]), len(text)], strict=False):
+        if found and start == found[-1][1]:
+            start = _behind_marks(text, start, stop)
+            found[-1] = found[-1][0], start
+        if start < stop:
+            found.append((start, stop))
+        if found[-1][1] == stop:
+            found[-1] = found[-1][0], _behind_marks(text, stop, most)
+    return found
+
+
+def _behind_marks(text: str, at: int, most: int) -> int:
+    while at < most and unicodedata.category(text[at]).startswith("M"):
+        at += 1
+    return at
 
 
 def _words_in(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
