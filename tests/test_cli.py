@@ -242,6 +242,9 @@ def texts(folder):
 
 def test_adapt_with_the_encoder_trained_too(folder, texts, capsys, tmp_path):
     """What it needs to go on with lies beside the result, until that is there."""
+    cut_off = tmp_path / "tagger-checkpoints"  # before the first checkpoint was whole
+    (cut_off / "checkpoint-9").mkdir(parents=True)
+    (cut_off / "run.json").write_text("{}")
     code, out, err = call(
         capsys, "adapt", folder / "hf", "-t", texts, "-o", tmp_path / "tagger", "--tune",
         "--epochs", 1, "--max-disagreement", 0.5, "--timing-runs", 0, "--json",
@@ -324,6 +327,24 @@ def test_predict_spans_and_other_fields(trained, capsys, tmp_path):
         rows = [json.loads(line) for line in out.splitlines()]
         assert code == 0 and rows[0]["id"] == 7 and rows[1]["x"] == {"y": None}
         assert all([*row][-1] == last for row in rows) and len(rows[2]) == len(rows[1]) - 1
+
+
+def test_predict_takes_texts_and_tells_what_it_replaces(trained, capsys, tmp_path):
+    text, source = "John lives in Paris.", tmp_path / "in.jsonl"
+    row = {"id": 1, "tokens": ["John", "lives", "in", "Paris", "."], "text": text}
+    row |= {"labels": ["B-PER", "O", "O", "B-LOC", "O"], "spans": []}
+    source.write_text(f"{json.dumps(row)}\n" * 2)
+    code, out, err = call(capsys, "predict", trained, source, "--spans")
+    found = json.loads(out.splitlines()[0])
+    assert code == 0 and found["text"] == text and found["labels"] == row["labels"]
+    assert [(x["text"], x["stop"]) for x in found["spans"]] == [("John", 4), ("Paris", 19)]
+    assert err.count("not handed on, as results have the same names: spans\n") == 1
+    code, out, err = call(capsys, "predict", trained, source)
+    assert code == 0 and json.loads(out.splitlines()[1])["text"] == text
+    assert err.count("not handed on, as results have the same names: labels\n") == 1
+    whole, output = call(capsys, "predict", trained, source, "--spans")[1], tmp_path / "out.jsonl"
+    call(capsys, "predict", trained, source, "--spans", "-o", output, "--resume")
+    assert output.read_text() == whole
 
 
 @pytest.mark.parametrize("output_format", ["jsonl", "conll"])
@@ -1013,6 +1034,13 @@ def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, com
             ["train", "-m", "{folder}/encoder", "-d", "{folder}/dev.conll", "-o", "{exits}/a/b"],
             "exits/a",
         ),
+        (["train", "-m", "{folder}/encoder", "-d", "{folder}/outside.conll", "-o", "{folder}/y"],
+         "the training data has no label but 'O'; expected two or more"),
+        (["train", "-m", "{folder}/encoder", "-d", "{folder}/dev.conll", "-o", "{folder}/y",
+          "--dev", "{folder}/bare.conll"], "bare.conll has words without labels; expected"),
+        (["evaluate", "{exits}", "-d", "{folder}/bare.conll"], "bare.conll has words without"),
+        (["adapt", "{folder}/hf", "-t", "none", "-o", "{folder}/n", "--tune", "--resume"],
+         "--resume: no complete checkpoint is in .*n-checkpoints; expected one"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(trained, folder, capsys, arguments, message):
@@ -1022,6 +1050,7 @@ def test_errors_are_one_line(trained, folder, capsys, arguments, message):
     (folder / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
     (folder / "cars.conll").write_text("red B-CAR\n")
     (folder / "outside.conll").write_text("red O\n")
+    (folder / "bare.conll").write_text("red\n")
     filled = [a.format(folder=folder, exits=trained) for a in arguments]
     before = contents(folder)
     code, out, err = call(capsys, *filled)
@@ -1029,6 +1058,14 @@ def test_errors_are_one_line(trained, folder, capsys, arguments, message):
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in err
     assert re.search(message, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "-m", "x", "-d"], ["self-sample", "-m", "x", "-d"], ["adapt", "x", "-t"]]
+)
+def test_an_output_of_no_name_is_refused(command, capsys):
+    code, out, err = call(capsys, *command, "x", "-o", "")
+    assert code == 2 and not out and "is empty; expected a folder" in " ".join(err.split()), err
 
 
 def test_version_and_short_help(capsys):

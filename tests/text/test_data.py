@@ -222,6 +222,9 @@ CONLLU = """\
         ("\n".join(CONLLU.splitlines()[3:5]), {}, r"data.conll:2: .* looks like conllu"),
         ("a,B-X\nb,O\n", {}, r"data.conll:2: .* looks like csv"),
         ("1 a O\n2 b O\n", {}, r"data.conll:2: .* of which the first counts the words"),
+        ("0 a O\n1 b O\n", {}, r"data.conll:2: .* of which the first counts the words"),
+        ("\tword\tlabel\n0\ta\tO\n", {}, r"data.conll:2: .* whose first line names its columns"),
+        ("Token\tNER\na\tO\n", {}, r"data.conll:2: .* whose first line names its columns"),
     ],
 )
 def test_wrong_column_files(write, text, options, message):
@@ -233,6 +236,8 @@ def test_a_format_given_is_believed(write):
     assert rows(read_sentences(write('["a", "b"]\n'), format="conll")) == [(['["a",'], ['"b"]'])]
     assert rows(read_sentences(write("1 O\n2 O\n"), format="conll")) == [(["1", "2"], ["O", "O"])]
     assert rows(read_sentences(write("a O\n", "x.csv"), format="conll")) == [(["a"], ["O"])]
+    head = write("word\tlabel\na\tO\n")
+    assert rows(read_sentences(head, format="conll")) == [(["word", "a"], ["label", "O"])]
     with pytest.raises(ValueError, match="x.csv is by its name of no format that is read"):
         read_sentences(write("a,O\n", "x.csv"))
 
@@ -263,6 +268,7 @@ def test_conllu(write, column, labels):
         (CONLLU, {"column": 10}, r"x.conllu:4: got 10 columns; expected a column 10"),
         (CONLLU, {"column": "pos"}, r"column is 'pos'; expected a number, 'upos'"),
         (CONLLU.replace("\tSYM", "\t"), {}, r"x.conllu:7: column 3 is empty"),
+        (CONLLU.replace("\tSYM", "\t_"), {}, r"x.conllu:7: column 3 is '_'; expected a label"),
         ("# only a comment\n", {}, r"no sentence"),
         (CONLLU.replace("\n\n", "\n"), {}, r"x.conllu:9: got '1'; .* here 4, or an empty line"),
         (CONLLU.replace("\n2\t", "\n3\t"), {}, r"x.conllu:5: got '3'; .* here 2"),

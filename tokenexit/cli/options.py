@@ -18,6 +18,7 @@ from rich.console import Group
 from rich.table import Column as TableColumn
 from rich.table import Table
 
+from tokenexit.dial import rounded_down
 from tokenexit.policy import ExitPolicy
 
 # Names and texts of users are no markup: brackets in a path are its own.
@@ -90,7 +91,20 @@ Revision = Annotated[
     str | None, typer.Option(help="Of a tagger on the hub: a branch, a tag or a commit.")
 ]
 FullDepth = Annotated[bool, typer.Option("--full-depth", help="No early exits.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write the tagger to.")]
+
+
+def _folder(name: str) -> Path:
+    if not name:  # as of a variable that is not set: Path("") is "."
+        raise typer.BadParameter("is empty; expected a folder")
+    return Path(name)
+
+
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", parser=_folder, metavar="PATH", help="Folder to write the tagger to."
+    ),
+]
 Epochs = Annotated[float | None, typer.Option(help="Default: 3, more for small data.")]
 LearningRate = Annotated[float | None, typer.Option(help="Default: 5e-5 (768 / width)^2.")]
 HeadLearningRate = Annotated[float, typer.Option(help="Learning rate of the exit heads.")]
@@ -171,7 +185,7 @@ def check_model_name(name: str):
         ) from error
 
 
-def read_data(source: str, column: str | None, format: str | None):
+def read_data(source: str, column: str | None, format: str | None, labelled: bool = True):
     """Sentences of a file or folder, or of NAME[:CONFIG][@SPLIT]."""
     from tokenexit.text.data import check_hub_name, is_missing_path, read_sentences
 
@@ -186,13 +200,18 @@ def read_data(source: str, column: str | None, format: str | None):
     by_name = format == "dataset" or (format is None and not is_missing_path(source))
     if by_name and not is_there():
         check_hub_name(source)
-    return read_sentences(
+    found = read_sentences(
         source,
         column=_number(column),
         split=split or None,
         config=config or None,
         format=format,
     )
+    if labelled and "labels" not in found.column_names:
+        raise ValueError(
+            f"{source} has words without labels; expected a column or key of labels (--column)"
+        )
+    return found
 
 
 def read_texts(source: str, format: str | None) -> list[str | list[str]]:
@@ -202,7 +221,7 @@ def read_texts(source: str, format: str | None) -> list[str | list[str]]:
     path = Path(source).expanduser()
     if path.exists() and not path.is_dir() and format != "dataset":
         return data.read_texts(source, format=format)
-    return read_data(source, None, format)["words"]
+    return read_data(source, None, format, labelled=False)["words"]
 
 
 def _number(column: str | None) -> int | str | None:
@@ -242,9 +261,9 @@ def dial_table(dial, columns: Mapping[str, list[str]] = MappingProxyType({})) ->
     """
     speeds = dial.speeds
     within = 0 if dial.promised is None else dial.promised + 1
-    texts = {"multiply-\nadds": [f"{one.speedup:.2f}x" for one in speeds]}
+    texts = {"multiply-\nadds": [f"{rounded_down(one.speedup)}x" for one in speeds]}
     if speeds[0].wall_speedup:
-        texts["wall\nclock"] = [f"{one.wall_speedup:.2f}x" for one in speeds]
+        texts["wall\nclock"] = [f"{rounded_down(one.wall_speedup)}x" for one in speeds]
     texts["other\nlabels"] = [f"{one.disagreement:.2%}" for one in speeds]
     texts[f"with {dial.confidence:.0%}\nbelow"] = [f"{one.bound:.2%}" for one in speeds]
     texts |= {**columns, "": ["\u2713" if i < within else "" for i in range(len(speeds))]}

@@ -469,6 +469,7 @@ def adapt(
     from tokenexit.text.scoring import check_metric
     from tokenexit.training.adapt import adapt as run
     from tokenexit.training.adapt import check_wanted
+    from tokenexit.training.trainer import last_checkpoint
 
     be_quiet()
     if json_output:
@@ -486,7 +487,9 @@ def adapt(
         raise ValueError(f"--output is the folder of the model, {model}; expected another")
     whole = output.absolute()  # "." has no name
     checkpoints = whole.with_name(f"{whole.name}-checkpoints")
-    if tune and not resume and checkpoints.exists() and any(checkpoints.iterdir()):
+    if tune and resume != (last_checkpoint(checkpoints) is not None):
+        if resume:
+            raise ValueError(f"--resume: no complete checkpoint is in {checkpoints}; expected one")
         raise ValueError(f"{checkpoints} has a run: give --resume to go on with it, or remove it")
     check_model_name(model)
     load_config(model)  # told before the texts are read, if there is none

@@ -123,7 +123,8 @@ def predict(
         str | None,
         typer.Option(
             "--format",
-            help="Of the input: text, conll, conllu or jsonl. Default: by the name, else text.",
+            help="Of the input: text (a sentence a line, without --spans its words between "
+            "blanks), conll, conllu or jsonl. Default: by the name, else text.",
         ),
     ] = None,
     output_format: Annotated[
@@ -160,10 +161,10 @@ def predict(
     """Tag a file or a stream, in order, in constant memory.
 
     Of text and JSON lines, the n-th result is that of line n, empty ones too; other fields of a
-    JSON line, such as an id, are handed on. A file is written
-    aside and renamed at the end, so that an interrupted run leaves none; pipes and devices are
-    written to as they are. With `--resume`, what is tagged is kept in the folder `OUTPUT.partial`
-    until all is, and the same command goes on from there.
+    JSON line, such as an id, are handed on, but for those that results stand in place of. A file
+    is written aside and renamed at the end, so that an interrupted run leaves none; pipes and
+    devices are written to as they are. With `--resume`, what is tagged is kept in the folder
+    `OUTPUT.partial` until all is, and the same command goes on from there.
 
     Examples: `echo "Ada lives in London" | tokenexit predict tagger`,
     `tokenexit predict tagger news.txt -o news.conll --output-format conll`,
@@ -199,10 +200,17 @@ def predict(
                 for row in rows:
                     waiting.append(row.others)
                     step()
-                    yield row.text if spans and row.text is not None else row.words
+                    text = _text_of(row) if spans else None
+                    yield row.words if text is None else text
 
+            told = set()
             for number, tagged in enumerate(tagger.stream(sentences(), policy, buffer), done + 1):
-                write(as_text(tagged, number, waiting.popleft()))
+                others = waiting.popleft()
+                if lost := (others.keys() & _REPLACED[as_text]) - told:
+                    told |= lost
+                    names = ", ".join(sorted(lost))
+                    err.print(f"not handed on, as results have the same names: {names}")
+                write(as_text(tagged, number, others))
 
         if not resume:
             tag(write)
@@ -371,6 +379,12 @@ def _as_spans(tagged, number: int, others=MappingProxyType({})) -> str:
     return json.dumps({**others, **row}, ensure_ascii=False) + "\n"
 
 
+def _text_of(row) -> str | None:
+    """A row's text, which may stand beside its words."""
+    text = row.others.get("text") if row.text is None else row.text
+    return text if isinstance(text, str) else None
+
+
 # What would be read as another row or column, a comment, a byte order mark or a document's mark.
 _NO_CONLL = re.compile("[\\t\\r\\n\\0]|\\A(# |\\ufeff|-DOCSTART- )")
 
@@ -386,12 +400,21 @@ def _as_conll(tagged, number: int, others=MappingProxyType({})) -> str:
     return "".join(f"{word}\t{label}\n" for word, label in rows) + "\n"
 
 
+# Of a JSON line's other fields, those in whose place results stand.
+_REPLACED = {
+    _as_json: {"words", "labels", "exit_layers"},
+    _as_spans: {"spans"},
+    _as_conll: set(),
+}
+
+
 def _is_json_of(result: Sequence[bytes], row) -> bool:
     return json.loads(result[0])["words"] == list(row.words)
 
 
 def _is_spans_of(result: Sequence[bytes], row) -> bool:
-    return json.loads(result[0])["text"] == (" ".join(row.words) if row.text is None else row.text)
+    text = _text_of(row)
+    return json.loads(result[0])["text"] == (" ".join(row.words) if text is None else text)
 
 
 def _is_conll_of(result: Sequence[bytes], row) -> bool:

@@ -45,6 +45,9 @@ _NOT_TEXT = {
 _BLANK = " \t\r\n"
 _BLANKS = re.compile(f"[{_BLANK}]+")
 _DOCUMENT = "-DOCSTART-"
+# What columns of words and of labels are called, where a table says so.
+_WORD_HEADS = frozenset(("word", "words", "token", "tokens", "form"))
+_LABEL_HEADS = frozenset(("label", "labels", "tag", "tags", "ner", "ner_tag", "ner_tags", "pos"))
 _CHUNK_LABEL = re.compile(r"O|[BIESMLU]-\S+")
 _MOST_LABELS = 10_000  # that a stream of columns remembers; more are no labels
 
@@ -349,7 +352,11 @@ def _looks_like(rows: list[str], format: str) -> str | None:
         return "csv"
     even = len(columns[0]) == len(columns[1]) > 1
     if format == "conll":
-        numbered = even and len(columns[0]) > 2 and [row[0] for row in columns] == ["1", "2"]
+        heads = {cell.strip(_BLANK).lower() for cell in rows[0].split("\t")}
+        if heads & _WORD_HEADS and heads & _LABEL_HEADS:
+            return "a table whose first line names its columns"
+        firsts = [row[0] for row in columns]
+        numbered = even and len(columns[0]) > 2 and firsts in (["1", "2"], ["0", "1"])
         return "columns of which the first counts the words" if numbered else None
     labels = all(_CHUNK_LABEL.fullmatch(row[-1]) for row in columns)
     return "conll" if tabs[0] == tabs[1] > 0 or (even and labels) else None
@@ -501,7 +508,10 @@ def _read_conllu(
                 )
             words.append(columns[_CONLLU_WORD])
             if labelled:
-                labels.append(_label(columns, index, f"{name}:{number}"))
+                where = f"{name}:{number}"
+                labels.append(_label(columns, index, where))
+                if labels[-1] == "_" and index == _CONLLU_LABELS["upos"]:
+                    raise ValueError(f"{where}: column {index} is '_'; expected a label")
 
 
 def _read_json(

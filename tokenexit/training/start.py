@@ -36,7 +36,8 @@ def load_to_train(
         neighbor_heads: see `choose_heads`; a new classifier hears, too, unless this says otherwise.
 
     Raises:
-        ValueError: a fine-tuned classifier that has none of the labels; see also `choose_heads` and
+        ValueError: a fine-tuned classifier that has none of the labels; less than two labels for a
+            new one; see also `choose_heads` and
             `TokenExitForTokenClassification.from_pretrained`.
     """
     model = _load(name, tokenizer, labels, new_classifier)
@@ -54,6 +55,11 @@ def _load(name, tokenizer, labels, new_classifier):
     old = [model.config.id2label[i] for i in range(model.num_labels)]
     for_words = any("TokenClass" in x for x in config.architectures or ["TokenClassification"])
     is_new = model.config.num_hidden_layers in model.untrained_heads()
+    if len(labels) < 2 and (is_new or new_classifier or not for_words):
+        raise ValueError(
+            f"the training data has no label but {shown(labels)}; expected two or more for a new "
+            "classifier (--column says where labels are)"
+        )
     if is_new and tokenizer is not None:
         ids = {label: i for i, label in enumerate(labels)}
         return load(name, tokenizer=tokenizer, id2label=dict(enumerate(labels)), label2id=ids)
