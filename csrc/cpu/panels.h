@@ -356,13 +356,11 @@ INLINE void few_tile(const Factors& f, int64_t n, const float* next) {
     for (int64_t j = k; j < k + 16; j += 4) step(j);
   }
   for (; k + 4 <= f.depth; k += 4) step(k);
-  for (; k < f.depth; ++k) {
-    for (int64_t j = 0; j < 8; ++j) {
-      // As the compiler makes of vectors, but not always of single numbers.
-      for (int r = 0; r < ROWS; ++r) {
-        sums[r][j] = __builtin_fmaf(f.x[k * LANES + r], w[j * ld + k], sums[r][j]);
-      }
-    }
+  for (; k < f.depth; ++k) {  // as above, or a sum might be rounded once more
+    Eight column;
+    for (int64_t j = 0; j < 8; ++j) column[j] = w[j * ld + k];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) sums[r] += f.x[k * LANES + r] * column;
   }
   for (int64_t j = 0; j < 8; ++j) {
     alignas(64) float lanes[LANES] = {};
