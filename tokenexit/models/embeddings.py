@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenexit.conditions import is_plain, passable
+from tokenexit.conditions import passable
 from tokenexit.models.configuration import TokenExitConfig, settings_of
 from tokenexit.ops.linear import linear
 from tokenexit.packing import Packed
@@ -16,6 +16,15 @@ from tokenexit.packing import Packed
 _PLAIN = {nn.Parameter, torch.Tensor}
 _TABLES = ("word", "position", "token_type")
 RELATIVE_REACH = 128  # relative positions beyond it share a bucket (T5's max_distance)
+
+
+@passable
+class Projection(nn.Linear):
+    """From the embeddings' width to that of layers; a row is the same in every batch."""
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """`[T, w]` to `[T, d]`."""
+        return linear(h, self.weight, self.bias)
 
 
 @passable
@@ -33,7 +42,7 @@ class ExitEmbeddings(nn.Module):
             self.token_type = nn.Embedding(config.type_vocab_size, width)
         if width != config.hidden_size or config.always_project:
             bias = not config.norm_after_projection
-            self.projection = nn.Linear(width, config.hidden_size, bias=bias)
+            self.projection = Projection(width, config.hidden_size, bias=bias)
         self.projects_last = not config.norm_after_projection
         width = width if self.projects_last else config.hidden_size
         self.norm = nn.LayerNorm(width, config.layer_norm_eps, bias=config.norm_bias)
@@ -55,13 +64,8 @@ class ExitEmbeddings(nn.Module):
         if self.projection is None:
             return self.dropout(self.norm(h))
         if self.projects_last:
-            return self._projected(self.dropout(self.norm(h)))
-        return self.dropout(self.norm(self._projected(h)))
-
-    def _projected(self, h):
-        """By the op whose rows are the same in every batch, where it may take the weights."""
-        part = self.projection
-        return linear(h, part.weight, part.bias) if is_plain(part, nn.Linear) else part(h)
+            return self.projection(self.dropout(self.norm(h)))
+        return self.dropout(self.norm(self.projection(h)))
 
     def tensors(self, device: torch.device) -> list[torch.Tensor | None] | None:
         """What an op may read in place of a call: the tables of words, positions and types, the

@@ -17,7 +17,12 @@ from tokenexit.loops import LOOPS, Call, Loop, cannot, choose
 from tokenexit.loops.eager import Trace, Unmet, explain_nan
 from tokenexit.loops.gpu import fell_back
 from tokenexit.models.configuration import settings_of
-from tokenexit.models.embeddings import ExitEmbeddings, positions_of, relative_buckets
+from tokenexit.models.embeddings import (
+    ExitEmbeddings,
+    Projection,
+    positions_of,
+    relative_buckets,
+)
 from tokenexit.models.relative import rotary_of
 from tokenexit.models.rows import Rows, limits_of
 from tokenexit.ops import pack_tokens
@@ -66,7 +71,7 @@ def call_of(model, schedule: Schedule, rows: Rows | None = None, **wants: bool) 
 def _around(model) -> Reads:
     """What a recorded loop does not call anew, besides layers and heads."""
     kinds = {model.embeddings: ExitEmbeddings}
-    classes = {"norm": nn.LayerNorm, "dropout": nn.Dropout, "projection": nn.Linear}
+    classes = {"norm": nn.LayerNorm, "dropout": nn.Dropout, "projection": Projection}
     if model.config.int8_embeddings:
         classes["word"] = Int8Embedding
     for name, part in model.embeddings.named_children():
