@@ -615,7 +615,7 @@ def memory_of(name: str, exits: str, folder: Path) -> int:
             if name == FP32:
                 tokenexit.prepack(model)  # as it is timed
         _forget_peak()
-        model(b.input_ids, b.attention_mask, b.word_ids, **arguments[exits])
+        model(b.input_ids, b.attention_mask, word_ids=b.word_ids, **arguments[exits])
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 

@@ -76,7 +76,7 @@ def test_imposed_exits_are_taken_by_the_model():
     model = random_tagger("bert", torch.float32, layers=4)
     b = texts.batch([texts.uniform(1, n, 60, seed=n)[0] for n in (4, 9, 15)])
     arguments = cpu.imposed(4)["token exit, strong"](b)
-    out = model(b.input_ids, b.attention_mask, b.word_ids, **arguments)
+    out = model(b.input_ids, b.attention_mask, word_ids=b.word_ids, **arguments)
     expected = arguments["exit_layers"].masked_fill(~b.real, 0)
     assert torch.equal(out.exit_layers, expected)
     share = active_tokens(out.exit_layers, 4).sum() / (4 * b.real.sum())

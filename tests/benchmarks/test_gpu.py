@@ -85,7 +85,9 @@ def test_layers_alone_are_the_models(model, monkeypatch):
     monkeypatch.setattr(gpu.gpu_loop, "exit_loop", loop)
     with torch.inference_mode():
         got = gpu.layers_alone(model.ours, batch, exits)()
-        out = model.ours(batch.input_ids, batch.attention_mask, batch.word_ids, exit_layers=exits)
+        out = model.ours(
+            batch.input_ids, batch.attention_mask, word_ids=batch.word_ids, exit_layers=exits
+        )
     assert len(exits[batch.real].unique()) == 2
     torch.testing.assert_close(got, out.logits)
 
