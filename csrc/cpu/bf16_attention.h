@@ -1,6 +1,8 @@
 #pragma once
 // The phases of attention by products of bf16, for where an instruction multiplies them: of bf16 models
 // and, whose activations are rounded more, of int8 ones, but for queries that are carried.
+#include <type_traits>
+
 #include "layer.h"
 
 namespace tokenexit {
@@ -110,45 +112,7 @@ struct AttendInBf16 {
   }
 };
 
-// As CarryQueries, of bf16.
-struct CarryInBf16 {
-  template <class S>
-  static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    constexpr int64_t STRIP = 64;  // features, as there
-    const int64_t d = w->d, dim = w->dim, half = dim / 2, strips = (d + STRIP - 1) / STRIP;
-    const int64_t rows = w->lanes.size();
-    const auto* weight = reinterpret_cast<const uint16_t*>(w->w[KEY_VALUE].words);
-    static thread_local Scratch scratch;
-    Word* strip = words_of(scratch.get(STRIP * half));
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t head = item / strips, first = item % strips * STRIP;
-      const int64_t width = std::min(STRIP, d - first), panels = panels_of(width);
-      const int64_t at = head * dim * d + first;
-      const int64_t ahead = item + 2, beyond = ahead / strips * dim * d + ahead % strips * STRIP;
-      for (int64_t c = 0; c < dim; c += 2) {
-        for (int64_t j = c; j < c + 2; ++j) {
-          for (int64_t i = 0; i < STRIP; i += 32) __builtin_prefetch(weight + beyond + j * d + i);
-        }
-        const uint16_t* row = weight + at + c * d;
-        for (int64_t i = 0; i < width; i += LANES) {
-          pair_up<S>(row + i, row + d + i, std::min(LANES, width - i), strip + i * half + c / 2 * LANES);
-        }
-      }
-      multiply_words(
-          Kind::bf16, words_of(w->q_narrow) + head * rows * half, half, strip, panels * LANES, 0, rows,
-          [&](const Word* sums, int64_t n, int64_t count, int64_t p) {
-            for (int64_t r = 0; r < count; ++r) {
-              float values[LANES];
-              std::memcpy(values, sums + r * LANES, sizeof(values));
-              bf16_of<S>(values, LANES,
-                      halves_of(w->carried) + (head * rows + n + r) * w->wide + first + p * LANES);
-            }
-          });
-    }
-  }
-};
-
-// Queries of one head and row as CarryInBytes reads them.
+// Queries of one head and row as CarryNarrow reads them.
 template <class S>
 INLINE void bytes_to_carry(const float* query, const Work& w, int64_t at) {
   auto* bytes = reinterpret_cast<uint8_t*>(w.q_narrow) + at * w.dim;
@@ -210,36 +174,57 @@ INLINE void four_up(const int8_t* rows, int64_t row, int64_t count, Word* to, in
   }
 }
 
-// The same of bytes: of weights, and of queries with a scale each row and head.
-struct CarryInBytes {
+// As CarryQueries, of narrow numbers: bf16, or bytes, of queries with a scale each row and head.
+template <Kind KIND>
+struct CarryNarrow {
   template <class S>
   static INLINE void run(const Work* w, int64_t begin, int64_t end) {
-    constexpr int64_t STRIP = 64;  // features, a line of memory
-    const int64_t d = w->d, dim = w->dim, fourth = dim / 4, strips = (d + STRIP - 1) / STRIP;
+    constexpr bool BYTES = KIND == Kind::int8;
+    using Number = std::conditional_t<BYTES, int8_t, uint16_t>;
+    constexpr int64_t STRIP = 64;  // features, as there
+    constexpr int64_t A_WORD = sizeof(Word) / sizeof(Number), A_LINE = 64 / sizeof(Number);
+    const int64_t d = w->d, dim = w->dim, depth = dim / A_WORD, strips = (d + STRIP - 1) / STRIP;
     const int64_t rows = w->lanes.size();
-    const int8_t* weight = w->w[KEY_VALUE].bits.weight;
+    const Linear& kv = w->w[KEY_VALUE];
+    const auto* weight = static_cast<const Number*>(
+        BYTES ? static_cast<const void*>(kv.bits.weight) : kv.words);
     static thread_local Scratch scratch;
-    Word* strip = words_of(scratch.get(STRIP * fourth));
+    Word* strip = words_of(scratch.get(STRIP * depth));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / strips, first = item % strips * STRIP;
       const int64_t width = std::min(STRIP, d - first);
       const int64_t ahead = item + 2, beyond = ahead / strips * dim * d + ahead % strips * STRIP;
-      for (int64_t c = 0; c < dim; c += 4) {
-        for (int64_t j = c; j < c + 4; ++j) __builtin_prefetch(weight + beyond + j * d);
-        four_up(weight + (head * dim + c) * d + first, d, width, strip + c / 4 * LANES, fourth * LANES);
+      for (int64_t c = 0; c < dim; c += A_WORD) {
+        for (int64_t j = c; j < c + A_WORD; ++j) {
+          for (int64_t i = 0; i < STRIP; i += A_LINE) __builtin_prefetch(weight + beyond + j * d + i);
+        }
+        const Number* from = weight + (head * dim + c) * d + first;
+        Word* to = strip + c / A_WORD * LANES;
+        if constexpr (BYTES) {
+          four_up(from, d, width, to, depth * LANES);
+        } else {
+          for (int64_t i = 0; i < width; i += LANES) {
+            pair_up<S>(from + i, from + d + i, std::min(LANES, width - i), to + i * depth);
+          }
+        }
       }
       multiply_words(
-          Kind::int8, words_of(w->q_narrow) + head * rows * fourth, fourth, strip,
-          panels_of(width) * LANES, 0, rows,
+          KIND, words_of(w->q_narrow) + head * rows * depth, depth, strip, panels_of(width) * LANES, 0,
+          rows,
           [&](const Word* sums, int64_t n, int64_t count, int64_t p) __attribute__((always_inline)) {
             for (int64_t r = 0; r < count; ++r) {
               const int64_t at = head * rows + n + r;
               uint16_t* to = halves_of(w->carried) + at * w->wide + first + p * LANES;
               for (int64_t i = 0; i < LANES; i += S::WIDTH) {
-                typename S::Int sum;
+                std::conditional_t<BYTES, typename S::Int, typename S::Vec> sum;
                 std::memcpy(&sum, sums + r * LANES + i, sizeof(sum));
-                const auto value =
-                    __builtin_convertvector(sum - w->q_offset[at], typename S::Vec) * w->q_scale[at];
+                typename S::Vec value;
+                if constexpr (BYTES) {
+                  value = __builtin_convertvector(sum - w->q_offset[at], typename S::Vec) *
+                      w->q_scale[at];
+                } else {
+                  value = sum;
+                }
                 store_some<S>(to + i, to_bf16<S>(value), S::WIDTH);
               }
             }

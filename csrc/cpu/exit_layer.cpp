@@ -493,7 +493,7 @@ void run_group(Work& w, bool all_active) {
       if (!w.attends_in_bf16) {
         each(CarryQueries(), strips);
       } else {
-        w.int8() ? each(CarryInBytes(), strips) : each(CarryInBf16(), strips);
+        w.int8() ? each(CarryNarrow<Kind::int8>(), strips) : each(CarryNarrow<Kind::bf16>(), strips);
       }
       team.share(blocks.size(), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
