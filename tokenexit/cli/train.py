@@ -169,6 +169,20 @@ def self_sample(
     run(tagger.model, tagger.tokenizer, train_data, dev_data, policy, sampling)
 
 
+def _checkpoint(checkpoints: Path, resume: bool) -> Path | None:
+    """The one to go on from, if that is wanted; ValueError if there is none, or one unasked for."""
+    from tokenexit.training.trainer import last_checkpoint
+
+    checkpoint = last_checkpoint(checkpoints)
+    if resume and checkpoint is None:
+        raise ValueError(f"--resume: no complete checkpoint is in {checkpoints}; expected one")
+    if not resume and checkpoint is not None:
+        raise ValueError(
+            f"{checkpoints} has a run already: give --resume to go on with it, or remove it"
+        )
+    return checkpoint
+
+
 def _planned(
     output, dev, epochs, batch_size, learning_rate, head_learning_rate, metric, seed, resume,
     settings,
@@ -183,7 +197,6 @@ def _planned(
         RichProgress,
         check_rate,
         check_same_run,
-        last_checkpoint,
         training_arguments,
         write_record,
     )
@@ -202,13 +215,7 @@ def _planned(
     check_rate("head_learning_rate", head_learning_rate)
     check_metric(metric)
     check_output_folder(output)
-    checkpoint = last_checkpoint(checkpoints)
-    if resume and checkpoint is None:
-        raise ValueError(f"--resume: no complete checkpoint in {checkpoints}")
-    if not resume and checkpoint is not None:
-        raise ValueError(
-            f"{checkpoints} has a run already: give --resume to go on with it, or remove it"
-        )
+    checkpoint = _checkpoint(checkpoints, resume)
 
     def run(model, tokenizer, train_data, dev_data, policy, sampling=None):
         if any(model.policy.thresholds(model.config.num_hidden_layers)[:-1]):
@@ -469,7 +476,6 @@ def adapt(
     from tokenexit.text.scoring import check_metric
     from tokenexit.training.adapt import adapt as run
     from tokenexit.training.adapt import check_wanted
-    from tokenexit.training.trainer import last_checkpoint
 
     be_quiet()
     if json_output:
@@ -487,10 +493,8 @@ def adapt(
         raise ValueError(f"--output is the folder of the model, {model}; expected another")
     whole = output.absolute()  # "." has no name
     checkpoints = whole.with_name(f"{whole.name}-checkpoints")
-    if tune and resume != (last_checkpoint(checkpoints) is not None):
-        if resume:
-            raise ValueError(f"--resume: no complete checkpoint is in {checkpoints}; expected one")
-        raise ValueError(f"{checkpoints} has a run: give --resume to go on with it, or remove it")
+    if tune:
+        _checkpoint(checkpoints, resume)
     check_model_name(model)
     load_config(model)  # told before the texts are read, if there is none
     tokenizer = load_tokenizer(model)
