@@ -84,7 +84,7 @@ bool look(PyObject* modules, const See& see) {
     PyObject* own = PyObject_GenericGetDict(module, nullptr);
     if (!own) return false;
     Py_DECREF(own);  // the module has it
-    if (!see(type(module)) || (i > 0 && !all(own, false))) return false;
+    if (!see(type(module)) || (i > 0 && !(see(own) && all(own, false)))) return false;
     for (PyObject* name : inner) {
       PyObject* held = PyDict_GetItemWithError(own, name);
       if (!held || !PyDict_Check(held) || !all(held, true)) return false;
@@ -115,6 +115,8 @@ PyObject* facts(PyObject*, PyObject* modules) {
   return result;
 }
 
+constexpr Py_ssize_t AHEAD = 64;  // facts; layers have pushed their objects out of the caches
+
 // are(modules, facts): whether they are so still.
 PyObject* are(PyObject*, PyObject* args) {
   PyObject *modules, *kept;
@@ -125,6 +127,7 @@ PyObject* are(PyObject*, PyObject* args) {
   const auto* fact = reinterpret_cast<const Fact*>(bytes);
   const auto* end = fact + size / sizeof(Fact);
   const bool same = look(modules, [&](PyObject* x) {
+    __builtin_prefetch(end - fact > AHEAD ? fact[AHEAD].object : nullptr);
     if (fact == end || fact->object != x || (fact->size >= 0 && PyDict_Size(x) != fact->size)) {
       return false;
     }

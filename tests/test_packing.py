@@ -36,12 +36,15 @@ def test_without_padding_nothing_is_copied():
     values = torch.arange(6)
     unpacked = pack(mask, torch.zeros(2, 3)).unpack(values)
     assert unpacked.shape == (2, 3) and unpacked.data_ptr() == values.data_ptr()
+    repacked = pack(mask, torch.zeros(2, 3)).pack(unpacked)
+    assert repacked.tolist() == values.tolist() and repacked.data_ptr() == values.data_ptr()
 
 
 def test_as_many_tokens_as_sentences():
     mask = torch.tensor([[0, 1], [1, 0]])
     packed = pack(mask, torch.zeros(2, 2))
     assert packed.unpack(torch.tensor([5, 6])).tolist() == [[0, 5], [6, 0]]
+    assert packed.pack(torch.tensor([[0, 5], [6, 0]])).tolist() == [5, 6]
 
 
 def test_words_are_runs_of_equal_ids():

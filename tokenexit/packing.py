@@ -68,15 +68,19 @@ class Packed:
         return self.cu_tokens.shape[0] - 1
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """`[B, N, ...] -> [T, ...]`."""
-        return padded.flatten(0, 1)[self.slots]
+        """`[B, N, ...] -> [T, ...]`; a view of padded if there is no padding."""
+        flat = padded.flatten(0, 1)
+        return flat if self._is_full() else flat[self.slots]
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """`[T, ...] -> [B, N, ...]`, zero at padding; a view of values if there is none."""
-        if same_length(self.slots, self.shape[0] * self.shape[1]):
-            return values.unflatten(0, self.shape)
+        if self._is_full():
+            return values.view(*self.shape, *values.shape[1:])
         padded = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
         return padded.index_copy(0, self.slots, values).unflatten(0, self.shape)
+
+    def _is_full(self):
+        return same_length(self.slots, self.shape[0] * self.shape[1])
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         states = None
         if output_hidden_states:
             states = tuple(map(found.packed.unpack, found.states))
-        output = TokenExitOutput(
+        output = TokenExitOutput.of(
             loss=loss,
             logits=found.logits,
             exit_layers=found.exit_layers,

@@ -154,14 +154,17 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
     """From padded rows to padded results: the one way there is, in which loops differ."""
     config = model.config
     packed, ids, types, positions, sound = _packed(model, rows, loop)
-    exits = None
+    # An exported program looks at no value: those out of range are clamped.
+    looks, exits = loop.waits and not torch.compiler.is_exporting(), None
     if rows.exit_layers is not None:
         given = packed.pack(rows.exit_layers)[packed.first_token]
         exits = given.clamp(1, config.num_hidden_layers)
-        is_word = torch.arange(given.shape[0], device=given.device) < packed.cu_words[-1]
-        sound = sound & ((exits == given) | ~is_word).all()
-    # An exported program looks at no value: those out of range are clamped.
-    if loop.waits and not torch.compiler.is_exporting() and not sound:
+        if looks:
+            sound = sound and torch.equal(exits, given)
+        elif not loop.waits:
+            is_word = torch.arange(given.shape[0], device=given.device) < packed.cu_words[-1]
+            sound = sound & ((exits == given) | ~is_word).all()
+    if looks and not sound:
         raise _explain(model, rows)
     if positions is None:
         positions = positions_of(config, packed, ids)

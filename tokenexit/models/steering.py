@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenexit.dial import Dial, Speed, parse_speed
 from tokenexit.int8 import dtype_of
-from tokenexit.models.configuration import TokenExitConfig
+from tokenexit.models.configuration import TokenExitConfig, settings_of
 from tokenexit.policy import ExitPolicy
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,8 @@ class Steered:
         Raises:
             TypeError, ValueError: `config.exit_policy` is not the fields of a policy for the model.
         """
-        said, policy = self._policy
-        if policy is None or said != self.config.exit_policy:
-            said = self.config.exit_policy
+        (known, policy), said = self._policy, settings_of(self.config)["exit_policy"]
+        if policy is None or said != known:
             if isinstance(said, ExitPolicy):
                 said = self.config.exit_policy = said.to_dict()  # as JSON has it
             policy = ExitPolicy.never() if said is None else ExitPolicy.from_dict(said)
