@@ -492,6 +492,15 @@ def bert_base(folder: Path, quick: bool) -> Subject:
 
 def tagger(folder: Path, quick: bool) -> Subject:
     """The tagger of `make demo`, with the exits that it decides itself."""
+    tokenizer, model, exits, cases, samples, scored = demo_tagger(quick)
+    theirs = tokenexit.to_hugging_face(model)
+    failed = peers.export(theirs, tokenizer, texts.tokenized(tokenizer, samples), folder)
+    return Subject(report.TAGGER, theirs, forms(model), exits, cases, folder, failed, scored)
+
+
+def demo_tagger(quick: bool):
+    """The tokenizer and the model of `make demo`, exits, cases, other sentences' words, and
+    sentences with their labels to score it by."""
     if quick:
         torch.manual_seed(0)
         tokenizer = tiny_tokenizer(200)
@@ -508,24 +517,19 @@ def tagger(folder: Path, quick: bool) -> Subject:
         theirs = transformers.BertForTokenClassification(config).eval()
         model = tokenexit.convert(theirs, tokenizer)
         exits = decided(token_exit=ExitPolicy(threshold=0.99, window=0))
-        test, sizes = _made_up(16), ((4, 8), (8, 8))
+        test, sizes = _made_up(16), ((1, 8), (4, 8), (8, 8))
+        samples = test["words"]
     else:
         assets = demo_assets.fetch()
         trained, policies = trained_tagger(cache_folder() / "bench-tagger", assets)
         tokenizer, model = trained.tokenizer, trained.model
-        theirs = tokenexit.to_hugging_face(model)
         exits = decided(**policies)
         test = read_sentences(assets.conll / "test.txt").shuffle(0).take(TEST_SENTENCES).to_dict()
         sizes = ((1, 32), (8, 32), (32, 64), (128, 128))
+        samples = read_sentences(assets.conll / "train.txt").shuffle(0).take(SAMPLES)["words"]
     sentences = texts.tokenized(tokenizer, test["words"])
     cases = [Case(report.CONLL, b, sentences[:n]) for b, n in sizes]
-    samples = test["words"]
-    if not quick:
-        samples = read_sentences(assets.conll / "train.txt").shuffle(0).take(SAMPLES)["words"]
-    failed = peers.export(theirs, tokenizer, texts.tokenized(tokenizer, samples), folder)
-    scored = (sentences, test["labels"])
-    name = "MiniLM-L6 tagger"
-    return Subject(name, theirs, forms(model), exits, cases, folder, failed, scored)
+    return tokenizer, model, exits, cases, samples, (sentences, test["labels"])
 
 
 def trained_tagger(folder: Path, assets) -> tuple[Tagger, dict[str, ExitPolicy]]:

@@ -9,6 +9,8 @@ where attention is. A layer is one op, which is called with what each layer gets
 feed-forward part is what it saves when its inner width is next to nothing. Exit heads and
 embeddings are watched through hooks on their modules.
 
+The tagger of `make demo` is there with sentences one at a time, at full depth.
+
 What exits cost where nobody leaves is the loop that users meet, asked in vain and not asked.
 """
 
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import cpu
@@ -364,10 +367,9 @@ def main(arguments: Sequence[str] | None = None):
         "bf16": Machine(gflops16, attention, gflops, gbs, weight_bytes=2),
         "int8": Machine(gops8, attention, gflops, gbs, weight_bytes=1),
     }
-    common = {"model": report.BASE, "peak_gflops": round(gflops, 1)}
-    common |= {"peak_gops8": round(gops8, 1)}
-    common |= {"peak_gflops16": round(gflops16, 1)}
-    common |= {"bandwidth_gbs": round(gbs, 1), **harness.origin()}
+    common = {"peak_gflops": round(gflops, 1), "peak_gops8": round(gops8, 1)}
+    common |= {"peak_gflops16": round(gflops16, 1), "bandwidth_gbs": round(gbs, 1)}
+    common |= harness.origin()
     wanted = (
         cases
         if args.quick
@@ -381,17 +383,23 @@ def main(arguments: Sequence[str] | None = None):
             }
         ]
     )
+    _, narrow, decided, of_narrow, *_ = cpu.demo_tagger(args.quick)
+    alone = [case for case in of_narrow if case.batch == 1]
     rows = []
-    num_layers = model.config.num_hidden_layers
-    for case in wanted:
-        for exits, chosen in cpu.imposed(num_layers).items():
+    for name, taggers, chosen_by, these in (
+        (report.BASE, ours, cpu.imposed(model.config.num_hidden_layers), wanted),
+        (report.TAGGER, cpu.forms(narrow), {report.FULL: decided[report.FULL]}, alone),
+    ):
+        for case, (exits, chosen), (dtype, tagger) in product(
+            these, chosen_by.items(), taggers.items()
+        ):
             if exits.startswith("sentence"):
                 continue
-            for dtype, tagger in ours.items():
-                facts = {"run": common["date"], **case.facts(), "exits": exits, "dtype": dtype}
-                for row in rows_of(case, tagger, dtype, exits, chosen, machines[dtype], args.quick):
-                    row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-                    rows.append({**facts, **row, **common})
+            facts = {"run": common["date"], "model": name, **case.facts()}
+            facts |= {"exits": exits, "dtype": dtype}
+            for row in rows_of(case, tagger, dtype, exits, chosen, machines[dtype], args.quick):
+                row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+                rows.append({**facts, **row, **common})
     harness.write("roofline", rows, args.results)
 
 

@@ -253,7 +253,7 @@ def test_goals():
 
 def test_goals_beside_what_the_roofline_allows():
     floors = {report.FULL: 60.0, report.STRONG: 20.0}
-    common = {"device": "d", "text": report.CONLL, "batch": 32}
+    common = {"device": "d", "model": report.BASE, "text": report.CONLL, "batch": 32}
     measured = (("q", 0.9, None), ("layers", 0.9, 99.0), ("head", 0.1, 9.0))
     roof = [
         {**common, "dtype": dtype, "exits": exits, "phase": phase, "floor_ms": ms * share * faster}
@@ -311,7 +311,8 @@ def test_goals_of_processors_that_multiply_bytes_and_bf16():
     assert goals["eta, strong exits, bf16"] == 0.8
     assert goals[f"int8, strong exits, {peer}"] is None
     assert f"| bf16, full depth, {peer} | >= 1 | 1.25 | yes |" in report.tables(measured)
-    case = {"device": "d", "text": report.CONLL, "batch": 32, "dtype": "bf16", "share": 0.01}
+    case = {"device": "d", "model": report.BASE, "text": report.CONLL, "batch": 32}
+    case |= {"dtype": "bf16", "share": 0.01}
     floors = {report.FULL: 20.0, report.STRONG: 8.0}
     roof = [
         {**case, "exits": exits, "phase": "layers", "floor_ms": ms, "measured_ms": 50.0}
@@ -321,6 +322,25 @@ def test_goals_of_processors_that_multiply_bytes_and_bf16():
     assert allowed[f"bf16, full depth, {peer}"] == pytest.approx(50 / 20)
     assert allowed["eta, strong exits, bf16"] == pytest.approx(20 / 8 * 0.25)
     assert allowed[f"int8, full depth, {peer}"] is None
+
+
+def test_the_goal_of_the_narrow_tagger_is_of_the_dtype_that_is_furthest_behind():
+    alone = {"model": report.TAGGER, "batch": 1, "features": "vnni bf16"}
+    measured = [
+        row(report.ORT, [6.0, 6.0], **alone),
+        row("OpenVINO", [5.0, 5.0], **alone),
+        row("OpenVINO int8", [3.0, 3.0], dtype="int8", **alone),
+        row(report.OURS, [4.0, 4.0], exits=report.FULL, **alone),
+        row(report.INT8, [2.0, 2.0], dtype="int8", exits=report.FULL, **alone),
+    ]
+    case = {"device": "d", "text": report.CONLL, "batch": 1, "exits": report.FULL}
+    floors = ("fp32", 4.0, report.TAGGER), ("int8", 1.5, report.TAGGER), ("fp32", 50.0, report.BASE)
+    roof = [
+        {**case, "model": model, "dtype": dtype, "phase": "calls", "floor_ms": ms, "measured_ms": 9}
+        for dtype, ms, model in floors
+    ]
+    *_, goal = report.goals_of_today(report.Rows(measured), roof)
+    assert (goal.measured, goal.allowed) == (5 / 4, 5 / 4)
 
 
 def test_what_a_sentence_waits_for():
@@ -415,7 +435,8 @@ def test_sentences_one_at_a_time_read_the_weights_each_time():
     assert row["measured_ms"] == 7.0
     for key in roofline.NOTHING:
         assert row[key] == pytest.approx(3 * sum(least[key] for least in once.values()))
-    facts = {"device": "d", "text": report.CONLL, "batch": 1, "dtype": "int8"}
+    facts = {"device": "d", "model": report.BASE, "text": report.CONLL}
+    facts |= {"batch": 1, "dtype": "int8"}
     allowed = report.Allowed(report.Rows(rows()), [{**facts, "exits": report.STRONG, **row}])
     assert allowed.floor_ms(report.STRONG, report.INT8, report.CONLL, 1) == row["floor_ms"]
 
@@ -476,6 +497,7 @@ def test_bookkeeping_is_what_it_takes(monkeypatch, asked, head, percent, reached
     assert heads["measured_ms"] == pytest.approx(2 * head)
     assert decisions["measured_ms"] == pytest.approx(asked - 100)
     common = {"text": "t", "batch": 1, "dtype": "fp32", "device": "d", "exits": report.FULL}
+    common["model"] = report.BASE
     found = [{**common, **heads}, {**common, **decisions}]
     found += [{**common, "dtype": "int8", "phase": "decisions", "share": -0.05}]
     goal = next(g for g in report.goals(report.Rows(rows()), found) if "bookkeeping" in g.text)
@@ -513,6 +535,10 @@ def test_quick_run(tmp_path, monkeypatch):
     document = tmp_path / "cpu.md"
     document.write_text("<!-- cpu table -->\n<!-- /cpu table -->\n")
     roofline.main(["--quick", "--results", str(tmp_path)])
+    floors = [json.loads(line) for line in (tmp_path / "roofline.jsonl").open()]
+    narrow = [r for r in floors if r["model"] == report.TAGGER]
+    assert {(r["batch"], r["exits"], r["phase"]) for r in narrow} == {(1, report.FULL, "calls")}
+    assert min(r["floor_ms"] for r in narrow) > 0 and report.BASE in {r["model"] for r in floors}
     skipped = [name for name in cpu.peers.PEERS if name != "Hugging Face sdpa"]
     arguments = ["--quick", "--results", str(tmp_path), "--documents", str(tmp_path)]
     monkeypatch.setenv("PYTHONPATH", str(Path(cpu.__file__).parent))  # for those by themselves
