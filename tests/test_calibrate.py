@@ -208,6 +208,16 @@ def test_the_whole_grid_is_run_where_that_is_cheap(setting):
     assert result.chosen.speedup == max(p.speedup for p in good)
 
 
+def test_empty_sentences_make_nothing_faster(setting):
+    tagger, data = setting
+    rows = {name: [*data[name], *[[]] * 30] for name in ("words", "labels")}
+    result = calibrate(tagger, Dataset.from_dict(rows), max_loss=0.1, policies=GRID)
+    assert result.full_depth.speedup == 1
+    sweep = Sweep(tagger, rows, "accuracy")
+    assert sweep.speedup(sweep.exits(ExitPolicy.never())) == 1
+    assert sweep.speedup(sweep.exits(GRID[-1])) > 1
+
+
 def test_data_and_taggers_that_can_say_nothing(setting, tiny_tokenizer):
     tagger, data = setting
     labels = {"id2label": {0: "O", 1: "B-A"}, "label2id": {"O": 0, "B-A": 1}}

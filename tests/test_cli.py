@@ -60,10 +60,30 @@ def test_the_table_of_speeds_fits_a_terminal():
     assert "…" not in text and all(len(line) <= 80 for line in text.splitlines())
     full, bold = (next(x for x in text.splitlines() if y in x) for y in ("1.50x", "4.50x"))
     assert full.rstrip().endswith("0.8030   ✓") and bold.rstrip().endswith("0.7972")
-    assert "PER               1.00%   1.00%" in text
+    assert "other labels of     LOC    MISC     ORG     PER" in text
+    assert "          3.00x   1.00%   1.00%   1.00%   1.00%" in text
     terminal.print(options.dial_table(replace(dial, promised=None)))
     more = terminal.file.getvalue().removeprefix(text)
     assert "nothing is promised" in more and "✓" not in more
+
+
+def test_many_speeds_and_types_keep_their_numbers():
+    names = [f"TYPE-{i}" for i in range(8)]
+    speeds = [
+        Speed(ExitPolicy(threshold=n / 100), 1 + n, 0, 0, 1.0)
+        for n in range(25)
+    ]  # fmt: skip
+    speeds = [
+        replace(one, by_type={name: (100 * n + i) / 1e4 for i, name in enumerate(names)})
+        for n, one in enumerate(speeds)
+    ]
+    dial = Dial(tuple(speeds), None, 0.01, 0.9, 500, per_type=tuple(names))
+    terminal = options.Console(width=80, file=io.StringIO())
+    terminal.print(options.dial_table(dial))
+    text = terminal.file.getvalue()
+    assert "…" not in text and all(name in text for name in names)
+    for n in range(25):
+        assert all(f"{(100 * n + i) / 1e4:.2%}" in text for i in range(8))
 
 
 def write_conll(path, count, seed=0):
@@ -253,6 +273,19 @@ def test_adapt_with_the_encoder_trained_too(folder, texts, capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tagger"]
 
 
+def test_adapt_leaves_what_others_have_where_its_checkpoints_lie(folder, texts, capsys, tmp_path):
+    theirs = tmp_path / "ner-checkpoints"
+    shutil.copytree(folder / "hf", theirs)
+    arguments = ("-t", texts, "-o", tmp_path / "ner", "--tune", "--epochs", 1)
+    arguments += ("--max-disagreement", 0.5, "--timing-runs", 0)
+    before = sorted(path.name for path in theirs.iterdir())
+    code, _, err = call(capsys, "adapt", theirs, *arguments)
+    assert code == 1 and "where the checkpoints for" in err and "expected another --output" in err
+    code, _, err = call(capsys, "adapt", folder / "hf", *arguments)
+    assert code == 0, err
+    assert sorted(path.name for path in theirs.iterdir()) == before
+
+
 def test_adapt_then_speeds(folder, texts, capsys, tmp_path):
     model, tagger = folder / "hf", tmp_path / "tagger"
     before = contents(model)
@@ -345,6 +378,24 @@ def test_predict_takes_texts_and_tells_what_it_replaces(trained, capsys, tmp_pat
     whole, output = call(capsys, "predict", trained, source, "--spans")[1], tmp_path / "out.jsonl"
     call(capsys, "predict", trained, source, "--spans", "-o", output, "--resume")
     assert output.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "told"),
+    [
+        ({"id": 1, "words": ["john"], "labels": ["O"]}, ("--output-format", "conll"),
+         "columns have no place for them: id, labels"),
+        ({"words": ["john"], "text": ["raw", "pieces"]}, ("--spans",),
+         "results have the same names: text"),
+        ({"words": "john lives", "text": "John Lives!"}, ("--spans",),
+         "results have the same names: text"),
+    ],
+)  # fmt: skip
+def test_no_field_is_lost_in_silence(trained, capsys, tmp_path, row, arguments, told):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(row) + "\n")
+    code, out, err = call(capsys, "predict", trained, source, *arguments)
+    assert code == 0 and out and f"not handed on, as {told}\n" in err
 
 
 @pytest.mark.parametrize("output_format", ["jsonl", "conll"])
@@ -574,6 +625,17 @@ def test_results_of_a_run_are_its_own(tmp_path):
         mine = rows.with_name("mine")
         mine.write_text("")
     assert (tmp_path / "out").read_text() == "done" and [*mine.parent.iterdir()] == [mine]
+
+
+def test_results_lie_where_a_link_leads(tmp_path):
+    """Else they could not be renamed from one file system into another."""
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "out", tmp_path / "link"
+    link.symlink_to(target)
+    with partial_results(link, {}) as rows:
+        assert rows.parent.parent == target.parent
+        rows.write_text("done")
+    assert link.is_symlink() and target.read_text() == "done"
 
 
 @pytest.mark.parametrize("more", [(), ("--resume",)], ids=["whole", "in parts"])

@@ -350,6 +350,29 @@ def test_what_is_asked_for_is_what_is_tested(tagger, monkeypatch):
     assert {(0.25, 0.85), (0.85,)} == set(seen) and len(seen) > 9
 
 
+def test_no_number_is_given_where_none_would_do(tagger):
+    """The first step has to pass before the next: full depth, beside another reference."""
+    bold, words = GRID[-1], sentences(200)
+    reference = [one.labels for one in tagger.tag(words, bold)]
+    disagrees = np.mean(
+        [
+            np.not_equal(a.labels, b).mean()
+            for a, b in zip(tagger.tag(words, ExitPolicy.never()), reference, strict=True)
+        ]
+    )
+    made = make_dial(tagger, words, 0.5 * disagrees, 0.9, policies=[bold], reference=reference)
+    assert made.dial.promised is None and made.dial.speeds[-1].disagreement == 0
+    assert made.needed is None
+
+
+def test_few_sentences_and_none_known(tagger):
+    made = make_dial(tagger, sentences(3), 0.5, 0.5, policies=GRID)
+    assert made.dial.sentences == 2
+    for known in ([], [[]]):
+        with pytest.raises(ValueError, match="known has no sentence with words"):
+            make_dial(tagger, sentences(100), BOUND, 0.9, policies=GRID, known=known)
+
+
 def test_too_little_is_refused_with_how_much_would_do(tagger, found):
     least = needed(0.01, 0.9)
     with pytest.raises(ValueError, match=r"got 200 sentences.*expected at least (\d+)") as refused:
@@ -452,6 +475,9 @@ def test_speeds_in_wall_clock():
     )
     for speed, number in (("1 wall", 0), ("1.15x wall", 1), ("1.2 wall", 1), ("1.3 wall", 3)):
         assert dial.at(speed) == dial.speeds[number]
+    near = (*dial.speeds[:3], dataclasses.replace(SPEEDS[3], wall_speedup=1.20000049))
+    near = dataclasses.replace(dial, speeds=near)
+    assert near.at("1.2000004 wall") == near.speeds[3] and near.at("1.2 wall") == near.speeds[1]
     with pytest.raises(ValueError, match="speed is '?2.1 wall'?; expected at most 2.00"):
         dial.at("2.1 wall")
     with pytest.raises(ValueError, match="speed is 0.5 wall; expected 1 or more"):
@@ -603,3 +629,9 @@ def test_a_promise_is_taken_from_words_with_neighbors():
     both = promise_grid()
     assert {p.criterion for p in both} == {"entropy", "max_prob"}
     assert {p.growth for p in both} == {1, 1.5, 2}
+
+
+def test_a_promise_says_its_numbers():
+    assert "a confidence of 90%, the labels of fewer than 1.00% of" in DIAL.promise
+    dial = dataclasses.replace(DIAL, confidence=0.999, max_disagreement=0.00004)
+    assert "a confidence of 99.9%, the labels of fewer than 0.004% of" in dial.promise

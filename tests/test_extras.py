@@ -27,7 +27,13 @@ print([(span.type, span.text) for span in tagger.tag(["new york"])[0].spans])
 words = json.load(open("words.json"))
 adapted = tokenexit.adapt("hf", words, max_disagreement=0.3, timing_runs=0)
 print(adapted.calibration.dial.sentences)
-for arguments in (["predict", "tagger", "in.txt"], ["evaluate", "tagger", "-d", "in.conll"]):
+adapted.tagger.save_pretrained("adapted")
+promise = ["-d", "texts.txt", "--max-disagreement", "0.3", "--timing-runs", "0"]
+for arguments in (
+    ["predict", "tagger", "in.txt"],
+    ["calibrate", "adapted", *promise, "--json"],
+    ["evaluate", "tagger", "-d", "in.conll"],
+):
     sys.argv = ["tokenexit", *arguments]
     try:
         cli.main()
@@ -49,14 +55,20 @@ def test_tagging_and_adapting_want_no_extras(tiny_tokenizer, tmp_path):
     (tmp_path / "in.txt").write_text("paris\n")
     (tmp_path / "in.conll").write_text("paris B-LOC\n")
     (tmp_path / "words.json").write_text(json.dumps(sentences(80)))
+    (tmp_path / "texts.txt").write_text("".join(" ".join(s) + "\n" for s in sentences(60, 1)))
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT], cwd=tmp_path, capture_output=True, text=True, env=env
     )
     assert done.returncode == 0, done.stderr
     spans, held, row, *ends = done.stdout.splitlines()
+    assert json.loads(ends.pop(1))["dial"]["max_disagreement"] == 0.3
     assert spans == "[('LOC', 'new'), ('LOC', 'york')]" and held == "40"
-    assert json.loads(row)["labels"] == ["B-LOC"] and ends == ["predict 0", "evaluate 1"]
+    assert json.loads(row)["labels"] == ["B-LOC"] and ends == [
+        "predict 0",
+        "calibrate 0",
+        "evaluate 1",
+    ]
     error = done.stderr.splitlines()[-1]
     assert error.startswith("error: ") and "pip install 'tokenexit[train]'" in error
 

@@ -360,5 +360,11 @@ def test_a_full_disk_is_told_plainly(tmp_path):
             torch.save({"a": torch.ones(1000)}, "/dev/full")
     with pytest.raises(OSError, match="could not write"), disk_errors(tmp_path):
         raise RuntimeError("Error while serializing: I/O error: No space left on device")
+    new = tmp_path / "not" / "there"
+    with (
+        pytest.raises(OSError, match=f"could not write to {new}, whose disk has"),
+        disk_errors(new),
+    ):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device")
     with pytest.raises(RuntimeError, match="shapes"), disk_errors(tmp_path):
         raise RuntimeError("shapes differ")

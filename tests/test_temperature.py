@@ -94,3 +94,10 @@ def test_what_no_temperatures_are_is_refused(tmp_path, value):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="config.temperatures is .*; expected 4 numbers above 0"):
         tokenexit.TokenExitForTokenClassification.from_pretrained(tmp_path)
+
+
+def test_no_sentences_and_no_policies_tell_nothing(tagger):
+    none = Dataset.from_dict({"words": [], "labels": []})
+    assert fit_temperatures(tagger, none, [POLICY]) is None
+    some = Dataset.from_dict({"words": [["john"]], "labels": [["B-PER"]]})
+    assert fit_temperatures(tagger, some, []) is None

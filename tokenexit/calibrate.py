@@ -239,7 +239,7 @@ def calibrate(
         )
         if found.needed is not None:
             raise ValueError(
-                f"{len(data)} sentences are too few to promise that fewer than "
+                f"{len(data['words'])} sentences are too few to promise that fewer than "
                 f"{max_disagreement:.2%} of the labels change with a confidence of {confidence:g}; "
                 f"about {found.needed} would do, if they are as these"
             )
@@ -432,6 +432,8 @@ def make_dial(
     labels = None if reference is None else [list(reference[i]) for i in kept]
     if known is not None:
         first = [i for i, its_words in enumerate(known) if len(its_words)][:_MOST_FOR_PATH]
+        if not first:
+            raise ValueError("known has no sentence with words; expected one or more, or None")
         words, cut = [list(known[i]) for i in first] + words, len(first)
         if labels is not None:
             labels = [list(known_reference[i]) for i in first] + labels
@@ -480,15 +482,12 @@ def make_dial(
         progress("test the path", number, len(path))
     passed = promise.fixed_sequence(losses, max_disagreement, confidence)
     needed = None
-    if passed <= 1:
-        found = []
-        for kinds in losses[1:]:
-            each = [promise.needed(max_disagreement, confidence, x) for x in kinds]
-            if None not in each:  # words leave early in a part of the sentences only
-                scaled = zip(each, kinds, strict=True)
-                found.append(max(math.ceil(n * len(kinds[0]) / len(x)) for n, x in scaled))
-        fewest = min(found, default=None)
-        needed = fewest and given(fewest)
+    if passed <= 1 and len(path) > 1:  # the first two have to pass for the second to be promised
+        kinds = [x for its in losses[:2] for x in its]
+        each = [promise.needed(max_disagreement, confidence, x) for x in kinds]
+        if None not in each:  # words leave early in a part of the sentences only
+            scaled = zip(each, kinds, strict=True)
+            needed = given(max(math.ceil(n * len(losses[0][0]) / len(x)) for n, x in scaled))
     if timing_runs:
         some = [window for window in windows if window.sentence < TIMED_SENTENCES]
         times = time_policies(tagger, some, path, timing_runs)
@@ -533,7 +532,7 @@ def _check_trained(tagger: Tagger):
 
 def for_path(sentences: int) -> int:
     """How many of the sentences the path is chosen by."""
-    return min(3 * sentences // 10, _MOST_FOR_PATH)
+    return max(1, min(3 * sentences // 10, _MOST_FOR_PATH))
 
 
 def _run(
@@ -718,6 +717,8 @@ class Sweep:
         active.index_add_(0, self.window_of_word, still * self.pieces[:, None])
         special = self.tokens.clone().index_add_(0, self.window_of_word, -self.pieces)
         active += (active > 0) * special[:, None]
+        empty = self.cu_words.diff() == 0  # of a token that stands in as a word nothing is known
+        active[empty] = self.tokens[empty, None]
         return flops.speedup(active, self.tokens, self.config)
 
     def point(self, policy: ExitPolicy) -> Point:

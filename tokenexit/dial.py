@@ -75,9 +75,9 @@ class Dial:
         if self.per_type:
             kinds.append(f"the words of each type by itself ({', '.join(self.per_type)})")
         return (
-            f"with a confidence of {self.confidence:.0%}, the labels of fewer than "
-            f"{self.max_disagreement:.2%} of a sentence's words, in the mean over such sentences, "
-            f"are not those of {self.reference}"
+            f"with a confidence of {_percent(self.confidence, 0)}, the labels of fewer than "
+            f"{_percent(self.max_disagreement, 2)} of a sentence's words, in the mean over such "
+            f"sentences, are not those of {self.reference}"
             + (f", which holds of {' and of '.join(kinds)}, too" if kinds else "")
             + f"; tested on {self.sentences} sentences"
         )
@@ -145,6 +145,12 @@ class Dial:
         return dial
 
 
+def _percent(share: float, digits: int) -> str:
+    """With so many digits behind the point, or more where that would be another number."""
+    text = f"{share:.{digits}%}"
+    return text if abs(float(text[:-1]) / 100 - share) < 1e-12 else f"{100 * share:.6g}%"
+
+
 def rounded_down(speedup: float) -> str:
     """A speed with two digits, not rounded up: who asks for it as shown gets it."""
     return f"{math.floor(speedup * 100 + 1e-9) / 100:.2f}"
@@ -171,4 +177,4 @@ def parse_speed(speed: float | str) -> float | str:
         raise TypeError(f"speed is {speed!r}; expected a number or one of {NAMES}")
     if not 1 <= speed < math.inf:
         raise ValueError(f"speed is {given}; expected 1 or more, or one of {NAMES}")
-    return f"{speed:g}{_WALL}" if wall else speed
+    return f"{float(speed)!r}".removesuffix(".0") + _WALL if wall else speed

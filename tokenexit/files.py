@@ -132,7 +132,9 @@ def disk_errors(folder: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         if not re.search("inline_container|PytorchStreamWriter|while serializing", str(error)):
             raise
-        free = shutil.disk_usage(folder).free >> 20
+        whole = Path(folder).absolute()  # a new folder is gone again
+        there = next(path for path in (whole, *whole.parents) if path.exists())
+        free = shutil.disk_usage(there).free >> 20
         raise OSError(f"could not write to {folder}, whose disk has {free} MiB left") from error
 
 
@@ -229,13 +231,21 @@ def check_same_record(folder: str | os.PathLike, before: Mapping, record: Mappin
     other = [
         f"{name.replace('_', ' ')} {_said(before.get(name))}, now {_said(value)}"
         for name, value in record.items()
-        if before.get(name) != value
+        if not _same(before.get(name), value)
     ]
     if other:
         raise ValueError(
             f"the run in {folder} was started otherwise: {'; '.join(other)}; expected the same to "
             "go on with it, or the folder removed to start anew"
         )
+
+
+def _same(before, value):
+    """Whether they are equal, or numbers that are."""
+    try:
+        return before == value or float(before) == float(value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _said(value):

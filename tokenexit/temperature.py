@@ -50,6 +50,8 @@ def fit_temperatures(
                 logits.append(its_logits[places].double())
                 layers.append(its_layers[places])
                 wanted += [ids.get(name, -1) for name in names]
+    if not wanted:
+        return None
     logits, layers = torch.cat(logits), torch.cat(layers)
     wanted = torch.tensor(wanted, dtype=torch.int64, device="cpu")
     known = wanted >= 0

@@ -47,6 +47,12 @@ def test_what_it_says(tagger):
     assert f"Promised: {DIAL.promise}. It is about\ntext like that" in text
     assert "with a confidence of 90%" in DIAL.promise and "fewer than 1.00%" in DIAL.promise
 
+    by_type = {"LOC": 0.25, "PER": 0.5}  # in another order than labels
+    speeds = tuple(dataclasses.replace(speed, by_type=by_type) for speed in DIAL.speeds)
+    tagger.model.dial = dataclasses.replace(DIAL, speeds=speeds, per_type=("PER", "LOC"))
+    text = card(tagger.model)
+    assert "| of PER | of LOC |" in text and text.count("| 50.00% | 25.00% |") == len(speeds)
+
     speeds = tuple(dataclasses.replace(speed, score=0.5) for speed in DIAL.speeds)
     changes = {"speeds": speeds, "metric": "entity_f1", "promised": None}
     tagger.model.dial = dataclasses.replace(DIAL, **changes)

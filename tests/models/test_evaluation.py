@@ -273,3 +273,13 @@ def test_defaults_of_the_user_change_nothing(family, kind, defaults, tiny_tokeni
         torch.set_default_device("meta")
     got = results()
     assert all(map(torch.equal, got, expected))
+
+
+def test_hooks_see_evaluation_whatever_the_mode(tagger):
+    model, seen = tagger.model.train(), []
+    parts = (model.embeddings.word, model.encoder.layers[0].query, model.encoder.layers[0])
+    for part in parts:
+        part.register_forward_hook(lambda module, *_: seen.append(module.training))
+    tagger.tag(SENTENCES)
+    assert len(seen) >= len(parts) and not any(seen)
+    assert all(part.training for part in parts)

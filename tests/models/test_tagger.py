@@ -98,6 +98,14 @@ def test_stream_reads_no_more_than_its_buffer(tagger):
     assert len(taken) == 16
 
 
+def test_messages_name_the_sentence_of_the_stream(tagger, caplog):
+    long = ["a-" * 400]
+    list(tagger.stream([["john"], ["john"], ["john"], ["john"], long], buffer=2))
+    assert "sentence 4, word 0" in caplog.text
+    with pytest.raises(TypeError, match="sentence 4 is .*expected a list of words"):
+        list(tagger.stream([["a"], ["b"], ["c"], ["d"], [1]], buffer=2))
+
+
 def test_labels_are_those_of_the_model(tagger):
     words = ["john", "smiths", "lives", "new", "paris", "xyzzy", "red"]
     encoded = tagger.tokenizer([words], is_split_into_words=True, return_tensors="pt")

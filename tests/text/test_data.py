@@ -499,6 +499,18 @@ def test_dataset_in_memory():
     assert rows(read_sentences(dataset.with_format("numpy"))) == [(["a"], ["O"]), ([], [])]
 
 
+def test_labels_that_nobody_asks_for_may_be_anything(tmp_path):
+    hidden = classes(["O", "B-PER"], [[-1, -1], [], [-1]])
+    numbers = Dataset.from_dict({"tokens": [["a", "b"]], "labels": [[1, 0]]})
+    for dataset in (hidden, numbers):
+        with pytest.raises(ValueError, match="row 0: the labels are"):
+            read_sentences(dataset)
+        read = read_sentences(dataset, labelled=False)
+        assert read.column_names == ["words"] and list(read["words"]) == list(dataset["tokens"])
+    numbers.save_to_disk(tmp_path / "saved")
+    assert list(options.read_texts(str(tmp_path / "saved"), None)) == [["a", "b"]]
+
+
 def test_dataset_of_class_numbers():
     dataset = classes(["O", "B-PER"], [[0, 1], [], [1]])
     assert rows(read_sentences(dataset)) == [

@@ -20,6 +20,7 @@ from transformers import pipeline
 
 import tokenexit
 from tokenexit import ExitPolicy, Tagger
+from tokenexit.training import adapt as tuning
 from tokenexit.training.adapt import adapt
 from tokenexit.training.heads import distill_heads
 
@@ -338,6 +339,26 @@ def test_it_is_done_on_the_device_that_is_asked_for(tiny_tokenizer, monkeypatch)
     moved.clear()
     adapt(theirs(tokenizer), sentences(80), tokenizer, **BOUND)
     assert ("cpu",) not in moved
+
+
+def test_the_encoder_is_trained_where_it_is_and_stays_there(tiny_tokenizer, monkeypatch):
+    """The Trainer takes a GPU unless it is told not to, and leaves the model on it."""
+    asked, tokenizer, made = [], tiny_tokenizer(), tuning.training_arguments
+
+    def arguments(*args, **settings):
+        asked.append(settings["use_cpu"])
+        return made(*args, **settings)
+
+    def train(self, *args, **kwargs):
+        self.model.to("meta")  # as if that were the GPU
+
+    monkeypatch.setattr(tuning, "training_arguments", arguments)
+    monkeypatch.setattr(tuning.ExitTrainer, "train", train)
+    with pytest.raises(
+        NotImplementedError, match="Cannot copy out of meta tensor"
+    ):  # on the way back
+        adapt(theirs(tokenizer), sentences(80), tokenizer, tune=True, epochs=1, **BOUND)
+    assert asked == [True]
 
 
 def test_what_can_not_be_adapted(tiny_tokenizer, tmp_path):

@@ -181,6 +181,11 @@ def test_other_mistakes_are_told_before_the_first_step(tiny_tokenizer, tmp_path)
         trainer(tokenexit.quantize(model_for(tokenizer)))
     with pytest.raises(ValueError, match="head_learning_rate is -1"):
         trainer(head_learning_rate=-1)
+    for name, value in (("neftune_noise_alpha", 5), ("train_sampling_strategy", "group_by_length")):
+        with pytest.raises(ValueError, match=f"{name} is '?{value}'?; expected"):
+            trainer(settings={name: value})
+    with pytest.raises(ValueError, match="got a compute_loss_func; expected none"):
+        trainer(compute_loss_func=lambda *_: None)
     with pytest.raises(ValueError, match="metric_for_best_model is 'loss'; expected one of"):
         trainer(settings={"metric_for_best_model": "eval_loss"})
 
@@ -241,6 +246,7 @@ def test_a_record_differs_with_what_decides(tiny_tokenizer, tmp_path, caplog):
         assert {key for key in first if first[key] != other[key]} == {name}
         with pytest.raises(ValueError, match=f"started otherwise: {name.replace('_', ' ')} .*now"):
             check_same_run(tmp_path, other)
+    check_same_run(tmp_path, {**first, "num_train_epochs": f"{float(first['num_train_epochs'])}"})
     assert not caplog.text
     check_same_run(tmp_path / "of an older version", first)
     assert "does not say with which data" in caplog.text
@@ -390,7 +396,11 @@ def test_last_checkpoint_skips_unfinished_ones(tmp_path):
     for step, text in ((9, json.dumps({"global_step": 9})), (80, "{half"), (100, "{}")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+        (tmp_path / f"checkpoint-{step}" / "scheduler.pt").touch()
     (tmp_path / "checkpoint-200").mkdir()
+    weights = tmp_path / "checkpoint-300"  # as `save_only_model` leaves it
+    weights.mkdir()
+    (weights / "trainer_state.json").write_text(json.dumps({"global_step": 300}))
     assert last_checkpoint(tmp_path).name == "checkpoint-9"
 
 
@@ -420,3 +430,30 @@ def test_exits_are_told_after_each_epoch(tiny_tokenizer, tmp_path, policy):
     assert last["exit_speedup"] == pytest.approx(real.flops_speedup)
     with pytest.raises(ValueError, match="sentences without a word"):
         ReportExits(trainer, tokenizer, [[]])
+
+
+def test_a_record_has_what_the_best_is_chosen_by(tiny_tokenizer, tmp_path):
+    tokenizer, rows = tiny_tokenizer(), data(8)
+
+    def best(dev, **settings):
+        arguments = training_arguments(tmp_path, 32, 8, use_cpu=True, **settings)
+        trainer = ExitTrainer(model_for(tokenizer), arguments, tokenizer, rows, dev)
+        return trainer.record()["best"]
+
+    wanted = {"load_best_model_at_end": True, "eval_strategy": "epoch"}
+    assert best(data(4)) is None  # as older runs have it
+    found = best(data(4), **wanted)
+    assert found == best(data(4), **wanted) != best(data(5), **wanted)
+    assert found != best(data(4), **wanted, metric_for_best_model="accuracy")
+
+
+def test_default_epochs_count_steps_not_batches(tmp_path):
+    def epochs(**settings):
+        return training_arguments(tmp_path, 768, 1000, use_cpu=True, **settings).num_train_epochs
+
+    assert epochs() == 8  # 63 steps each
+    assert (
+        epochs(gradient_accumulation_steps=2) == 16 and epochs(gradient_accumulation_steps=8) == 20
+    )
+    with pytest.raises(ValueError, match="batch_size is 0; expected 1 or more"):
+        training_arguments(tmp_path, 768, 1000, batch_size=0)

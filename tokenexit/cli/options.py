@@ -206,6 +206,7 @@ def read_data(source: str, column: str | None, format: str | None, labelled: boo
         split=split or None,
         config=config or None,
         format=format,
+        labelled=labelled,
     )
     if labelled and "labels" not in found.column_names:
         raise ValueError(
@@ -251,6 +252,9 @@ def check_heads(model, name: str, policy: ExitPolicy | None = None):
         )
 
 
+_TYPES_BESIDE = 6  # with names of ten letters in 80 columns
+
+
 def dial_table(dial, columns: Mapping[str, list[str]] = MappingProxyType({})) -> Group:
     """The speeds of a dial, from full depth to the boldest, and how far the promise goes.
 
@@ -273,12 +277,13 @@ def dial_table(dial, columns: Mapping[str, list[str]] = MappingProxyType({})) ->
     for policy, *cells in zip((one.policy for one in speeds), *texts.values(), strict=True):
         table.add_row(str(policy), *cells)
     parts = [table, f"\u2713 promised: {dial.promise}" if within else "nothing is promised"]
-    if dial.per_type:
-        kinds = Table("other labels of", box=SIMPLE_HEAD, pad_edge=False)
-        for text in texts["multiply-\nadds"]:
-            kinds.add_column(text, justify="right")
-        for name in dial.per_type:
-            kinds.add_row(name, *(f"{one.by_type[name]:.2%}" for one in speeds))
+    for start in range(0, len(dial.per_type), _TYPES_BESIDE):
+        names = dial.per_type[start : start + _TYPES_BESIDE]
+        kinds = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for name in ("other labels of", *names):
+            kinds.add_column(name, justify="right", overflow="fold")
+        for text, one in zip(texts["multiply-\nadds"], speeds, strict=True):
+            kinds.add_row(text, *(f"{one.by_type[name]:.2%}" for name in names))
         parts.append(kinds)
     return Group(*parts)
 

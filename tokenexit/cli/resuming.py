@@ -16,8 +16,8 @@ from tokenexit.files import check_same_record, only_one, write_aside
 def partial_results(output: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     """A file to append results to, which becomes `output` at the end and stays after an exception.
 
-    It lies in the folder `OUTPUT.partial`, beside a record of what the results depend on. What else
-    is in the folder stays.
+    It lies in the folder `OUTPUT.partial`, where `output` leads if it is a link, beside a record of
+    what the results depend on. What else is in the folder stays.
 
     Args:
         record: JSON-ready.
@@ -26,6 +26,7 @@ def partial_results(output: Path, record: Mapping[str, Any]) -> Iterator[Path]:
         ValueError: `output` is no file; the results that are there depend on something else, or
             another process is at them.
     """
+    output = output.resolve()  # where a link leads may be another file system
     if output.exists() and not output.is_file():
         raise ValueError(f"--resume: {output} is no file; expected one, or a new name")
     folder = output.with_name(f"{output.name}.partial")

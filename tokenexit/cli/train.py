@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -183,6 +184,15 @@ def _checkpoint(checkpoints: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
+def _remove_run(checkpoints: Path):
+    """Remove what a run left in the folder of its checkpoints, and the folder if that was all."""
+    for part in checkpoints.glob("checkpoint-*"):
+        shutil.rmtree(part)
+    (checkpoints / "run.json").unlink(missing_ok=True)
+    with suppress(OSError):  # somebody else's files are in it
+        checkpoints.rmdir()
+
+
 def _planned(
     output, dev, epochs, batch_size, learning_rate, head_learning_rate, metric, seed, resume,
     settings,
@@ -317,8 +327,6 @@ def calibrate(
     `tokenexit calibrate tagger -d dev.conll --target-speedup 3 --report report`,
     `tokenexit calibrate tagger -d texts.txt --max-disagreement 0.01 --confidence 0.9`
     """
-    from datasets import Dataset
-
     from tokenexit.calibrate import CRITERIA, GROWTHS, plot, policy_grid, promise_grid
     from tokenexit.calibrate import calibrate as run
     from tokenexit.files import write_folder_aside
@@ -357,7 +365,7 @@ def calibrate(
     }
     theirs = original and load_tagger(original, batch_size)
     if promised:
-        texts = Dataset.from_dict({"words": tagger.split(read_texts(data, format))})
+        texts = {"words": tagger.split(read_texts(data, format))}
         grid = promise_grid(base, **tried)
     else:
         texts, grid = read_data(data, column, format), policy_grid(base, **tried)
@@ -494,6 +502,11 @@ def adapt(
     whole = output.absolute()  # "." has no name
     checkpoints = whole.with_name(f"{whole.name}-checkpoints")
     if tune:
+        if checkpoints.exists() and Path(model).exists() and checkpoints.samefile(model):
+            raise ValueError(
+                f"the model is in {model}, where the checkpoints for {output} belong; expected "
+                "another --output"
+            )
         _checkpoint(checkpoints, resume)
     check_model_name(model)
     load_config(model)  # told before the texts are read, if there is none
@@ -526,7 +539,7 @@ def adapt(
     with disk_errors(output):
         result.tagger.save_pretrained(output)
     if tune:
-        shutil.rmtree(checkpoints)
+        _remove_run(checkpoints)
     if result.calibration.needed is not None:
         err.print(
             f"no exits are promised: the texts are too few; about {2 * result.calibration.needed} "

@@ -161,10 +161,11 @@ def predict(
     """Tag a file or a stream, in order, in constant memory.
 
     Of text and JSON lines, the n-th result is that of line n, empty ones too; other fields of a
-    JSON line, such as an id, are handed on, but for those that results stand in place of. A file
-    is written aside and renamed at the end, so that an interrupted run leaves none; pipes and
-    devices are written to as they are. With `--resume`, what is tagged is kept in the folder
-    `OUTPUT.partial` until all is, and the same command goes on from there.
+    JSON line, such as an id, are handed on into JSON lines, but for those that results stand in
+    place of; what is not is named. A file is written aside and renamed at the end, so that an
+    interrupted run leaves none; pipes and devices are written to as they are. With `--resume`, what
+    is tagged is kept in the folder `OUTPUT.partial` until all is, and the same command goes on from
+    there.
 
     Examples: `echo "Ada lives in London" | tokenexit predict tagger`,
     `tokenexit predict tagger news.txt -o news.conll --output-format conll`,
@@ -206,10 +207,13 @@ def predict(
             told = set()
             for number, tagged in enumerate(tagger.stream(sentences(), policy, buffer), done + 1):
                 others = waiting.popleft()
-                if lost := (others.keys() & _REPLACED[as_text]) - told:
+                if lost := _lost(as_text, tagged, others) - told:
                     told |= lost
                     names = ", ".join(sorted(lost))
-                    err.print(f"not handed on, as results have the same names: {names}")
+                    why = "columns have no place for them"
+                    if as_text is not _as_conll:
+                        why = "results have the same names"
+                    err.print(f"not handed on, as {why}: {names}")
                 write(as_text(tagged, number, others))
 
         if not resume:
@@ -400,12 +404,14 @@ def _as_conll(tagged, number: int, others=MappingProxyType({})) -> str:
     return "".join(f"{word}\t{label}\n" for word, label in rows) + "\n"
 
 
-# Of a JSON line's other fields, those in whose place results stand.
-_REPLACED = {
-    _as_json: {"words", "labels", "exit_layers"},
-    _as_spans: {"spans"},
-    _as_conll: set(),
-}
+def _lost(as_text, tagged, others) -> set[str]:
+    """Of a JSON line's other fields, those that results have no place for, or stand in place of."""
+    if as_text is _as_conll:
+        return set(others)
+    if as_text is _as_json:
+        return others.keys() & {"words", "labels", "exit_layers"}
+    replaced = {"spans"} if others.get("text", tagged.text) == tagged.text else {"spans", "text"}
+    return others.keys() & replaced
 
 
 def _is_json_of(result: Sequence[bytes], row) -> bool:

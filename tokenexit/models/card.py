@@ -87,7 +87,7 @@ def _speeds(dial: Dial) -> str:
     rows = [[*heads, ""], ["---", *["--:"] * (len(heads) - 1), "---"]]
     for number, one in enumerate(dial.speeds):
         row = [str(one.policy), f"{rounded_down(one.speedup)}x", f"{one.disagreement:.2%}"]
-        row += [f"{share:.2%}" for share in (one.by_type or {}).values()]
+        row += [f"{one.by_type[name]:.2%}" for name in dial.per_type]
         row += [f"{one.bound:.2%}", *([f"{one.score:.4f}"] if dial.metric else [])]
         within = dial.promised is not None and number <= dial.promised
         rows.append([*row, "promised" if within else ""])

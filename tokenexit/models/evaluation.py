@@ -81,5 +81,7 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
     if module not in twins:  # a part may stand in several places
         parts = module.__dict__["_modules"]
         twin = _alike(module, {name: part and _twin(part, twins) for name, part in parts.items()})
-        twins[module] = twin if parts or type(module) not in _OF_NO_MODE else module
+        asks = module._forward_hooks or module._forward_pre_hooks  # maybe for its mode
+        shared = type(module) in _OF_NO_MODE and not parts and not asks
+        twins[module] = module if shared else twin
     return twins[module]

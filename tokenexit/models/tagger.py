@@ -396,7 +396,7 @@ class Tagger:
                 sentence if places is None else [sentence[start:stop] for start, stop in places]
                 for sentence, places in zip(chunk, offsets, strict=True)
             ]
-            windows = self.windows(words)
+            windows = self.windows(words, done - len(chunk))
             if self._together is None:
                 results = self._results(windows, given, constrained)
             else:
@@ -528,10 +528,14 @@ class Tagger:
         config = self.model.config
         return [config.id2label[i] for i in range(config.num_labels)]
 
-    def windows(self, sentences: Sequence[Sequence[str]]) -> list[Window]:
-        """The model's inputs for some sentences: a window each, more for long ones."""
+    def windows(self, sentences: Sequence[Sequence[str]], first: int = 0) -> list[Window]:
+        """The model's inputs for some sentences: a window each, more for long ones.
+
+        Args:
+            first: the number that messages have for the first one.
+        """
         limit = min(self.model.config.max_tokens, self._most_tokens)
-        return encode(self._words, sentences, limit, self.overlap)
+        return encode(self._words, sentences, limit, self.overlap, first)
 
     def words(
         self, output: TokenExitOutput, firsts: Sequence[torch.Tensor]

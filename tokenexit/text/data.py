@@ -59,6 +59,7 @@ def read_sentences(
     split: str | None = None,
     config: str | None = None,
     format: str | None = None,
+    labelled: bool = True,
 ) -> Dataset:
     """Read sentences of words, with their labels where the source has them.
 
@@ -83,6 +84,7 @@ def read_sentences(
         config: the configuration for `datasets.load_dataset`.
         format: one of the table. None: told by the file's name, `conll` if that tells nothing; a
             file that begins like one of another format is refused.
+        labelled: False: labels of a data set are not read, whatever they are.
 
     Returns:
         A data set with the columns `words`, lists of str, and, where the source has labels,
@@ -101,7 +103,7 @@ def read_sentences(
                 f"got config {config!r} and format {format!r} with a data set in memory; expected "
                 "neither"
             )
-        return _from_dataset(_one_split(source, split, "the data set"), column)
+        return _from_dataset(_one_split(source, split, "the data set"), column, labelled)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"got a {type(source).__name__}; expected a path, a name or a Dataset")
     if format is not None and format not in (*_PARSERS, "dataset"):
@@ -114,7 +116,7 @@ def read_sentences(
             raise ValueError(f"no such file: {source}, which is a folder")
         if format in _PARSERS or (format is None and is_missing_path(source)):
             raise ValueError(f"no such file: {source}")
-        return _from_dataset(_load(source, path, config, split), column)
+        return _from_dataset(_load(source, path, config, split), column, labelled)
     if split is not None or config is not None:
         raise ValueError(
             f"got split {split!r} and config {config!r} with the file {source}; expected neither"
@@ -674,14 +676,14 @@ def _one_split(dataset: Dataset | DatasetDict, split: str | None, name: str) -> 
     return dataset[split]
 
 
-def _from_dataset(dataset: Dataset, column: int | str | None) -> Dataset:
+def _from_dataset(dataset: Dataset, column: int | str | None, labelled: bool) -> Dataset:
     """Bring a data set's columns to our names, and the numbers of classes to theirs."""
     from datasets import ClassLabel
 
     keys = dataset.column_names
     word_key = _key(keys, WORD_KEYS, "columns of the data set")
     label_key = None
-    if column is not None or any(key in keys for key in LABEL_KEYS):
+    if labelled and (column is not None or any(key in keys for key in LABEL_KEYS)):
         label_key = _key(
             keys, LABEL_KEYS if column is None else [column], "columns of the data set"
         )

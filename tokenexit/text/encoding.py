@@ -178,6 +178,7 @@ def encode(
     sentences: Sequence[Sequence[str]],
     max_length: int,
     overlap: int = 32,
+    first: int = 0,
 ) -> list[Window]:
     """Turn sentences of words into windows of at most `max_length` tokens.
 
@@ -192,6 +193,7 @@ def encode(
             for padding where there are none.
         max_length: tokens, special ones included.
         overlap: words that neighboring windows share; fewer if that were more than half of one.
+        first: the number that messages have for the first sentence.
 
     Returns:
         The windows, in the order of the sentences and of their words.
@@ -213,7 +215,7 @@ def encode(
         )
 
     windows = []
-    sentences = [as_words(words, number) for number, words in enumerate(sentences)]
+    sentences = [as_words(words, number) for number, words in enumerate(sentences, first)]
     for number, (ids, word_ids) in enumerate(tokenizer.pieces(sentences)):
         words = sentences[number]
         if not (words or frame.before or frame.after):  # a window has a token
@@ -224,12 +226,12 @@ def encode(
             all_words = (0, len(words))
             windows.append(frame.around(number, all_words, all_words, ids, word_ids))
             continue
-        pieces = tokenizer.by_word(number, words, ids, word_ids)
+        pieces = tokenizer.by_word(first + number, words, ids, word_ids)
         for word, its_pieces in enumerate(pieces):
             if len(its_pieces) > room:
                 logger.warning(
                     "sentence %d, word %d (%.40r...) has %d tokens; only the first %d are read",
-                    number,
+                    first + number,
                     word,
                     words[word],
                     len(its_pieces),

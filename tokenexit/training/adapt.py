@@ -285,6 +285,7 @@ class _Steps(TrainerCallback):
 
 
 def _tune(tagger: Tagger, data: Dataset, epochs, seed, progress, checkpoints, resume):
+    device = tagger.model.device
     with tempfile.TemporaryDirectory() as nowhere:
         folder = Path(nowhere if checkpoints is None else checkpoints)
         settings = training_arguments(
@@ -295,6 +296,7 @@ def _tune(tagger: Tagger, data: Dataset, epochs, seed, progress, checkpoints, re
             seed=seed,
             save_strategy="no" if checkpoints is None else "epoch",
             disable_tqdm=True,
+            use_cpu=device.type == "cpu",
         )
         trainer = ExitTrainer(
             tagger.model,
@@ -310,7 +312,7 @@ def _tune(tagger: Tagger, data: Dataset, epochs, seed, progress, checkpoints, re
         else:
             write_record(folder, trainer.record())
         trainer.train(resume_from_checkpoint=str(last_checkpoint(folder)) if resume else None)
-    tagger.model.eval()
+    tagger.model.to(device).eval()  # from where the Trainer had it
 
 
 @torch.inference_mode()

@@ -110,6 +110,21 @@ class ExitTrainer(Trainer):
                 f"label_smoothing_factor is {args.label_smoothing_factor}; expected 0: the Trainer "
                 "would smooth the last layer's loss only and not train the other heads"
             )
+        if kwargs.get("compute_loss_func"):
+            raise ValueError(
+                "got a compute_loss_func; expected none: it would be of the last layer's logits "
+                "only and not train the other heads"
+            )
+        if args.neftune_noise_alpha:
+            raise ValueError(
+                f"neftune_noise_alpha is {args.neftune_noise_alpha}; expected none: its noise is "
+                "for padded embeddings, and these are packed"
+            )
+        if args.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "train_sampling_strategy is 'group_by_length'; expected another: packed sentences "
+                "have no padding to save"
+            )
         if args.n_gpu > 1:  # DataParallel, which cannot split a list of policies
             logger.warning(
                 "training on one of %d GPUs; launch with torchrun or accelerate to use all",
@@ -166,7 +181,19 @@ class ExitTrainer(Trainer):
             "sampling": str(self.sampling),
             "head_learning_rate": self.head_learning_rate,
             **{name: str(getattr(self.args, name, None)) for name in _DECISIVE},
+            "best": self._best(),
         }
+
+    def _best(self):
+        """What a choice among checkpoints, or a rate by scores, hangs on; None without."""
+        args = self.args
+        plateau = args.lr_scheduler_type == "reduce_lr_on_plateau"
+        if not (args.load_best_model_at_end or args.save_strategy == "best" or plateau):
+            return None
+        data = self.eval_dataset
+        dev = None if data is None else [list(data[name]) for name in ("words", "labels")]
+        dev = zlib.crc32(repr(dev).encode())
+        return f"{args.metric_for_best_model}, {args.eval_strategy}, {args.eval_steps}, {dev:08x}"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss under full depth or under drawn policies."""
@@ -328,9 +355,12 @@ def training_arguments(
     for name, ours in OURS.items():
         if name in settings:
             raise ValueError(f"got the setting {name!r}; expected it as {ours}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
     steps = max(1, math.ceil(num_sentences / batch_size))
     if epochs is None:
-        epochs = min(20, max(3, math.ceil(500 / steps)))
+        its_steps = math.ceil(steps / max(1, settings.get("gradient_accumulation_steps", 1)))
+        epochs = min(20, max(3, math.ceil(500 / its_steps)))
     if learning_rate is None:
         learning_rate = 5e-5 * (768 / hidden_size) ** 2
     check_run(epochs, seed)
@@ -403,12 +433,15 @@ def check_same_run(folder: str | os.PathLike, record: dict[str, object]):
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The newest checkpoint in a folder that was written to its end; None if there is none.
+    """The newest checkpoint in a folder to go on from; None if there is none.
 
-    The Trainer writes `trainer_state.json` last.
+    That is one that was written to its end, of which the Trainer writes `trainer_state.json` last,
+    with the state of the optimizer and of the rate, which `save_only_model` leaves out.
     """
     complete = []
     for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
+        if not state.with_name("scheduler.pt").exists():
+            continue
         try:
             complete.append((json.loads(state.read_text())["global_step"], state.parent))
         except (json.JSONDecodeError, KeyError):
