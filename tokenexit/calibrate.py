@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tokenexit import flops, promise
-from tokenexit.dial import Dial, Speed
+from tokenexit.dial import Dial, Speed, percent
 from tokenexit.evaluate import (
     Outcome,
     check_annotated,
@@ -240,8 +240,8 @@ def calibrate(
         if found.needed is not None:
             raise ValueError(
                 f"{len(data['words'])} sentences are too few to promise that fewer than "
-                f"{max_disagreement:.2%} of the labels change with a confidence of {confidence:g}; "
-                f"about {found.needed} would do, if they are as these"
+                f"{percent(max_disagreement, 2)} of the labels change with a confidence of "
+                f"{confidence:g}; about {found.needed} would do, if they are as these"
             )
         return found
     if target_speedup is None and max_loss is None:
@@ -423,8 +423,8 @@ def make_dial(
         enough = given(least)
         raise ValueError(
             f"got {len(kept)} sentences with words; expected at least {enough}: fewer do not show, "
-            f"with a confidence of {confidence:g}, that less than {max_disagreement:.2%} of labels "
-            "change, even if none does"
+            f"with a confidence of {confidence:g}, that less than {percent(max_disagreement, 2)} "
+            "of labels change, even if none does"
         )
     order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed), device="cpu")
     kept = [kept[i] for i in order.tolist()]
@@ -609,7 +609,7 @@ def check_types(
         raise ValueError(
             f"got too few sentences with a word of {', '.join(few)}; expected at least {least} of "
             f"the {len(whole)} that are tested, for a promise of that type below "
-            f"{max_disagreement:.2%} with a confidence of {confidence:g}, even if no label "
+            f"{percent(max_disagreement, 2)} with a confidence of {confidence:g}, even if no label "
             "changes; give more text, or name the types that are to be promised"
         )
 

@@ -75,8 +75,8 @@ class Dial:
         if self.per_type:
             kinds.append(f"the words of each type by itself ({', '.join(self.per_type)})")
         return (
-            f"with a confidence of {_percent(self.confidence, 0)}, the labels of fewer than "
-            f"{_percent(self.max_disagreement, 2)} of a sentence's words, in the mean over such "
+            f"with a confidence of {percent(self.confidence, 0)}, the labels of fewer than "
+            f"{percent(self.max_disagreement, 2)} of a sentence's words, in the mean over such "
             f"sentences, are not those of {self.reference}"
             + (f", which holds of {' and of '.join(kinds)}, too" if kinds else "")
             + f"; tested on {self.sentences} sentences"
@@ -145,8 +145,8 @@ class Dial:
         return dial
 
 
-def _percent(share: float, digits: int) -> str:
-    """With so many digits behind the point, or more where that would be another number."""
+def percent(share: float, digits: int) -> str:
+    """A share with so many digits behind the point, or more where that would be another number."""
     text = f"{share:.{digits}%}"
     return text if abs(float(text[:-1]) / 100 - share) < 1e-12 else f"{100 * share:.6g}%"
 

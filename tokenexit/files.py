@@ -226,6 +226,14 @@ def _owned(make: Callable[[], Path]) -> Iterator[Path]:
                 return
 
 
+def remove_files(folder: Path, *files: Path):
+    """Remove files of a folder, and the folder if nobody else's are in it."""
+    for file in files:
+        file.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def check_same_record(folder: str | os.PathLike, before: Mapping, record: Mapping):
     """Raise ValueError if the run whose record lies in a folder is another than `record` says."""
     other = [

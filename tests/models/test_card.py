@@ -51,6 +51,10 @@ def test_what_it_says(tagger):
     speeds = tuple(dataclasses.replace(speed, by_type=by_type) for speed in DIAL.speeds)
     tagger.model.dial = dataclasses.replace(DIAL, speeds=speeds, per_type=("PER", "LOC"))
     text = card(tagger.model)
+    sure = dataclasses.replace(DIAL, confidence=0.999)
+    tagger.model.dial, before = sure, tagger.model.dial
+    assert "| with 99.9% below |" in card(tagger.model)
+    tagger.model.dial = before
     assert "| of PER | of LOC |" in text and text.count("| 50.00% | 25.00% |") == len(speeds)
 
     speeds = tuple(dataclasses.replace(speed, score=0.5) for speed in DIAL.speeds)

@@ -18,7 +18,7 @@ from rich.console import Group
 from rich.table import Column as TableColumn
 from rich.table import Table
 
-from tokenexit.dial import rounded_down
+from tokenexit.dial import percent, rounded_down
 from tokenexit.policy import ExitPolicy
 
 # Names and texts of users are no markup: brackets in a path are its own.
@@ -269,7 +269,7 @@ def dial_table(dial, columns: Mapping[str, list[str]] = MappingProxyType({})) ->
     if speeds[0].wall_speedup:
         texts["wall\nclock"] = [f"{rounded_down(one.wall_speedup)}x" for one in speeds]
     texts["other\nlabels"] = [f"{one.disagreement:.2%}" for one in speeds]
-    texts[f"with {dial.confidence:.0%}\nbelow"] = [f"{one.bound:.2%}" for one in speeds]
+    texts[f"with {percent(dial.confidence, 0)}\nbelow"] = [f"{one.bound:.2%}" for one in speeds]
     texts |= {**columns, "": ["\u2713" if i < within else "" for i in range(len(speeds))]}
     table = Table(TableColumn("policy", overflow="fold"), box=SIMPLE_HEAD, pad_edge=False)
     for name in texts:

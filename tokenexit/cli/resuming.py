@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenexit.files import check_same_record, only_one, write_aside
+from tokenexit.files import check_same_record, only_one, remove_files, write_aside
 
 
 @contextmanager
@@ -44,18 +44,11 @@ def partial_results(output: Path, record: Mapping[str, Any]) -> Iterator[Path]:
             yield rows
         except BaseException:
             if not rows.stat().st_size:
-                _remove(folder, rows, about)
+                remove_files(folder, rows, about)
             raise
         with write_aside(output) as aside:
             os.replace(rows, aside)
-        _remove(folder, rows, about)
-
-
-def _remove(folder: Path, *files: Path):
-    for file in files:
-        file.unlink(missing_ok=True)
-    with suppress(OSError):  # somebody else's files are in it
-        folder.rmdir()
+        remove_files(folder, rows, about)
 
 
 def skip_done(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -184,13 +182,8 @@ def _checkpoint(checkpoints: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
-def _remove_run(checkpoints: Path):
-    """Remove what a run left in the folder of its checkpoints, and the folder if that was all."""
-    for part in checkpoints.glob("checkpoint-*"):
-        shutil.rmtree(part)
-    (checkpoints / "run.json").unlink(missing_ok=True)
-    with suppress(OSError):  # somebody else's files are in it
-        checkpoints.rmdir()
+def _is_same(folder: Path, model: str) -> bool:
+    return folder.exists() and Path(model).exists() and folder.samefile(model)
 
 
 def _planned(
@@ -484,6 +477,7 @@ def adapt(
     from tokenexit.text.scoring import check_metric
     from tokenexit.training.adapt import adapt as run
     from tokenexit.training.adapt import check_wanted
+    from tokenexit.training.trainer import remove_run
 
     be_quiet()
     if json_output:
@@ -497,12 +491,12 @@ def adapt(
     check_wanted("--metric", metric != "auto", "--data", bool(data))
     heads = hearing(neighbor_heads, last=False)
     check_output_folder(output)
-    if output.exists() and Path(model).exists() and output.samefile(model):
+    if _is_same(output, model):
         raise ValueError(f"--output is the folder of the model, {model}; expected another")
     whole = output.absolute()  # "." has no name
     checkpoints = whole.with_name(f"{whole.name}-checkpoints")
     if tune:
-        if checkpoints.exists() and Path(model).exists() and checkpoints.samefile(model):
+        if _is_same(checkpoints, model):
             raise ValueError(
                 f"the model is in {model}, where the checkpoints for {output} belong; expected "
                 "another --output"
@@ -539,7 +533,7 @@ def adapt(
     with disk_errors(output):
         result.tagger.save_pretrained(output)
     if tune:
-        _remove_run(checkpoints)
+        remove_run(checkpoints)
     if result.calibration.needed is not None:
         err.print(
             f"no exits are promised: the texts are too few; about {2 * result.calibration.needed} "

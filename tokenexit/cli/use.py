@@ -210,9 +210,12 @@ def predict(
                 if lost := _lost(as_text, tagged, others) - told:
                     told |= lost
                     names = ", ".join(sorted(lost))
-                    why = "columns have no place for them"
-                    if as_text is not _as_conll:
-                        why = "results have the same names"
+                    columns = as_text is _as_conll
+                    why = (
+                        "columns have no place for them"
+                        if columns
+                        else "results have the same names"
+                    )
                     err.print(f"not handed on, as {why}: {names}")
                 write(as_text(tagged, number, others))
 

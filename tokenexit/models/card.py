@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tokenexit.dial import Dial, rounded_down
+from tokenexit.dial import Dial, percent, rounded_down
 from tokenexit.files import write_aside
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.text.scoring import shown
@@ -82,7 +82,7 @@ def card(model: TokenExitForTokenClassification) -> str:
 
 def _speeds(dial: Dial) -> str:
     heads = ["policy", "multiply-adds", "other labels", *(f"of {name}" for name in dial.per_type)]
-    heads.append(f"with {dial.confidence:.0%} below")
+    heads.append(f"with {percent(dial.confidence, 0)} below")
     heads += [dial.metric.replace("_", " ").replace("f1", "F1")] if dial.metric else []
     rows = [[*heads, ""], ["---", *["--:"] * (len(heads) - 1), "---"]]
     for number, one in enumerate(dial.speeds):

@@ -29,6 +29,7 @@ from tokenexit.calibrate import (
     chosen_types,
     make_dial,
 )
+from tokenexit.dial import percent
 from tokenexit.evaluate import check_annotated, check_timing_runs, evaluate
 from tokenexit.int8 import quantize
 from tokenexit.models.convert import convert
@@ -267,7 +268,7 @@ def _held_out(sentences: int, max_disagreement: float, confidence: float) -> int
     if 5 * held > 4 * sentences:
         raise ValueError(
             f"got {sentences} texts with words; expected at least {-(-5 * least // 4)}, to promise "
-            f"that less than {max_disagreement:.2%} of labels change with a confidence of "
+            f"that less than {percent(max_disagreement, 2)} of labels change with a confidence of "
             f"{confidence:g}"
         )
     return held

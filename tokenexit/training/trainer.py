@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from tokenexit.evaluate import check_annotated, evaluate
-from tokenexit.files import check_same_record, write_aside
+from tokenexit.files import check_same_record, remove_files, write_aside
 from tokenexit.int8 import is_quantized
 from tokenexit.models.modeling import TokenExitForTokenClassification
 from tokenexit.models.tagger import Tagger
@@ -186,11 +187,9 @@ class ExitTrainer(Trainer):
 
     def _best(self):
         """What a choice among checkpoints, or a rate by scores, hangs on; None without."""
-        args = self.args
-        plateau = args.lr_scheduler_type == "reduce_lr_on_plateau"
-        if not (args.load_best_model_at_end or args.save_strategy == "best" or plateau):
+        args, data = self.args, self.eval_dataset
+        if not _wants_best(vars(args)):
             return None
-        data = self.eval_dataset
         dev = None if data is None else [list(data[name]) for name in ("words", "labels")]
         dev = zlib.crc32(repr(dev).encode())
         return f"{args.metric_for_best_model}, {args.eval_strategy}, {args.eval_steps}, {dev:08x}"
@@ -357,10 +356,10 @@ def training_arguments(
             raise ValueError(f"got the setting {name!r}; expected it as {ours}")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
-    steps = max(1, math.ceil(num_sentences / batch_size))
     if epochs is None:
-        its_steps = math.ceil(steps / max(1, settings.get("gradient_accumulation_steps", 1)))
-        epochs = min(20, max(3, math.ceil(500 / its_steps)))
+        a_step = batch_size * max(1, settings.get("gradient_accumulation_steps", 1))
+        steps = max(1, math.ceil(num_sentences / a_step))
+        epochs = min(20, max(3, math.ceil(500 / steps)))
     if learning_rate is None:
         learning_rate = 5e-5 * (768 / hidden_size) ** 2
     check_run(epochs, seed)
@@ -430,6 +429,13 @@ def check_same_run(folder: str | os.PathLike, record: dict[str, object]):
         logger.warning("%s does not say with which data and settings its run was started", folder)
         return
     check_same_record(folder, before, record)
+
+
+def remove_run(folder: str | os.PathLike):
+    """Remove what a run left in the folder of its checkpoints, and the folder if that was all."""
+    for part in Path(folder).glob("checkpoint-*"):
+        shutil.rmtree(part)
+    remove_files(Path(folder), Path(folder) / _RECORD)
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path | None:
