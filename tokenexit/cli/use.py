@@ -210,12 +210,9 @@ def predict(
                 if lost := _lost(as_text, tagged, others) - told:
                     told |= lost
                     names = ", ".join(sorted(lost))
-                    columns = as_text is _as_conll
-                    why = (
-                        "columns have no place for them"
-                        if columns
-                        else "results have the same names"
-                    )
+                    why = "results have the same names"
+                    if as_text is _as_conll:
+                        why = "columns have no place for them"
                     err.print(f"not handed on, as {why}: {names}")
                 write(as_text(tagged, number, others))
 
