@@ -43,6 +43,7 @@ __all__ = [
     "check_run",
     "check_same_run",
     "last_checkpoint",
+    "remove_run",
     "training_arguments",
     "write_record",
 ]
