@@ -70,15 +70,23 @@ CHANGES = {
     "replaced": lambda model, new: setattr(
         model.encoder.layers[0].down, "weight", torch.nn.Parameter(torch.ones(64, 128))
     ),
-    "trained": lambda model, new: train(model),
+    "trained": lambda model, new: train(model, torch.optim.SGD),
+    "trained by a fused step": lambda model, new: train(model, torch.optim.AdamW, fused=True),
+    "read within a step": lambda model, new: train(
+        model, torch.optim.AdamW, lambda: logits_of(model, FEW), fused=True
+    ),
+    "of a vector": lambda model, new: torch.nn.utils.vector_to_parameters(
+        torch.nn.utils.parameters_to_vector(new.parameters()), model.parameters()
+    ),
 }
 
 
-def train(model):
+def train(model, optimizer, meanwhile=lambda: None, **kwargs):
     loss = model.train()(**random_batch(FEW), labels=torch.zeros(1, *FEW, dtype=int)).loss
     loss.backward()
-    torch.optim.SGD(model.parameters(), 0.1).step()
     model.eval()
+    meanwhile()
+    optimizer(model.parameters(), 0.1, **kwargs).step()
 
 
 @wide

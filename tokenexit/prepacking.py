@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tokenexit.conditions import Reads
 from tokenexit.int8 import is_quantized, layers_of, products
@@ -22,14 +24,34 @@ class _Origin:
     and count their changes anew, do not know."""
 
     def __init__(self, weight: torch.Tensor | None = None):
-        self._weight, self._version = weight, None if weight is None else weight._version
+        self._weight = weight
+        if weight is not None:
+            _count_steps()
+            self._version, self._address = weight._version, weight.data_ptr()
 
     def __reduce__(self):
         return type(self), ()
 
     def still(self, weight: torch.Tensor) -> bool:
         """Whether it is this weight, which has not changed."""
-        return weight is self._weight and weight._version == self._version
+        return (
+            weight is self._weight
+            and weight._version == self._version
+            and weight.data_ptr() == self._address
+        )
+
+
+@cache
+def _count_steps():
+    """Have optimizers' steps counted as changes from now on: fused ones, the Trainer's default, are
+    not by themselves."""
+
+    def count(optimizer, *_):
+        for group in optimizer.param_groups:
+            changed = [x for x in group["params"] if not x.is_inference()]
+            torch.autograd.graph.increment_version(changed)
+
+    register_optimizer_step_post_hook(count)
 
 
 def prepack(model: _Model) -> _Model:
