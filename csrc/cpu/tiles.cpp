@@ -75,9 +75,9 @@ INLINE typename S::Int load(const Word* p) {
 }
 
 // R rows of weights against the first VECS vectors of panels beside each other, and with a Half against
-// the first half of the panel behind them, half of a vector. What is next is asked for into that CACHE:
-// the first-level one (3) or the second (2).
-template <class S, class Dot, int R, int VECS, class Half = void, int CACHE = 3>
+// the first half of the panel behind them, half of a vector. What is next is asked for into the
+// first-level cache, or for a tile that is alone into the second, where more lines can be waited for.
+template <class S, class Dot, int R, int VECS, class Half = void>
 INLINE void tile(const Tile& t) {
   constexpr bool HALF = !std::is_void_v<Half>;
   using H = std::conditional_t<HALF, Half, S>;
@@ -87,7 +87,9 @@ INLINE void tile(const Tile& t) {
   const Word* next = t.next;
   for (int64_t k = 0; k < t.depth; ++k) {
     if (k % 16 == 0) {
-      for (int64_t i = 0; i < t.lines; ++i, next += 16) __builtin_prefetch(next, 0, CACHE);
+      for (int64_t i = 0; i < t.lines; ++i, next += 16) {
+        t.alone ? __builtin_prefetch(next, 0, 2) : __builtin_prefetch(next, 0, 3);
+      }
     }
     typename S::Int x[VECS];
     typename H::Int y;
@@ -139,12 +141,12 @@ INLINE void sum_up(const Tile& t, const Word* later, Eight (*total)[ROWS]) {
     typename S::Int sums[TURNS][AT_ONCE][ROWS] = {};
     const auto add = [&](int64_t k, int turn) __attribute__((always_inline)) {
       typename S::Int x[ROWS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) x[i] = load<S>(t.x + i * t.depth + k);
 #pragma GCC unroll 4
       for (int r = 0; r < AT_ONCE; ++r) {
         const auto part = load<S>(w + r * t.depth + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < ROWS; ++i) Dot::template add<S>(sums[turn][r][i], x[i], part);
       }
     };
@@ -158,7 +160,7 @@ INLINE void sum_up(const Tile& t, const Word* later, Eight (*total)[ROWS]) {
     if (k < whole) add(k, 0);
 #pragma GCC unroll 4
     for (int r = 0; r < AT_ONCE; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
         total[first + r][i] = eight(TURNS > 1 ? sums[0][r][i] + sums[TURNS - 1][r][i] : sums[0][r][i]);
       }
@@ -169,20 +171,20 @@ INLINE void sum_up(const Tile& t, const Word* later, Eight (*total)[ROWS]) {
 // 4 rows of weights against ROWS rows of bytes, which t.x has one after the other. Weights are read as they
 // lie, so that the processor sees what comes next, and what comes later is asked for into the second-level
 // cache, where more lines can be waited for. Where there is work enough to hide what the first-level cache
-// waits for (narrow vectors, or more rows behind these), rows go side by side, unless they are too long.
+// waits for, of narrow vectors, rows go side by side, unless they are too long.
 template <class S, class Dot, int ROWS>
 INLINE void few(const Tile& t) {
   constexpr int64_t LATER = ROWS > 1 ? 2048 : 512, MOST_NEAR = 384;
   constexpr int MOST_AT_ONCE = S::WIDTH < 16 && ROWS > 2 ? 2 : 4;  // as the registers allow
   const int64_t whole = t.depth / S::WIDTH * S::WIDTH;
   Eight total[4][ROWS];
-  const bool busy = S::WIDTH < 16 ? ROWS > 1 : ROWS > 2 && t.lines == 2;
-  if (busy && t.depth <= MOST_NEAR) {
+  constexpr bool BUSY = S::WIDTH < 16 && ROWS > 1;
+  if (BUSY && t.depth <= MOST_NEAR) {
     sum_up<S, Dot, ROWS, MOST_AT_ONCE, 3>(t, t.next, total);
   } else {
     sum_up<S, Dot, ROWS, (ROWS > 3 ? 2 : 1), 2>(t, t.w + LATER, total);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
     const auto both = [](Eight a, Eight b) __attribute__((always_inline)) {
       return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
@@ -235,11 +237,10 @@ template <class Dot, int R, int VECS>
 __attribute__((target("avx512f,avx2,fma"))) void avx512(const Tile& t) {
   tile<Avx512, Dot, R, VECS>(t);
 }
-// Half a panel is half a vector: of instructions that take two of those at once, half the time. By itself
-// it waits for memory, and the first-level cache can't wait for as many lines at once as the second.
+// Half a panel is half a vector: of instructions that take two of those at once, half the time.
 template <class Dot, int R>
 __attribute__((target("avx512f,avx512vl,avx2,fma"))) void half_avx512(const Tile& t) {
-  tile<Avx2, Dot, R, 1, void, 2>(t);
+  tile<Avx2, Dot, R, 1>(t);
 }
 template <class Dot, int R>
 __attribute__((target("avx512f,avx512vl,avx2,fma"))) void and_half_avx512(const Tile& t) {
@@ -352,13 +353,13 @@ void amx(const Tile& t) {
 template <class Dot>
 constexpr Engine avx2_bytes(bool narrow) {
   return {6, {avx2<Dot, 6, 2>}, {avx2<Dot, 6, 1>}, narrow ? 12 : 8,
-          {few_avx2<Dot, 1>, few_avx2<Dot, 2>, few_avx2<Dot, 3>, few_avx2<Dot, 4>}, narrow};
+          {few_avx2<Dot, 1>, few_avx2<Dot, 2>, few_avx2<Dot, 3>, few_avx2<Dot, 4>}, 4, narrow};
 }
 constexpr Engine AVX512_BYTES = {
     12, {avx512<Vnni512, 12, 1>, avx512<Vnni512, 12, 2>},
-    {half_avx512<Vnni512, 12>, and_half_avx512<Vnni512, 12>}, 8,
-    {few_avx512<Vnni512, 1>, few_avx512<Vnni512, 2>, few_avx512<Vnni512, 3>, few_avx512<Vnni512, 4>},
-    false};
+    {half_avx512<Vnni512, 12>, and_half_avx512<Vnni512, 12>}, 6,
+    {few_avx512<Vnni512, 1>, few_avx512<Vnni512, 2>, few_avx512<Vnni512, 3>, few_avx512<Vnni512, 4>,
+     few_avx512<Vnni512, 5>, few_avx512<Vnni512, 6>}, 6, false, 2};
 #endif
 
 Engine best(Kind kind) {
@@ -373,6 +374,7 @@ Engine best(Kind kind) {
       result.tile[1] = amx<Kind::int8, 2>;
       result.half[0] = result.half[1] = nullptr;
       result.most_few = 4;
+      result.ahead = 1;
     }
     result.begin = take_registers;
     result.end = give_registers;
@@ -385,7 +387,7 @@ Engine best(Kind kind) {
   } else {
     if (cpu() >= Cpu::avx512_bf16) {
       return {12, {avx512<Bf16, 12, 1>, avx512<Bf16, 12, 2>},
-              {half_avx512<Bf16, 12>, and_half_avx512<Bf16, 12>}};
+              {half_avx512<Bf16, 12>, and_half_avx512<Bf16, 12>}, 0, {}, 0, false, 2};
     }
     if (cpu() >= Cpu::avx512) return {12, {avx512<Halves, 12, 1>, avx512<Halves, 12, 2>}};
     if (cpu() >= Cpu::avx2) return {4, {avx2<Halves, 4, 2>}};
