@@ -619,6 +619,7 @@ LAYERS = [
     ("no dropout to be done", lambda both: not any([layer.drops() for layer in both[1]])),
     ("one eps in a layer", lambda both: all([layer.has_one_eps() for layer in both[1]])),
     ("as many heads in each layer", lambda both: len({x.num_heads for x in both[1]}) == 1),
+    ("one scale of scores in all layers", lambda both: len({x.scale for x in both[1]}) == 1),
     (
         "even widths of heads and of inner layers in bf16",  # it moves words of two
         lambda both: both[0].dtype != torch.bfloat16 or all(map(_even, both[1])),

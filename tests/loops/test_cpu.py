@@ -224,6 +224,15 @@ def other_heads(model):
     model.encoder.layers[2].num_heads = 2
 
 
+def other_scale(model):
+    model.encoder.layers[2].scale = 0.9
+
+
+def other_scale_of_all(model):
+    for layer in model.encoder.layers:
+        layer.scale = 0.9
+
+
 @pytest.mark.parametrize(
     "change, applies",
     [
@@ -232,6 +241,8 @@ def other_heads(model):
         (other_eps, 0),
         (other_eps_of_a_layer, 1),
         (other_heads, 0),
+        (other_scale, 0),
+        (other_scale_of_all, 1),
     ],
 )
 @torch.no_grad()

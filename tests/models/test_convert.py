@@ -356,6 +356,15 @@ def test_what_only_a_full_computation_has_is_not_kept(family, caplog):
     assert "output_hidden_states is not kept" in caplog.text
 
 
+def test_another_part_that_does_not_fit_makes_no_classifier_new(tmp_path):
+    """One for another task is refused even where something else is to be made anew."""
+    config = random_classifier().config
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    load = tokenexit.TokenExitForTokenClassification.from_pretrained
+    with pytest.raises(ValueError, match="is of a BertForSequenceClassification; expected an enc"):
+        load(tmp_path, type_vocab_size=3, ignore_mismatched_sizes=True)
+
+
 @pytest.mark.parametrize(
     "task", ["SequenceClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM"]
 )

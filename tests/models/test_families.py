@@ -113,6 +113,16 @@ def test_8_bit_layers_without_a_fast_loop(tmp_path):
         assert torch.equal(again(**batch).logits, tagger(**batch).logits)
 
 
+@torch.no_grad()
+def test_the_way_back_of_a_norm_that_is_not_read():
+    unread = {"relative_attention": False, "norm_rel_ebd": "layer_norm"}
+    theirs = random_classifier("deberta-v2", **unread)
+    back, batch = tokenexit.to_hugging_face(tokenexit.convert(theirs)), random_batch([9, 3])
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    real = batch["attention_mask"] != 0
+    assert torch.equal(back(**given).logits[real], theirs(**given).logits[real])
+
+
 @pytest.mark.parametrize("layer_of", [[0, 0, 0], [0, 2, 2, 2], [0, -1, 0, 0], ["0"] * 4], ids=str)
 def test_refuses_an_order_that_cannot_be(layer_of):
     config = tokenexit.convert(random_classifier("albert")).config

@@ -211,6 +211,19 @@ def damage(folder, how):
         ({"model_type": "of the future"}, ValueError, "of the future"),
         ({"exit_policy": {"patience": 3}}, ValueError, "unknown fields"),
         ({"exit_policy": {"threshold": 7}}, ValueError, "7"),
+        ({"embedding_size": 10**9}, ValueError, r"parameters, .*; expected at most"),
+        ({"embedding_size": "x"}, ValueError, "embedding_size is 'x'; expected an int of 1"),
+        ({"id2label": ["O", "B"]}, ValueError, "configuration of .* does not fit: .*'items'"),
+        ({"layer_norm_eps": None}, ValueError, "layer_norm_eps is None; expected a number of 0"),
+        ({"conv_kernel_size": "x"}, ValueError, "conv_kernel_size is 'x'; expected an int of 0"),
+        (
+            {"relative_attention_buckets": -1},
+            ValueError,
+            "relative_attention_buckets is -1; expected an int of 0",
+        ),
+        ({"position_padding_id": 2.5}, ValueError, "position_padding_id is 2.5; expected an int"),
+        ({"layer_of": 3}, ValueError, "layer_of is 3; expected a list, or None"),
+        ({"pos_att_type": 1}, ValueError, "pos_att_type is 1; expected a list, or None"),
     ],
     ids=str,
 )
@@ -712,3 +725,42 @@ def test_what_follows_the_mask_goes_by_name():
     batch = random_batch([4])
     with pytest.raises(TypeError, match="positional"):
         random_tagger()(batch["input_ids"], batch["attention_mask"], batch["word_ids"])
+
+
+def fewer_layers(model):
+    model.encoder.layers = model.encoder.layers[:2]
+
+
+def fewer_heads(model):
+    model.encoder.heads = model.encoder.heads[:2]
+
+
+def one_layer_more(model):
+    model.encoder.layers.append(model.encoder.layers[0])
+
+
+@pytest.mark.parametrize("change", [fewer_layers, fewer_heads, one_layer_more])
+@pytest.mark.parametrize("backend", ["auto", "eager", "reference"])
+@pytest.mark.parametrize("training", [False, True])
+def test_other_layers_than_configured_are_refused(change, backend, training, tmp_path):
+    """By all loops: one that went on would answer with another classifier."""
+    model = random_tagger(dtype=torch.float32).train(training)
+    change(model)
+    model.backend, expected = (
+        backend,
+        r"got \d layers and \d exit heads; expected 4 of each, by config",
+    )
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=expected):
+            model(**random_batch([5, 3]))
+    with pytest.raises(ValueError, match=expected):
+        model.save_pretrained(tmp_path / "tagger")
+    assert not (tmp_path / "tagger").exists()
+
+
+def test_fewer_layers_as_configured():
+    model = random_tagger(dtype=torch.float32).eval()
+    fewer_layers(model)
+    fewer_heads(model)
+    model.config.num_hidden_layers = 2
+    assert model(**random_batch([5, 3])).exit_layers.max() == 2

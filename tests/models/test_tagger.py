@@ -325,6 +325,17 @@ def test_refuses_other_models(tagger, other):
         Tagger(other, tagger.tokenizer)
 
 
+@pytest.mark.parametrize("names", [["O", "B-X"], ["O", *(f"B-{i}" for i in range(9))]])
+def test_refuses_other_labels_than_the_heads_have(names, tagger, tmp_path, monkeypatch):
+    monkeypatch.setattr(tagger.model.config, "id2label", dict(enumerate(names)))
+    expected = rf"exit head 1 has \d outputs; expected {len(names)}, by config.id2label of"
+    with pytest.raises(ValueError, match=expected):
+        tagger.tag([["a"]])
+    with pytest.raises(ValueError, match=expected):
+        tagger.save_pretrained(tmp_path / "tagger")
+    assert not (tmp_path / "tagger").exists()
+
+
 def test_refuses(tagger):
     with pytest.raises(ValueError, match="batch_size is 0"):
         Tagger(tagger.model, tagger.tokenizer, batch_size=0)

@@ -9,7 +9,7 @@ import torch
 from random_models import random_classifier
 
 import tokenexit
-from tokenexit import ExitPolicy
+from tokenexit import Dial, ExitPolicy, Speed
 from tokenexit.models.modeling import TokenExitForTokenClassification
 
 EXITS = ExitPolicy(threshold=0.5)
@@ -138,3 +138,20 @@ def test_heads_that_did_not_fit_are_new(tmp_path):
     assert load(tmp_path).untrained_heads() == []
     other = load(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
     assert other.untrained_heads() == [1, 2, 3, 4]
+
+
+def test_new_heads_have_none_of_what_was_measured(tmp_path):
+    """A promise that was tested, and temperatures, are of the heads of before."""
+    model, load = tokenexit.convert(random_classifier()), TokenExitForTokenClassification
+    speed = Speed(ExitPolicy(threshold=0.9), 2.0, 0.001, 0.01, 2.0)
+    model.dial = Dial((speed,), 0, 0.01, 0.95, 1000, "float32")
+    model.config.temperatures = [1.5] * 4
+    model.save_pretrained(tmp_path)
+    same = load.from_pretrained(tmp_path)
+    assert same.dial == model.dial and same.config.temperatures == [1.5] * 4
+    other = load.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    model.exit_heads = [torch.nn.Linear(32, 5) for _ in range(4)]
+    for each in (other, model):
+        assert each.dial is None and each.config.temperatures is None
+        with pytest.raises(ValueError, match="the tagger has no dial"):
+            each.speed("promised")

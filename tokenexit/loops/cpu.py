@@ -116,7 +116,7 @@ def exit_loop(
         neighbor_heads,
         costs_of(found, first),
         first.num_heads,
-        (h.shape[1] // first.num_heads) ** -0.5,
+        first.scale,
         [layer._modules["output_norm"].eps for layer in layers],
         schedule.window,
         schedule.min_active,

@@ -228,7 +228,7 @@ def exit_loop(
             v,
             cu_q=cu_active,
             cu_k=cu_seen,
-            scale=(h.shape[1] // layer.num_heads) ** -0.5,
+            scale=layer.scale,
             bias=bias,
             positions=positions,
             max_length=packed.shape[1],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -44,6 +46,28 @@ def head_of(config: TokenExitConfig, number: int) -> ExitHead:
     """A new classifier after layer `number`, from 1; the last is as Hugging Face's models have."""
     kind = NeighborHead if number <= config.num_neighbor_heads else ExitHead
     return kind(config.hidden_size, config.num_labels, config.classifier_dropout)
+
+
+def check_depth(layers: Sequence[nn.Module], heads: Sequence[nn.Module], depth: int):
+    """Raise ValueError unless there are so many layers, and a classifier after each."""
+    if not len(layers) == len(heads) == depth:
+        raise ValueError(
+            f"got {len(layers)} layers and {len(heads)} exit heads; expected {depth} of each, by "
+            "config.num_hidden_layers"
+        )
+
+
+def check_parts(model):
+    """Raise ValueError unless a tagger's layers and classifiers are as its configuration says."""
+    config, heads = model.config, model.exit_heads
+    check_depth(model.encoder.layers, heads, config.num_hidden_layers)
+    for number, head in enumerate(heads, 1):
+        expected = config.num_labels * (3 if number <= config.num_neighbor_heads else 1)
+        if (outputs := getattr(head, "out_features", expected)) != expected:
+            raise ValueError(
+                f"exit head {number} has {outputs} outputs; expected {expected}, by "
+                f"config.id2label of {config.num_labels} labels"
+            )
 
 
 def neck_of(config: TokenExitConfig) -> ExitNeck | None:

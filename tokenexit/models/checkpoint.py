@@ -84,7 +84,10 @@ def check_output_folder(folder: str | os.PathLike):
 
 def load_config(name: str | os.PathLike, **kwargs) -> PreTrainedConfig:
     """The configuration at a folder or hub name; errors as in `from_pretrained`."""
-    return load(AutoConfig.from_pretrained, name, **kwargs)
+    try:
+        return load(AutoConfig.from_pretrained, name, **kwargs)
+    except (AttributeError, TypeError) as error:  # of a field that is something else
+        raise ValueError(f"the configuration of {name} does not fit: {error}") from error
 
 
 def load(loader, name, *args, **kwargs):

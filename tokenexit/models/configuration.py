@@ -156,9 +156,11 @@ def check_sizes(config: PreTrainedConfig):
     labels = len(config.id2label or ())
     sizes.update(type_vocab_size=_size(config, "type_vocab_size", 0), num_labels=labels)
     d, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
+    has_width = getattr(config, "embedding_size", None) is not None
+    width = _size(config, "embedding_size", 1) if has_width else d
     rows = sizes["vocab_size"] + sizes["max_position_embeddings"] + sizes["type_vocab_size"]
     layer = 4 * d + 2 * sizes.get("intermediate_size", 0) + labels
-    parameters = d * (rows + layers * layer)
+    parameters = width * rows + d * layers * layer
     if layers > MOST_LAYERS or parameters > MOST_PARAMETERS:
         raise ValueError(
             f"the configuration is of a model with {layers} layers and {parameters:.1e} "
@@ -184,6 +186,16 @@ def check_config(config: TokenExitConfig):
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"config.{name} is {value!r}; expected a number from 0 to 1")
+    for name in ("conv_kernel_size", "relative_attention_buckets"):
+        _size(config, name, 0)
+    if config.position_padding_id is not None:
+        _size(config, "position_padding_id", 0)
+    eps = config.layer_norm_eps
+    if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+        raise ValueError(f"config.layer_norm_eps is {eps!r}; expected a number of 0 or more")
+    for name in ("layer_of", "pos_att_type"):
+        if not isinstance(value := getattr(config, name), (list, tuple, type(None))):
+            raise ValueError(f"config.{name} is {value!r}; expected a list, or None")
     for name in ("int8", "int8_embeddings"):
         if not isinstance(value := getattr(config, name), bool):
             raise ValueError(f"config.{name} is {value!r}; expected true or false")

@@ -70,6 +70,8 @@ def load_tagger(
         heads = range(1, len(model.exit_heads) + 1)
         new = {n for n in heads if f"{_HEAD.format(n - 1)}weight" in other}
         model.mark_untrained(sorted(new.union(model.config.untrained_heads or ())))
+        if other:  # what was measured was of the weights of before
+            model.dial = model.config.temperatures = None
     else:
         check_supported(config)
         new = family_of(config).new_head

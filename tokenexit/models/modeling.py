@@ -25,7 +25,7 @@ from tokenexit.loops import BACKENDS, tell
 from tokenexit.loops.eager import ExitEncoder, padded_logits
 from tokenexit.loops.graphs import Graphs
 from tokenexit.loops.memory import Memory
-from tokenexit.models.assembly import head_of, layers_of, neck_of, other_names
+from tokenexit.models.assembly import check_parts, head_of, layers_of, neck_of, other_names
 from tokenexit.models.configuration import TokenExitConfig, check_config, settings_of
 from tokenexit.models.embeddings import ExitEmbeddings
 from tokenexit.models.loading import load_tagger
@@ -140,6 +140,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
             raise ValueError(f"got exit heads of shapes {shapes}; expected {expected}")
         self.encoder.heads = nn.ModuleList(value)
         self._new_heads = {}
+        self.dial = config.temperatures = None  # they say what the heads of before did
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -205,6 +206,7 @@ class TokenExitForTokenClassification(Steered, PreTrainedModel):
         Files are written aside and then renamed, the weights before the configuration: a
         failure leaves no half-written file.
         """
+        check_parts(self)
         self.config.int8 = is_quantized(self)
         self.config.int8_embeddings = isinstance(self.embeddings.word, Int8Embedding)
         self.config.exit_policy = self.policy.to_dict()

@@ -16,6 +16,7 @@ from tokenexit.int8 import Int8Embedding
 from tokenexit.loops import LOOPS, Call, Loop, cannot, choose
 from tokenexit.loops.eager import Trace, Unmet, explain_nan
 from tokenexit.loops.gpu import fell_back
+from tokenexit.models.assembly import check_depth
 from tokenexit.models.configuration import settings_of
 from tokenexit.models.embeddings import (
     ExitEmbeddings,
@@ -92,6 +93,7 @@ def run(model, rows: Rows, schedule: Schedule, **wants: bool) -> Found:
     """
     ahead = None if any(wants.values()) else _ahead(model, rows, schedule)
     call = call_of(model, schedule, rows, **wants)
+    check_depth(call.layers, call.heads, settings_of(model.config)["num_hidden_layers"])
     loop = choose(model.backend, call)
     try:
         if loop.waits:
@@ -146,7 +148,7 @@ def _constants(model, call) -> list[object]:
     constants = [model.embeddings.norm.eps]
     for layer in call.layers:
         norms = [layer._modules[name].eps for name in ("attention_norm", "output_norm")]
-        constants += [layer.activation, layer.num_heads, *norms]
+        constants += [layer.activation, layer.num_heads, layer.scale, *norms]
     return constants
 
 

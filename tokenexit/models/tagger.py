@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenexit.files import write_folder_aside
 from tokenexit.int8 import is_quantized, quantize
+from tokenexit.models.assembly import check_parts
 from tokenexit.models.batching import MicroBatcher
 from tokenexit.models.card import NAME as CARD
 from tokenexit.models.card import write_card
@@ -377,6 +378,7 @@ class Tagger:
         buffer: int,
     ) -> Iterator[Tagged]:
         done = 0
+        check_parts(self.model)
         scheme = detect_metric(self.model.config.id2label.values())
         depth = self.model.config.num_hidden_layers
         while chunk := list(islice(sentences, buffer)):

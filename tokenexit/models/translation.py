@@ -134,8 +134,10 @@ def copy_weights_back(ours: Mapping[str, torch.Tensor], model: PreTrainedModel):
     Raises:
         ValueError: one that it has is not among them.
     """
-    family = family_of(model.config)
-    theirs = family.parted(model.state_dict())
+    family, weights = family_of(model.config), model.state_dict()
+    if family.prepare is not None:
+        family.prepare(weights, model.config)
+    theirs = family.parted(weights)
     for name, parts in family.names(model.config).items():
         for kind in ("weight", "bias"):
             if (value := ours.get(f"{name}.{kind}")) is not None:
@@ -201,7 +203,8 @@ def check_checkpoint(name: str | os.PathLike, config: PreTrainedConfig, info: di
         info: what loading it as a token classifier told. A new classifier may stand on any encoder.
     """
     expected = token_classifier(config)
-    if "classifier.weight" in info["missing_keys"] or info["mismatched_keys"]:
+    other = {key for key, *_ in info["mismatched_keys"]}  # of which new ones were made
+    if "classifier.weight" in other.union(info["missing_keys"]):
         return
     if lacking := sorted({*info["missing_keys"]} & {*family_of(config).new_head}):
         raise ValueError(
