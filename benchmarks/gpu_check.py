@@ -159,11 +159,15 @@ class Check:
         self.told[name] = f"== {name}: begun, not ended\n"  # if all is ended from without
         (self.out / "summary.txt").write_text(self.summary())
         print(f"== {name}, at most {limit:.0f} s", flush=True)
-        status = getattr(self, f"run_{name}")(limit)
-        how = {0: "ok", None: "CUT OFF"}.get(status, f"FAILED with status {status}")
+        text = ""
+        try:
+            status = getattr(self, f"run_{name}")(limit)
+            how = {0: "ok", None: "CUT OFF"}.get(status, f"FAILED with status {status}")
+            text = self.tell(name).strip()[:characters]
+        except Exception as error:  # the others are to run all the same
+            status, how = 1, f"FAILED by {type(error).__name__}: {error}"[:200]
         if status != 0:
             self.failed.append(name)
-        text = self.tell(name).strip()[:characters]
         self.told[name] = f"== {name}: {how}, {time.monotonic() - start:.0f} s\n{text}\n"
         print(self.told[name], flush=True)
         (self.out / "summary.txt").write_text(self.summary())

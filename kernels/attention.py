@@ -27,6 +27,9 @@ from torch.library import triton_op, wrap_triton
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+MOST_SENTENCES = 2**16 - 1  # the third dimension of a grid
+
+
 @triton.jit
 def _span(cu_ptr, b):
     """First row and number of rows of sentence b."""
@@ -360,6 +363,8 @@ def _call(q, k, v, cu_q, cu_k, scale, bias, positions, dropout_p, seed, max_leng
         num_warps=4, num_stages=2,
     )  # fmt: skip
     grid = (triton.cdiv(longest, block), heads, cu_q.shape[0] - 1)
+    if grid[2] > MOST_SENTENCES:
+        raise ValueError(f"got {grid[2]} sentences; expected at most {MOST_SENTENCES}")
     return shared, named, grid, block, max(16, block // 2)
 
 

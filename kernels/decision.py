@@ -104,7 +104,7 @@ def _uncertainty_kernel(
     tl.store(u_ptr + words, u, mask=asked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _exit_decision_kernel(
     u_ptr, exit_in_ptr, exit_out_ptr, cu_words_ptr, window_ptr, threshold_ptr, min_active_ptr,
     layer, BLOCK_W: tl.constexpr,
@@ -148,7 +148,7 @@ def _hear(
             tl.store(u_ptr + words, u, mask=words >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _exit_step_kernel(
     x_ptr, stats_ptr, norm_weight_ptr, norm_bias_ptr, head_weight_ptr, head_bias_ptr,
     active_ptr, cu_active_ptr, word_at_ptr, h_ptr, logits_ptr, token_layer_ptr, u_ptr, exit_ptr,

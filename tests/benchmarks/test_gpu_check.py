@@ -28,16 +28,20 @@ def test_a_stage_that_fails_or_hangs_keeps_none_from_running(check, monkeypatch)
     """What a stage began ends with it."""
     forks = "sleep 600 & echo $! $$; wait"
     long = "i=0; while [ $i -lt 5000 ]; do printf a; i=$((i+1)); done"
-    plan = {"env": (long, 60), "build": ("exit 3", 60), "smoke": (forks, 3)}
+    plan = {"env": (long, 60), "build": ("exit 3", 60), "smoke": (forks, 3), "speed": ("true", 60)}
     monkeypatch.setattr(gpu_check, "LEAST", 0)
     for name, (text, limit) in plan.items():
         run = partial(check.run, name, ["sh", "-c", text], limit)
         monkeypatch.setattr(check, f"run_{name}", lambda _, run=run: run())
-        check.stage(name)
+        if name != "speed":
+            check.stage(name)
+    monkeypatch.delattr(gpu_check.Check, "run_sanitize")  # as one that raises
+    check.stages("sanitize+speed")
     monkeypatch.setattr(gpu_check, "LEAST", 1000)
     check.stage("tests")
-    assert check.failed == ["build", "smoke", "tests"]
+    assert check.failed == ["build", "smoke", "sanitize", "tests"]
     summary = check.summary()
+    assert "== sanitize: FAILED by AttributeError" in summary and "== speed: ok" in summary
     assert "== env: ok" in summary and "== build: FAILED with status 3" in summary
     assert "== smoke: CUT OFF" in summary and "== tests: not run, the budget is spent" in summary
     assert (check.out / "summary.txt").exists() and summary.count("a") < 1000

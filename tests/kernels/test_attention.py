@@ -267,3 +267,12 @@ def test_same_bits_each_time():
     first = batch.ours(0.1, 5)
     for _ in range(20):
         assert all(map(torch.equal, batch.ours(0.1, 5), first))
+
+
+def test_more_sentences_than_a_grid_has(device):
+    cu, x = (
+        torch.zeros(2**16 + 1, dtype=torch.int64, device=device),
+        torch.zeros(1, 1, 16, device=device),
+    )
+    with pytest.raises(ValueError, match="got 65536 sentences; expected at most 65535"):
+        exit_attention(x, x, x, cu, cu, 1.0)

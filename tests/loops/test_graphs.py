@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import threading
+import time
 import warnings
 
 import pytest
@@ -20,6 +22,13 @@ def test_buckets():
     for size in range(1, 3000):
         assert size <= graphs.bucket(size) <= max(16, 1.25 * size + 16)
         assert graphs.bucket(graphs.bucket(size)) == graphs.bucket(size)
+
+
+def test_no_bucket_has_more_sentences_than_the_loop_takes():
+    most = gpu.MOST_SENTENCES
+    for sentences, expected in ((most - 1, most), (most, most), (most + 1, most + 1)):
+        mask = torch.ones(sentences, 1)
+        assert graphs._size({"attention_mask": mask})[0] == expected
 
 
 def test_few_sentences_have_buckets_of_their_own(recorded):
@@ -225,12 +234,30 @@ def test_where_recording_fails_all_is_run_directly_and_told_once(recorded, monke
     monkeypatch.setattr(graphs, "record", fails)
     module, recorder = Sums(), graphs.Graphs()
     with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted") as told:
-        for sentences in (3, 3, 9):
+        for sentences in (3, 3, 3, 3, 3, 9):
             rows, schedule = rows_of(sentences), schedule_of(sentences=sentences)
             got = recorder(module, rows, schedule, held(module))
             assert all(map(torch.equal, got, module(rows, schedule)))
-    assert len(recorded) == 2  # not tried again for the same key
-    assert len(told) == 1 and gpu.FALLBACKS == {"not recorded": 2}
+    assert len(recorded) == 3 + 1  # of a key no more
+    assert len(told) == 1 and gpu.FALLBACKS == {"not recorded": 4}
+
+
+@torch.no_grad()
+def test_a_recording_that_failed_once_is_made_the_next_time(recorded, monkeypatch):
+    """As where another thread's wait for the device forbade it."""
+    record, recorder = graphs.record, graphs.Graphs()
+    recorded.module = module = Sums()
+
+    def fails(run, pool=None):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for way in (fails, record, fails):
+        monkeypatch.setattr(graphs, "record", way)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = recorder(module, rows_of(), schedule_of(), held(module))
+        assert all(map(torch.equal, got, module(rows_of(), schedule_of())))
+    assert len(recorded) == 1 and gpu.FALLBACKS == {"not recorded": 1}
 
 
 @torch.no_grad()
@@ -258,33 +285,87 @@ def test_where_memory_is_short_all_graphs_are_forgotten(recorded, monkeypatch):
             warnings.simplefilter("ignore")
             got = recorder(module, rows, schedule, held(module))
         assert all(map(torch.equal, got, module(rows, schedule)))
-    assert recorded == [1, 2] and gpu.FALLBACKS == {"not recorded": 1}  # pools
+    assert recorded == [1, 2, 2] and gpu.FALLBACKS == {"not recorded": 1}  # pools
 
 
-def test_a_failed_recording_leaves_the_stream_as_it_was(monkeypatch):
-    """torch.cuda.graph does not, where its end raises."""
+class Cuda:
+    """Of torch.cuda what recordings ask for: streams, and captures, of which one at a time may be,
+    and one that fails leaves the stream and the pool as they are."""
 
-    before = Stream()
-    streams = [before]
+    def __init__(self, monkeypatch):
+        self.streams, self.open, self.recorded, self.fails = [Stream()], [], [], False
+        for name, value in {
+            "Stream": lambda device: Stream(),
+            "current_device": lambda: 0,
+            "current_stream": lambda: self.streams[0],
+            "set_stream": lambda new: self.streams.__setitem__(0, new),
+            "stream": self.stream,
+            "CUDAGraph": lambda: None,
+            "graph": self.graph,
+            "graph_pool_handle": lambda: f"pool {len(self.recorded)}",
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        end = lambda device, pool: self.open.remove(pool)  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+        graphs._stream_beside.cache_clear()
 
     @contextlib.contextmanager
-    def stream(new):
-        old, streams[0] = streams[0], new
+    def stream(self, new):
+        old, self.streams[0] = self.streams[0], new
         yield
-        streams[0] = old
+        self.streams[0] = old
 
     @contextlib.contextmanager
-    def graph(_, pool, capture_error_mode):
-        streams[0] = Stream()
+    def graph(self, _, pool, stream, capture_error_mode):
+        if self.open:
+            raise RuntimeError(f"already recording to {self.open}")
+        self.open.append(pool)
+        self.recorded.append((pool, stream))
+        self.streams[0] = stream
         yield
-        raise RuntimeError("the capture was invalidated")
+        if self.fails:
+            raise RuntimeError("the capture was invalidated")
+        self.open.remove(pool)
 
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda new: streams.__setitem__(0, new))
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+@pytest.fixture
+def cuda(monkeypatch):
+    yield Cuda(monkeypatch)
+    graphs._stream_beside.cache_clear()
+
+
+def test_a_failed_recording_leaves_the_stream_and_the_pool_as_they_were(cuda):
+    """torch.cuda.graph does not, where its end raises: no graph could be recorded any more."""
+    before, cuda.fails = cuda.streams[0], True
     with pytest.raises(RuntimeError, match="invalidated"):
         graphs.record(lambda: None)
-    assert streams == [before]
+    assert cuda.streams == [before] and not cuda.open
+    cuda.fails = False
+    graphs.record(lambda: None, cuda.recorded[0][0])
+    assert cuda.streams == [before] and len(cuda.recorded) == 2
+
+
+def test_graphs_of_a_device_are_recorded_on_one_stream(cuda):
+    for _ in range(2):
+        graphs.record(lambda: None)
+    (_, first), (_, second) = cuda.recorded
+    assert first is second and first not in cuda.streams
+
+
+def test_one_graph_is_recorded_at_a_time(cuda):
+    """Of two models by two threads; a second capture would be refused."""
+    met, errors = threading.Barrier(2), []
+
+    def work():
+        met.wait()
+        try:
+            graphs.record(lambda: time.sleep(0.05))  # while the other is at the door
+        except RuntimeError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(cuda.recorded) == 2

@@ -3,6 +3,7 @@
 The eager loop stands in for the GPU's, which Triton's interpreter would take long for.
 """
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -192,3 +193,22 @@ def test_a_model_that_is_moved_forgets_its_graphs(tagger, steps):
     tagger.float()
     assert not steps.recorded.alive
     check(tagger, steps, FIRST)
+
+
+@torch.no_grad()
+def test_kernels_are_launched_on_the_device_of_the_model(tagger, steps, monkeypatch):
+    """Triton asks for the current one; and a call can't be part of another graph."""
+    entered = []
+
+    @contextlib.contextmanager
+    def device(of):
+        entered.append(of)
+        yield
+
+    expected = tagger(**BATCH).logits
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(pipeline, "_is_on_gpu", lambda model: True)
+    assert torch.equal(tagger(**BATCH).logits, expected) and entered[0] == tagger.device
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match="a call within a CUDA graph that is being recorded"):
+        tagger(**BATCH)

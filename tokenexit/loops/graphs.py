@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from tokenexit.loops.gpu import fell_back
+from tokenexit.loops.gpu import MOST_SENTENCES, fell_back
 from tokenexit.ops import float32_precision
 from tokenexit.schedule import Schedule
 
-MOST_GRAPHS = 64
+MOST_GRAPHS, MOST_TRIES = 64, 3
+# One at a time in a process: each waits for the device, which a recording beside it forbids.
+_RECORDING = threading.Lock()
 
 
 def bucket(size: int, least: int = 16) -> int:
@@ -21,26 +26,40 @@ def bucket(size: int, least: int = 16) -> int:
     return -(-size // step) * step
 
 
+@cache
+def _stream_beside(device: int) -> torch.cuda.Stream:
+    """On which all graphs of a device are recorded: those that share memory want the same."""
+    return torch.cuda.Stream(device)
+
+
 def record(run: Callable, pool=None) -> tuple[torch.cuda.CUDAGraph, object]:
     """A CUDA graph of `run()`, and its results, which each replay computes anew.
 
-    A replay reads what run read, where it lay: that has to be kept as long as the graph is.
+    It is of the current device. A replay reads what run read, where it lay: that has to be kept as
+    long as the graph is.
 
     Args:
         pool: of another graph, whose memory it shares; None: one of its own.
     """
-    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        run()  # compiles the kernels
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
+    device, current = torch.cuda.current_device(), torch.cuda.current_stream()
+    stream, pool = _stream_beside(device), pool or torch.cuda.graph_pool_handle()
+    with _RECORDING:
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            run()  # compiles the kernels
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            results = run()
-    finally:
-        torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own where recording fails
+        how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        try:
+            with torch.cuda.graph(graph, **how):
+                results = run()
+        except BaseException:
+            with suppress(RuntimeError):  # which a recording that fails may leave open for ever
+                torch._C._cuda_endAllocateToPool(device, pool)
+            raise
+        finally:
+            torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own where recording fails
     return graph, results
 
 
@@ -99,9 +118,9 @@ class Graphs:
     A graph belongs to B and N, each rounded up, to which rows there are, and to options of the
     policy: of others, a new one is recorded, and the oldest of 64 forgotten. All belong to the
     addresses of all weights and to constants: where one has changed, they are recorded anew. Where
-    recording fails, or within another graph or torch.compile, all is run directly. Buffers are
-    shared by calls, so those on another stream wait for those before. Copies and pickles start
-    without graphs.
+    recording fails, which is tried three times, or within torch.compile, all is run directly.
+    Buffers are shared by calls, so those on another stream wait for those before. Copies and
+    pickles start without graphs.
 
     To look over a model takes the host as long as a sentence takes the GPU. So a caller may have a
     graph replayed `ahead`, and look whether it still is the model's while the GPU is at it. What
@@ -109,7 +128,7 @@ class Graphs:
     """
 
     def __init__(self):
-        self._graphs, self._lock = {}, threading.Lock()
+        self._graphs, self._lock, self._failed = {}, threading.Lock(), Counter()
         self._weights, self._addresses, self._stream = [], [], None
 
     def __reduce__(self):
@@ -169,15 +188,18 @@ class Graphs:
             if ahead is not None and self._graphs.get(key) is ahead[0]:
                 return ahead[1]
             self._take_turns()
-            if key not in self._graphs:
+            if self._graphs.get(key) is None and self._failed[key] < MOST_TRIES:
                 if len(self._graphs) >= MOST_GRAPHS:
                     del self._graphs[next(iter(self._graphs))]
-                self._graphs[key] = self._record(run, rows, schedule)
-            recorded = self._graphs[key]
+                recorded = self._record(run, rows, schedule)
+                self._failed[key] += recorded is None
+                self._graphs[key] = recorded
+            recorded = self._graphs.get(key)
             return run(rows, schedule) if recorded is None else recorded.replay(rows, schedule)
 
     def _forget(self):
         self._graphs.clear()
+        self._failed.clear()
         self._weights, self._addresses = [], []
 
     def _take_turns(self):
@@ -208,7 +230,8 @@ def _is_traced():
 def _size(rows):
     b, n = rows["attention_mask"].shape
     # Of few sentences not the double, which a lone one would wait for.
-    return bucket(b, 8) if b > 8 else 1 << (b - 1).bit_length(), bucket(n)
+    sentences = bucket(b, 8) if b > 8 else 1 << (b - 1).bit_length()
+    return max(b, min(sentences, MOST_SENTENCES)), bucket(n)
 
 
 def _key(rows, schedule):

@@ -89,8 +89,25 @@ def run(model, rows: Rows, schedule: Schedule, **wants: bool) -> Found:
         wants: see `tokenexit.loops.Call`.
 
     Raises:
-        ValueError: rows that are not sound; NaN in logits, but in training.
+        ValueError: rows that are not sound; NaN in logits, but in training; a CUDA graph of the
+            caller's is being recorded.
     """
+    if torch.compiler.is_compiling() or not _is_on_gpu(model):
+        return _run(model, rows, schedule, wants)
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "got a call within a CUDA graph that is being recorded; expected one outside, as it "
+            "waits for the GPU (the model records graphs of its own)"
+        )
+    with torch.cuda.device(model.device):  # where kernels are launched
+        return _run(model, rows, schedule, wants)
+
+
+def _is_on_gpu(model):
+    return model.embeddings.norm.weight.is_cuda
+
+
+def _run(model, rows, schedule, wants) -> Found:
     ahead = None if any(wants.values()) else _ahead(model, rows, schedule)
     call = call_of(model, schedule, rows, **wants)
     check_depth(call.layers, call.heads, settings_of(model.config)["num_hidden_layers"])
@@ -170,7 +187,8 @@ def tag(model, rows: Rows, call: Call, loop: Loop) -> Found:
         raise _explain(model, rows)
     if positions is None:
         positions = positions_of(config, packed, ids)
-    words = None if rows.inputs_embeds is None else packed.pack(rows.inputs_embeds)
+    words = rows.inputs_embeds
+    words = None if words is None else packed.pack(words).to(model.embeddings.norm.weight.dtype)
     h = loop.embed(call, model.embeddings, packed, ids, positions, types, words)
     bias = None
     if model.relative_bias is not None:
