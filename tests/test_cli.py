@@ -53,13 +53,14 @@ def test_the_table_of_speeds_fits_a_terminal():
         for policy, speed in ((ExitPolicy.never(), 1.0), (ExitPolicy(window=2, threshold=0.35), 3))
     ]
     dial = Dial(tuple(speeds), 0, 0.01, 0.9, 500, per_type=tuple(types))
-    columns = {"beside\ntransformers": ["1.50x", "4.50x"], "F1": ["0.8030", "0.7972"]}
+    columns = {"beside\ntrans-\nformers": ["1.50x", "4.50x"], "F1": ["0.8030", "0.7972"]}
     terminal = options.Console(width=80, file=io.StringIO())
     terminal.print(options.dial_table(dial, columns))
     text = terminal.file.getvalue()
     assert "…" not in text and all(len(line) <= 80 for line in text.splitlines())
     full, bold = (next(x for x in text.splitlines() if y in x) for y in ("1.50x", "4.50x"))
     assert full.rstrip().endswith("0.8030   ✓") and bold.rstrip().endswith("0.7972")
+    assert re.search(r"threshold 0.35\b", text)  # in one piece
     assert "other labels of     LOC    MISC     ORG     PER" in text
     assert "          3.00x   1.00%   1.00%   1.00%   1.00%" in text
     terminal.print(options.dial_table(replace(dial, promised=None)))
@@ -171,7 +172,14 @@ def test_train_calibrate_evaluate(trained, folder, capsys):
         "--report", report,
     )  # fmt: skip
     assert code == 0, err
-    assert "verified with real exits" in out and "chosen" in out
+    points = json.loads((report / "calibration.json").read_text())["verified"]
+    shown, count = re.search(r"verified with real exits: (\d+) of (\d+)", out).groups()
+    assert int(count) == len(points) and out.count("token, window") + out.count(
+        "sentence,"
+    ) <= 1 + int(shown)
+    pairs = {(x["speedup"], x["score"]) for x in points}
+    ahead = [a for a in pairs if not any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in pairs)]
+    assert len(ahead) <= int(shown) < len(points) and "chosen" in out
     chosen = json.loads((report / "calibration.json").read_text())["chosen"]
     assert (report / "calibration.png").stat().st_size > 10_000
     tagger = Tagger.from_pretrained(trained)
@@ -230,7 +238,7 @@ def test_decoding(trained, folder, capsys, tmp_path):
     assert labels["constrained"][1][0] in ("B-LOC", "B-PER", "O") and counts["argmax"] == 32
 
 
-def test_predict_keeps_order_in_every_format(trained, folder, capsys, tmp_path):
+def test_predict_keeps_order_in_every_format(trained, folder, capsys, tmp_path, monkeypatch):
     text = tmp_path / "in.txt"
     text.write_text("john smith lives in paris\n\nnew york\n")
     code, out, err = call(capsys, "predict", trained, text)
@@ -250,6 +258,19 @@ def test_predict_keeps_order_in_every_format(trained, folder, capsys, tmp_path):
     assert [line.split()[:1] for line in got] == [line.split()[:1] for line in gold]
     agree = sum(a.split() == b.split() for a, b in zip(got, gold, strict=True))
     assert agree > 0.9 * len(gold)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, "predict", trained, folder / "test.conll", *conll, "-o", "-")
+    assert code == 0 and out == target.read_text() and not (tmp_path / "-").exists()
+
+
+def test_evaluate_in_a_narrow_terminal(trained, folder, capsys, monkeypatch):
+    """Whole numbers, of four digits as everywhere."""
+    terminal = options.Console(width=40, file=io.StringIO())
+    monkeypatch.setattr("tokenexit.cli.use.out", terminal)
+    code, _, err = call(capsys, "evaluate", trained, "-d", folder / "test.conll")
+    text = terminal.file.getvalue()
+    assert code == 0 and "…" not in text and not re.search(r"\d\.\d{5}", text), err
+    assert "entity_f1" in text and '"' not in text
 
 
 @pytest.fixture(scope="module")
@@ -1079,6 +1100,16 @@ def test_where_and_which_are_handed_on(trained, folder, capsys, monkeypatch, com
         (["calibrate", "{exits}", "-d", "none", "--metric", "f1"], "metric is 'f1'"),
         (["calibrate", "{exits}", "-d", "none", "--report", "{exits}/a"], "a is a file"),
         (["calibrate", "{exits}", "-d", "{folder}/outside.conll"], "no entity"),
+        (["calibrate", "{exits}", "-d", "{folder}/cars.conll", "--max-loss", "0.1"],
+         "the data has the labels .*B-CAR.*, of which the tagger knows none; expected some of"),
+        (["calibrate", "{exits}", "-d", "{folder}/dev.conll", "--confidence", "0.8"],
+         "got --confidence without --max-disagreement"),
+        (["calibrate", "{exits}", "-d", "{folder}/dev.conll", "--max-loss", "0.1", "--original",
+          "{folder}/encoder"], "the original's classifier, after layer 4, was never trained"),
+        (["predict", "{folder}/bare"], "bare has no tokenizer that can be loaded; expected its"),
+        (["predict", "{folder}/bare-hf"], "of special tokens only; expected one with its vocab"),
+        (["evaluate", "{folder}/bare-hf", "-d", "{folder}/dev.conll"], "of special tokens only"),
+        (["info", "{folder}/gpt/.."], "holds no model, as it has no config.json"),
         (["predict", "{folder}/encoder"], "has no classifier yet.*at layer 4 were"),
         (["evaluate", "{folder}/encoder", "-d", "{folder}/dev.conll"], "has no classifier yet"),
         (["self-sample", "-m", "{folder}/hf", "-d", "{folder}/dev.conll", "-o", "{folder}/y"],
@@ -1113,6 +1144,10 @@ def test_errors_are_one_line(trained, folder, capsys, arguments, message):
     (folder / "cars.conll").write_text("red B-CAR\n")
     (folder / "outside.conll").write_text("red O\n")
     (folder / "bare.conll").write_text("red\n")
+    for name, model in (("bare", trained), ("bare-hf", folder / "hf")):  # without the tokenizer
+        (folder / name).mkdir(exist_ok=True)
+        for file in ("config.json", "model.safetensors"):
+            shutil.copy(model / file, folder / name)
     filled = [a.format(folder=folder, exits=trained) for a in arguments]
     before = contents(folder)
     code, out, err = call(capsys, *filled)

@@ -259,6 +259,12 @@ def calibrate(
             "expected sentences with entities, or the metric accuracy"
         )
     _check_trained(tagger)
+    known, found = tagger.model.config.id2label.values(), {x for row in data["labels"] for x in row}
+    if not found.intersection(known):
+        raise ValueError(
+            f"the data has the labels {shown(sorted(found, key=str))}, of which the tagger knows "
+            f"none; expected some of {shown([*known])}"
+        )
     policies = _to_try(policies, partial(policy_grid, criteria=CRITERIA))
 
     sweep = Sweep(tagger, data, metric)
@@ -518,7 +524,12 @@ def make_dial(
 
 
 def _whole(tagger: Tagger, sentences: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Labels at full depth."""
+    """Labels at full depth, of an original that has to know them."""
+    if heads := tagger.model.untrained_heads(ExitPolicy.never()):
+        raise ValueError(
+            f"the original's classifier, after layer {heads[-1]}, was never trained; expected the "
+            "tagger that this one was made from"
+        )
     return tag_windows(tagger, tagger.windows(sentences), ExitPolicy.never()).labels
 
 

@@ -159,7 +159,10 @@ class ExitPolicy:
                 )
             values = list(self.threshold)
         else:
-            values = [min(1.0, self.threshold * self.growth**i) for i in range(num_layers)]
+            most = math.inf if self.growth == 1 else 700 / math.log(self.growth)  # or it overflows
+            values = [
+                min(1.0, self.threshold * self.growth ** min(i, most)) for i in range(num_layers)
+            ]
             if self.schedule == "doubling":
                 late = min(2 * self.threshold, 0.5)
                 values = [v if 2 * i <= num_layers else late for i, v in enumerate(values, 1)]

@@ -274,9 +274,9 @@ def test_tables_average_over_seeds():
 
 
 def test_a_summary_has_what_development_data_choose_seed_by_seed():
-    def row(run, kind, target, dev, test, layers=4):
+    def row(run, kind, target, dev, test, layers=4, teacher=None):
         return {"data": "a", "run": run, "kind": kind, "target": target, "dev": dev, "test": test,
-                "test_layers": None if target else [0.0] * layers}  # fmt: skip
+                "teacher": teacher, "test_layers": None if target else [0.0] * layers}  # fmt: skip
 
     rows = [row(f"a-{x}", "full depth", None, 0, 0.5) for x in ("joint-1", "joint-2", "longer-1")]
     rows += [
@@ -286,7 +286,8 @@ def test_a_summary_has_what_development_data_choose_seed_by_seed():
         row("a-joint-1", "token, no window", 2.0, 0.9, 0.9),  # of no group
         row("a-joint-2", "token", 2.0, 0.6, 0.25),
         row("a-longer-1", "token", 2.0, 0.9, 0.9),  # of another training
-        row("a-two-1", "full depth", None, 0, 0.375, layers=2),
+        row("a-two-1", "full depth", None, 0, 0.375, layers=2, teacher="a-last-1"),
+        row("a-two-labels-1", "full depth", None, 0, 0.25, layers=2),
         row("a-all-hear-1", "full depth", None, 0, 0.625),
         row("a-all-hear-1", "token", 2.0, 0.6, 0.5625),
     ]
@@ -298,6 +299,7 @@ def test_a_summary_has_what_development_data_choose_seed_by_seed():
         "| a | words |  | 37.50 ± 17.68 |",
         "| a | words, one threshold |  | 25.00 ± 0.00 |",
         "| a | fewer layers, distilled |  | 37.50 |",
+        "| a | fewer layers, by labels |  | 25.00 |",
     ]
 
 

@@ -415,6 +415,8 @@ def test_embeddings_in_place_of_ids(family, backend):
     got = tagger(**batch, word_ids=words, policy=policy)
     assert torch.equal(got.logits, by_ids.logits)
     assert torch.equal(got.exit_layers, by_ids.exit_layers)
+    double = tagger(**{**batch, "inputs_embeds": embeds.double()}, word_ids=words, policy=policy)
+    assert torch.equal(double.logits, by_ids.logits) and double.logits.dtype == tagger.dtype
     each = tagger(**batch, policy=policy)
     tagger.token_kinds.fill_(2)  # which says nothing of embeddings
     assert torch.equal(tagger(**batch, policy=policy).exit_layers, each.exit_layers)

@@ -252,6 +252,7 @@ def check_heads(model, name: str, policy: ExitPolicy | None = None):
         )
 
 
+_OF_POLICY = 16  # at least: "threshold 0.0065"
 _TYPES_BESIDE = 6  # with names of ten letters in 80 columns
 
 
@@ -271,7 +272,8 @@ def dial_table(dial, columns: Mapping[str, list[str]] = MappingProxyType({})) ->
     texts["other\nlabels"] = [f"{one.disagreement:.2%}" for one in speeds]
     texts[f"with {percent(dial.confidence, 0)}\nbelow"] = [f"{one.bound:.2%}" for one in speeds]
     texts |= {**columns, "": ["\u2713" if i < within else "" for i in range(len(speeds))]}
-    table = Table(TableColumn("policy", overflow="fold"), box=SIMPLE_HEAD, pad_edge=False)
+    policy = TableColumn("policy", overflow="fold", min_width=_OF_POLICY)
+    table = Table(policy, box=SIMPLE_HEAD, pad_edge=False)
     for name in texts:
         table.add_column(name, justify="right", no_wrap=True)
     for policy, *cells in zip((one.policy for one in speeds), *texts.values(), strict=True):

@@ -82,7 +82,7 @@ def train(
     be_quiet()
     from transformers import set_seed
 
-    from tokenexit.models.checkpoint import load_config
+    from tokenexit.models.loading import check_encoder
     from tokenexit.text.data import label_names
     from tokenexit.text.encoding import load_tokenizer
     from tokenexit.training.start import load_to_train
@@ -101,7 +101,7 @@ def train(
     )
     heads = hearing(neighbor_heads)
     check_model_name(model)
-    load_config(model)  # told before the data is read, if there is none
+    check_encoder(model)  # told before the data is read
     train_data = read_data(data, column, format)
     dev_data = dev and read_data(dev, column, format)
     tokenizer = load_tokenizer(model)
@@ -278,7 +278,7 @@ def calibrate(
             "text without labels does."
         ),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.9,
+    confidence: Annotated[float | None, typer.Option(help="Of the promise. Default: 0.9.")] = None,
     per_layer: PerLayer = False,
     per_type: PerType = None,
     original: Annotated[
@@ -327,6 +327,7 @@ def calibrate(
     from tokenexit.promise import check_share
     from tokenexit.temperature import fit_temperatures
     from tokenexit.text.scoring import check_metric
+    from tokenexit.training.adapt import check_wanted
 
     if json_output:
         need_stdout()
@@ -338,7 +339,9 @@ def calibrate(
         if column is not None:
             raise ValueError("got --column with --max-disagreement, which reads no labels")
         check_share("--max-disagreement", max_disagreement)
-        check_share("--confidence", confidence)
+    check_wanted("--confidence", confidence is not None, "--max-disagreement", promised)
+    confidence = 0.9 if confidence is None else confidence
+    check_share("--confidence", confidence)
     check_tagger_folder(model)
     for folder in filter(None, (model, report)):
         with write_folder_aside(folder):  # told now, if it can't be
@@ -403,11 +406,17 @@ def calibrate(
 
 
 def _verified(result) -> Table:
-    table = Table("policy", result.metric, "speed-up", "", title="verified with real exits")
+    """What was run with real exits: those that no other beats in both, and the one chosen."""
+    from tokenexit.calibrate import pareto_front
+
+    ahead = pareto_front(result.verified)
+    points = [x for x in result.verified if x in ahead or x.policy == result.chosen.policy]
+    title = f"verified with real exits: {len(points)} of {len(result.verified)}, those ahead"
+    table = Table("policy", result.metric, "speed-up", "", title=title)
     if result.original is not None:
         table.add_row("the original", f"{result.original:.4f}", "", "")
     table.add_row("full depth", f"{result.full_depth.score:.4f}", "1.00", "")
-    for point in result.verified:
+    for point in points:
         mark = "chosen" if point.policy == result.chosen.policy else ""
         table.add_row(str(point.policy), f"{point.score:.4f}", f"{point.speedup:.2f}", mark)
     return table
@@ -471,7 +480,8 @@ def adapt(
     `tokenexit predict tagger news.txt --speed 2.5`
     """
     from tokenexit.files import disk_errors
-    from tokenexit.models.checkpoint import check_output_folder, load_config
+    from tokenexit.models.checkpoint import check_output_folder
+    from tokenexit.models.loading import check_encoder
     from tokenexit.promise import check_share
     from tokenexit.text.encoding import load_tokenizer
     from tokenexit.text.scoring import check_metric
@@ -503,7 +513,7 @@ def adapt(
             )
         _checkpoint(checkpoints, resume)
     check_model_name(model)
-    load_config(model)  # told before the texts are read, if there is none
+    check_encoder(model)  # told before the texts are read
     tokenizer = load_tokenizer(model)
     sentences = read_texts(texts, format)
     annotated = data and read_data(data, column, None)
@@ -545,9 +555,9 @@ def adapt(
     columns, dial = {}, result.calibration.dial
     if result.original_wall is not None:
         walls = [one.wall_speedup * result.original_wall for one in dial.speeds]
-        columns["beside\ntransformers"] = [f"{wall:.2f}x" for wall in walls]
+        columns["beside\ntrans-\nformers"] = [f"{wall:.2f}x" for wall in walls]
     if result.scores is not None:
-        columns[result.metric] = [f"{score:.4f}" for score in result.scores]
+        columns[result.metric.replace("_", "\n")] = [f"{score:.4f}" for score in result.scores]
     out.print(dial_table(dial, columns))
     out.print(f"wrote {output}: {result.tagger.model.policy}", soft_wrap=True)
 

@@ -8,7 +8,7 @@ import re
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -101,8 +101,9 @@ def evaluate(
     table = Table("", "", show_header=False)
     table.add_row("policy", str(policy))
     for name, value in result.scores.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else json.dumps(value)
-        table.add_row(name, shown)
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{kind} {_rounded(one)}" for kind, one in value.items())
+        table.add_row(name, _rounded(value))
     table.add_row("labels that cannot stand", str(result.broken_labels))
     table.add_row("mean exit layer", f"{result.mean_exit_layer:.2f}")
     table.add_row("words leaving at layer 1, 2, ...", " ".join(map(str, result.exits_per_layer)))
@@ -113,11 +114,15 @@ def evaluate(
     out.print(table)
 
 
+def _rounded(value):
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def predict(
     model: Model,
     input: Annotated[str, typer.Argument(help="File to tag; - for standard input.")] = "-",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File. Default: standard output.")
+        Path | None, typer.Option("--output", "-o", help="File. Default, and -: standard output.")
     ] = None,
     format: Annotated[
         str | None,
@@ -180,6 +185,7 @@ def predict(
         raise ValueError(f"--output-format is {output_format!r}; expected jsonl or conll")
     if spans and output_format != "jsonl":
         raise ValueError(f"--spans excludes --output-format {output_format}; expected jsonl")
+    output = None if output == Path("-") else output
     if resume and output is None:
         raise ValueError("got --resume without --output; expected both or neither")
     if output is not None and output.is_file() and Path(input).expanduser().exists():

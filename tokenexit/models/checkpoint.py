@@ -84,6 +84,8 @@ def check_output_folder(folder: str | os.PathLike):
 
 def load_config(name: str | os.PathLike, **kwargs) -> PreTrainedConfig:
     """The configuration at a folder or hub name; errors as in `from_pretrained`."""
+    if Path(name).is_dir() and not kwargs.get("subfolder") and saved_kind(name) is None:
+        raise FileNotFoundError(f"{name} holds no model, as it has no config.json")
     try:
         return load(AutoConfig.from_pretrained, name, **kwargs)
     except (AttributeError, TypeError) as error:  # of a field that is something else

@@ -33,6 +33,16 @@ from tokenexit.text.vocabulary import marks_of, token_kinds
 _HEAD = "encoder.heads.{}."
 
 
+def check_encoder(name: str | os.PathLike):
+    """Raise ValueError unless there is a tagger, or a model of which one is made.
+
+    To be asked before its tokenizer is loaded: what that would raise says nothing of the model.
+    """
+    config = load_config(name)
+    if config.model_type != TokenExitConfig.model_type:
+        check_supported(config)
+
+
 def load_tagger(
     cls: type,
     load_saved: Callable,

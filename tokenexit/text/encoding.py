@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -161,8 +162,18 @@ def load_tokenizer(name: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase
 
     Args:
         kwargs: of `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: a folder without a tokenizer.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    except ValueError as error:
+        if not Path(name).is_dir():
+            raise
+        raise ValueError(
+            f"{name} has no tokenizer that can be loaded; expected its files beside the model's"
+        ) from error
     if not getattr(tokenizer, "is_fast", False) or not WordTokenizer(tokenizer).space:
         return tokenizer
     spaced = AutoTokenizer.from_pretrained(name, **{**kwargs, "add_prefix_space": True})

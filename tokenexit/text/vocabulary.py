@@ -19,11 +19,16 @@ _MARKS = ("Ġ", "▁")  # of a space before a word: in byte-level vocabularies, 
 
 
 def require_fast(tokenizer: PreTrainedTokenizerBase):
-    """Raise ValueError unless the tokenizer can say which word a token belongs to."""
+    """Raise ValueError unless the tokenizer has words, and can say which a token belongs to."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"got {type(tokenizer).__name__}, which is not a fast tokenizer; expected one, as only "
             "those say which word a token belongs to"
+        )
+    if len(tokenizer) <= len({*tokenizer.all_special_ids}):
+        raise ValueError(
+            f"got a {type(tokenizer).__name__} of special tokens only; expected one with its "
+            "vocabulary (are the tokenizer's files where it was loaded from?)"
         )
 
 
@@ -43,11 +48,6 @@ def token_kinds(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Te
             f"the tokenizer has {len(tokenizer)} entries; the model's vocabulary is {vocab_size}"
         )
     vocab = tokenizer.get_vocab()
-    if set(vocab.values()) <= set(tokenizer.all_special_ids):
-        raise ValueError(
-            f"got a {type(tokenizer).__name__} of special tokens only; expected one with its "
-            "vocabulary (are the tokenizer's files where it was loaded from?)"
-        )
     backend = own_backend(tokenizer)
     continuing = getattr(backend.model, "continuing_subword_prefix", None)
     starting = None if continuing else _starting_mark(backend)
