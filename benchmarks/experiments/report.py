@@ -88,7 +88,8 @@ def grouped(rows: Sequence[dict]) -> dict[str, dict[float, list[dict]]]:
             add(group, target, row)
     for row in rows:
         if row["target"] is None and fewer[_system(row)] > 1:
-            add("fewer layers, distilled", fewer[_system(row)], row)
+            taught = "distilled" if row["teacher"] else "by labels"
+            add(f"fewer layers, {taught}", fewer[_system(row)], row)
     return found
 
 
