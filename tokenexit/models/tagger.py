@@ -43,6 +43,7 @@ from tokenexit.text.encoding import (
 )
 from tokenexit.text.scoring import detect_metric, spans
 from tokenexit.text.splitting import Splitter
+from tokenexit.text.vocabulary import require_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +167,9 @@ class Tagger:
 
     Raises:
         TypeError: another model; a batch_size or overlap that is no int.
-        ValueError: a tokenizer that is not fast or joins words; batch_size below 1, overlap or
-            window_ms below 0; a speed that the dial does not have; an unknown decoding.
+        ValueError: a tokenizer that is not fast, joins words or has no vocabulary; batch_size below
+            1, overlap or window_ms below 0; a speed that the dial does not have; an unknown
+            decoding.
     """
 
     def __init__(
@@ -194,6 +196,7 @@ class Tagger:
         self.model = model
         self._tokenizer = tokenizer
         self._words = WordTokenizer(tokenizer)
+        require_vocabulary(tokenizer)
         self._splitter = Splitter(tokenizer)
         self._most_tokens = tokenizer.model_max_length
         self.batch_size = batch_size

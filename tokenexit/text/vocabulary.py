@@ -19,12 +19,16 @@ _MARKS = ("Ġ", "▁")  # of a space before a word: in byte-level vocabularies, 
 
 
 def require_fast(tokenizer: PreTrainedTokenizerBase):
-    """Raise ValueError unless the tokenizer has words, and can say which a token belongs to."""
+    """Raise ValueError unless the tokenizer can say which word a token belongs to."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"got {type(tokenizer).__name__}, which is not a fast tokenizer; expected one, as only "
             "those say which word a token belongs to"
         )
+
+
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase):
+    """Raise ValueError for a tokenizer of special tokens only, to which all words are unknown."""
     if len(tokenizer) <= len({*tokenizer.all_special_ids}):
         raise ValueError(
             f"got a {type(tokenizer).__name__} of special tokens only; expected one with its "
@@ -40,13 +44,14 @@ def token_kinds(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Te
     added to the vocabulary is one.
 
     Raises:
-        ValueError: not a fast tokenizer; more entries than `vocab_size`.
+        ValueError: not a fast tokenizer; no entries but special ones, or more than `vocab_size`.
     """
     require_fast(tokenizer)
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries; the model's vocabulary is {vocab_size}"
         )
+    require_vocabulary(tokenizer)
     vocab = tokenizer.get_vocab()
     backend = own_backend(tokenizer)
     continuing = getattr(backend.model, "continuing_subword_prefix", None)
