@@ -162,6 +162,12 @@ def check_annotated(tagger: Tagger, data: Dataset, metric: str = "auto") -> str:
     return choose_metric(metric, known.union(counts))
 
 
+def check_wanted(name: str, given: bool, other: str, there: bool):
+    """Raise ValueError for an option that is given without the other, which it is of."""
+    if given and not there:
+        raise ValueError(f"got {name} without {other}; expected both or neither")
+
+
 def check_timing_runs(runs: int):
     """Raise ValueError unless something can be timed so often."""
     if runs < 0:

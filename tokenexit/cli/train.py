@@ -322,12 +322,12 @@ def calibrate(
     """
     from tokenexit.calibrate import CRITERIA, GROWTHS, plot, policy_grid, promise_grid
     from tokenexit.calibrate import calibrate as run
+    from tokenexit.evaluate import check_wanted
     from tokenexit.files import write_folder_aside
     from tokenexit.models.checkpoint import check_tagger_folder
     from tokenexit.promise import check_share
     from tokenexit.temperature import fit_temperatures
     from tokenexit.text.scoring import check_metric
-    from tokenexit.training.adapt import check_wanted
 
     if json_output:
         need_stdout()
@@ -479,6 +479,7 @@ def adapt(
     Examples: `tokenexit adapt dslim/bert-base-NER -t texts.txt -o tagger`,
     `tokenexit predict tagger news.txt --speed 2.5`
     """
+    from tokenexit.evaluate import check_wanted
     from tokenexit.files import disk_errors
     from tokenexit.models.checkpoint import check_output_folder
     from tokenexit.models.loading import check_encoder
@@ -486,7 +487,6 @@ def adapt(
     from tokenexit.text.encoding import load_tokenizer
     from tokenexit.text.scoring import check_metric
     from tokenexit.training.adapt import adapt as run
-    from tokenexit.training.adapt import check_wanted
     from tokenexit.training.trainer import remove_run
 
     be_quiet()

@@ -107,6 +107,11 @@ def load(loader, name, *args, **kwargs):
         raise
 
 
+def made_anew(info: dict) -> set[str]:
+    """Weights that loading, which told `info`, made: they lacked, or did not fit."""
+    return {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+
+
 def load_whole(loader, name, may_be_new, may_be_left, *args, **kwargs):
     """A model and its loading info.
 

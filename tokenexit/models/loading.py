@@ -18,6 +18,7 @@ from tokenexit.models.checkpoint import (
     check_dtype_of_int8,
     load_config,
     load_whole,
+    made_anew,
 )
 from tokenexit.models.configuration import TokenExitConfig, check_neighbor_heads
 from tokenexit.models.translation import (
@@ -76,7 +77,7 @@ def load_tagger(
             check_dtype_of_int8(kwargs.get("dtype"))
             kwargs["dtype"] = torch.float32
         model, info = load_whole(load_saved, name, (), False, *args, **kwargs)
-        other = {key for key, *_ in info["mismatched_keys"]}  # of which new ones were made
+        other = made_anew(info)
         heads = range(1, len(model.exit_heads) + 1)
         new = {n for n in heads if f"{_HEAD.format(n - 1)}weight" in other}
         model.mark_untrained(sorted(new.union(model.config.untrained_heads or ())))
@@ -89,7 +90,7 @@ def load_tagger(
         theirs, info = load_whole(loader, name, new, True, *args, **kwargs)
         check_checkpoint(name, config, info)
         model = of_hugging_face(cls, theirs, tokenizer, neighbor_heads)
-        if set(new) & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}:
+        if made_anew(info).intersection(new):
             model.mark_untrained(range(1, model.config.num_hidden_layers + 1))
         if tokenizer is None:
             model.token_kinds.copy_(marks_of(name, model.config.vocab_size, **hub))

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
+from tokenexit.models.checkpoint import made_anew
 from tokenexit.models.configuration import TokenExitConfig, check_activation, check_sizes
 from tokenexit.models.families import FAMILIES, Family
 
@@ -78,12 +79,10 @@ def copy_weights(model: PreTrainedModel, ours: Mapping[str, torch.Tensor]):
     Raises:
         ValueError: weights that lack, are left over, do not fit, or are on the meta device.
     """
-    weights, family = model.state_dict(), family_of(model.config)
-    if any(value.is_meta for value in weights.values()):
+    family = family_of(model.config)
+    if any(value.is_meta for value in model.state_dict().values()):
         raise ValueError("got a model on the meta device; expected one with its weights")
-    if family.prepare is not None:
-        family.prepare(weights, model.config)
-    weights = family.parted(weights)
+    weights = _weights_of(model)
     expected = token_classifier(model.config)
     for name, parts in family.names(model.config).items():
         for kind in ("weight", "bias"):
@@ -134,10 +133,7 @@ def copy_weights_back(ours: Mapping[str, torch.Tensor], model: PreTrainedModel):
     Raises:
         ValueError: one that it has is not among them.
     """
-    family, weights = family_of(model.config), model.state_dict()
-    if family.prepare is not None:
-        family.prepare(weights, model.config)
-    theirs = family.parted(weights)
+    family, theirs = family_of(model.config), _weights_of(model)
     for name, parts in family.names(model.config).items():
         for kind in ("weight", "bias"):
             if (value := ours.get(f"{name}.{kind}")) is not None:
@@ -148,6 +144,14 @@ def copy_weights_back(ours: Mapping[str, torch.Tensor], model: PreTrainedModel):
                     f"got a tagger without {name}.{kind}, a part that was pruned, parametrized or "
                     "wrapped by an adapter; expected plain ones: merge adapters, remove the others"
                 )
+
+
+def _weights_of(model):
+    """A Hugging Face model's weights that are read, by name, each part by itself."""
+    family, weights = family_of(model.config), model.state_dict()
+    if family.prepare is not None:
+        family.prepare(weights, model.config)
+    return family.parted(weights)
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -203,8 +207,7 @@ def check_checkpoint(name: str | os.PathLike, config: PreTrainedConfig, info: di
         info: what loading it as a token classifier told. A new classifier may stand on any encoder.
     """
     expected = token_classifier(config)
-    other = {key for key, *_ in info["mismatched_keys"]}  # of which new ones were made
-    if "classifier.weight" in other.union(info["missing_keys"]):
+    if "classifier.weight" in made_anew(info):
         return
     if lacking := sorted({*info["missing_keys"]} & {*family_of(config).new_head}):
         raise ValueError(

@@ -30,7 +30,7 @@ from tokenexit.calibrate import (
     make_dial,
 )
 from tokenexit.dial import percent
-from tokenexit.evaluate import check_annotated, check_timing_runs, evaluate
+from tokenexit.evaluate import check_annotated, check_timing_runs, check_wanted, evaluate
 from tokenexit.int8 import quantize
 from tokenexit.models.convert import convert
 from tokenexit.models.modeling import TokenExitForTokenClassification
@@ -253,12 +253,6 @@ def adapt(
         some = tagger.windows(apart[-TIMED_SENTENCES:])
         original_wall = _time_original(original, tagger, some, timing_runs)
     return Adapted(tagger, found, scores, metric if scores else None, original_wall)
-
-
-def check_wanted(name: str, given: bool, other: str, there: bool):
-    """Raise ValueError for an option that is given without the other, which it is of."""
-    if given and not there:
-        raise ValueError(f"got {name} without {other}; expected both or neither")
 
 
 def _held_out(sentences: int, max_disagreement: float, confidence: float) -> int:
